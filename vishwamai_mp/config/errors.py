@@ -1,0 +1,29 @@
+"""Errors that are the user's to mend, and the one way a program reports them."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message is one line: what, which value, what to do."""
+
+
+class ConfigError(UserError):
+    """A setting that cannot work. The message names the key, the value and the mend."""
+
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake.
+
+    Only `UserError` and a user's interrupt are turned into a line; anything else is a defect of ours and keeps its
+    traceback.
+    """
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except BrokenPipeError:  # the reader of our output, `head` for one, has gone
+        sys.stderr.close()
+        sys.exit(141)

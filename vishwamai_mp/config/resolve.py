@@ -1,0 +1,238 @@
+"""Derives what the user left unsaid and refuses what cannot work. Pure: a new configuration comes out."""
+
+import math
+from dataclasses import replace
+
+from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig, ScheduleConfig
+
+_BUILT_LATER = {"memory": "the neural memory", "cache": "cache augmentation", "tree": "tree of thoughts"}
+
+
+def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainConfig:
+    """Fill in derived values and validate the whole.
+
+    Args:
+        config: as loaded; never changed.
+        world_size: number of processes; None: leave the checks that need it to a later call.
+
+    Raises:
+        ConfigError: names the key, the value and the mend.
+    """
+    for section, what in _BUILT_LATER.items():
+        if getattr(config, section).enabled:
+            raise ConfigError(f"{section}.enabled=true: {what} is not built yet; set {section}.enabled=false")
+    if config.precision.startswith("fp8"):
+        raise ConfigError(f"precision={config.precision}: fp8 is not built yet; use fp32, bf16 or fp16")
+    minimum = _default(config.optimizer.min_learning_rate, config.optimizer.learning_rate / 10)
+    config = replace(
+        config,
+        model=_resolve_model(config.model),
+        optimizer=replace(config.optimizer, min_learning_rate=minimum),
+        schedule=_resolve_schedule(config.schedule, config.training.max_steps),
+    )
+    _check_layout(config)
+    _check_training(config)
+    if world_size is not None:
+        data_parallel_size(config, world_size)
+        micro_batches_per_step(config, world_size)
+    return config
+
+
+def padded_vocab_size(config: PretrainConfig) -> int:
+    """Rows of the embedding: `vocab_size` rounded up to 128 × tensor parallel size. Never seen outside."""
+    return _round_up(config.model.vocab_size, 128 * config.parallel.tensor_model_parallel_size)
+
+
+def data_parallel_size(config: PretrainConfig, world_size: int) -> int:
+    """Replicas of the model in `world_size` processes.
+
+    Raises:
+        ConfigError: the layout does not divide the world.
+    """
+    parallel = config.parallel
+    ranks = model_parallel_ranks(parallel)
+    if world_size % ranks:
+        raise ConfigError(
+            f"{world_size} processes cannot hold tensor {parallel.tensor_model_parallel_size}"
+            f" × pipeline {parallel.pipeline_model_parallel_size} × context {parallel.context_parallel_size}"
+            f" = {ranks} ranks per replica; start a multiple of {ranks} processes"
+            " (torchrun --nproc-per-node) or change parallel.*"
+        )
+    return world_size // ranks
+
+
+def model_parallel_ranks(parallel: ParallelConfig) -> int:
+    """Processes that hold one replica: tensor × pipeline × context."""
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def micro_batches_per_step(config: PretrainConfig, world_size: int) -> int:
+    """Forward-backward passes that each rank runs per optimizer step.
+
+    Raises:
+        ConfigError: the global batch does not divide.
+    """
+    training = config.training
+    replicas = data_parallel_size(config, world_size)
+    per_pass = training.micro_batch_size * replicas
+    if training.global_batch_size % per_pass:
+        raise ConfigError(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of micro_batch_size"
+            f" {training.micro_batch_size} × data parallel size {replicas} = {per_pass};"
+            f" use {_round_up(training.global_batch_size, per_pass)} or change training.micro_batch_size"
+        )
+    count = training.global_batch_size // per_pass
+    stages = config.parallel.pipeline_model_parallel_size
+    if config.parallel.virtual_pipeline_model_parallel_size and count % stages:
+        raise ConfigError(
+            f"{count} micro-batches per step: the interleaved schedule needs a multiple of"
+            f" parallel.pipeline_model_parallel_size={stages}; change training.global_batch_size"
+        )
+    return count
+
+
+def _default(value, derived):
+    return derived if value is None else value
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return math.ceil(value / multiple) * multiple
+
+
+def _resolve_model(model: ModelConfig) -> ModelConfig:
+    heads = model.num_attention_heads
+    groups = _default(model.num_key_value_heads, heads)
+    if model.head_dim is None and model.hidden_size % heads:
+        raise ConfigError(
+            f"model.hidden_size={model.hidden_size} is not a multiple of model.num_attention_heads={heads};"
+            " change one of them or set model.head_dim"
+        )
+    if heads % groups:
+        raise ConfigError(
+            f"model.num_attention_heads={heads} is not a multiple of model.num_key_value_heads={groups};"
+            f" use a divisor of {heads}"
+        )
+    head_dim = _default(model.head_dim, model.hidden_size // heads)
+    if head_dim % 2:
+        raise ConfigError(f"model.head_dim={head_dim}: rotary embeddings turn pairs; use an even width")
+    for name in ("attention_dropout", "hidden_dropout"):
+        if getattr(model, name) >= 1:
+            raise ConfigError(f"model.{name}={getattr(model, name)}: a probability; use a number from 0 to below 1")
+    scaling = model.rope_scaling
+    if scaling and scaling.rope_type == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ConfigError(
+            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must lie below"
+            f" high_freq_factor={scaling.high_freq_factor}; lower it"
+        )
+    return replace(
+        model,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        intermediate_size=_default(model.intermediate_size, _round_up(8 * model.hidden_size // 3, 256)),
+    )
+
+
+def _resolve_schedule(schedule: ScheduleConfig, max_steps: int) -> ScheduleConfig:
+    decay_steps: int = _default(schedule.decay_steps, max_steps)
+    wsd_decay_steps: int = _default(schedule.wsd_decay_steps, max(1, decay_steps // 10))
+    remaining = decay_steps - schedule.warmup_steps
+    if schedule.warmup_steps and remaining <= 0:
+        raise ConfigError(
+            f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of schedule.decay_steps="
+            f"{decay_steps} (training.max_steps if unset); shorten the warm-up"
+        )
+    if schedule.decay == "wsd" and wsd_decay_steps > remaining:
+        raise ConfigError(
+            f"schedule.wsd_decay_steps={wsd_decay_steps} exceeds the {remaining} steps after the warm-up; shorten it"
+        )
+    return replace(schedule, decay_steps=decay_steps, wsd_decay_steps=wsd_decay_steps)
+
+
+def _check_layout(config: PretrainConfig) -> None:
+    model, parallel = config.model, config.parallel
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        value = getattr(model, name)
+        if value % tensor:
+            raise ConfigError(
+                f"model.{name}={value} is not divisible by parallel.tensor_model_parallel_size={tensor};"
+                f" use a tensor parallel size that divides {value}"
+            )
+    if parallel.sequence_parallel and tensor == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel=true has no effect at tensor_model_parallel_size=1; set it to false"
+            " or raise the tensor parallel size"
+        )
+    share = context * (tensor if parallel.sequence_parallel else 1) * (2 if context > 1 else 1)
+    if config.training.sequence_length % share:
+        parts = f"2 × context_parallel_size {context}" if context > 1 else ""
+        parts += f"{' × ' if parts else ''}tensor_model_parallel_size {tensor}" if parallel.sequence_parallel else ""
+        raise ConfigError(
+            f"training.sequence_length={config.training.sequence_length} is not a multiple of {parts} = {share};"
+            f" use {_round_up(config.training.sequence_length, share)}"
+        )
+    layers_per_stage(config)
+
+
+def layers_per_stage(config: PretrainConfig) -> list[int]:
+    """Layers on each pipeline stage, first to last (all its virtual chunks together).
+
+    Raises:
+        ConfigError: the layers do not divide over stages and chunks.
+    """
+    layers, parallel = config.model.num_layers, config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if stages == 1:
+        for name in (
+            "virtual_pipeline_model_parallel_size",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+        ):
+            if getattr(parallel, name) is not None:
+                raise ConfigError(f"parallel.{name} has no effect at pipeline_model_parallel_size=1; leave it out")
+        return [layers]
+    if chunks == 1:
+        raise ConfigError(
+            "parallel.virtual_pipeline_model_parallel_size=1 has no effect; leave it out or use 2 or more"
+        )
+    middle = stages - (first is not None) - (last is not None)
+    rest = layers - (first or 0) - (last or 0)
+    if rest < 0 or (middle and rest % middle) or (not middle and rest) or (middle and rest == 0):
+        raise ConfigError(
+            f"model.num_layers={layers} does not split over parallel.pipeline_model_parallel_size={stages}"
+            + (f" with {first or 'even'} layers first and {last or 'even'} last" if first or last else "")
+            + "; change the number of stages or set num_layers_in_first/last_pipeline_stage"
+        )
+    each = rest // middle if middle else 0
+    counts = [
+        *([first] if first is not None else []),
+        *[each] * middle,
+        *([last] if last is not None else []),
+    ]
+    for count in counts:
+        if chunks and count % chunks:
+            raise ConfigError(
+                f"{count} layers on a pipeline stage do not split into"
+                f" parallel.virtual_pipeline_model_parallel_size={chunks} chunks; use a divisor of {count}"
+            )
+    return counts
+
+
+def _check_training(config: PretrainConfig) -> None:
+    model, training, optimizer = config.model, config.training, config.optimizer
+    if training.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"training.sequence_length={training.sequence_length} exceeds"
+            f" model.max_position_embeddings={model.max_position_embeddings}; raise the latter or shorten sequences"
+        )
+    if optimizer.min_learning_rate is not None and optimizer.min_learning_rate > optimizer.learning_rate:
+        raise ConfigError(
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate} exceeds"
+            f" optimizer.learning_rate={optimizer.learning_rate}; lower the former"
+        )
+    for name in ("beta1", "beta2"):
+        if getattr(optimizer, name) >= 1:
+            raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)}: use a number from 0 to below 1")

@@ -1,0 +1,256 @@
+"""What a user can ask for: one frozen dataclass per concern, nested into `PretrainConfig`.
+
+Every field is a key of a YAML recipe and a dotted override (`training.max_steps=100`). `None` means "derive it":
+`resolve.resolve` fills it in without touching the user's object.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+# An unknown key is an error, never ignored; so is a number that is none.
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):  # Python's True is an int, a recipe's `true` is not
+        raise PydanticCustomError("boolean", "use a number, not true or false")
+    return value
+
+
+def _blend(value: Any) -> Any:
+    items = value if isinstance(value, list | tuple) else ()
+    if value is None or isinstance(value, str) or (items and all(type(item) in (str, int, float) for item in items)):
+        return value
+    raise PydanticCustomError("blend", "use a prefix, or a list [weight, prefix, weight, prefix, ...]")
+
+
+_NoBoolean = BeforeValidator(_no_boolean)
+PositiveInt = Annotated[int, _NoBoolean, Field(gt=0)]
+NonNegativeInt = Annotated[int, _NoBoolean, Field(ge=0)]
+PositiveFloat = Annotated[float, _NoBoolean, Field(gt=0)]
+NonNegativeFloat = Annotated[float, _NoBoolean, Field(ge=0)]
+Blend = Annotated[list[str | float] | str | None, BeforeValidator(_blend)]
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8_delayed", "fp8_current", "fp8_blockwise", "fp8_mx"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretches rotary position embeddings beyond `original_max_position_embeddings` positions.
+
+    `linear` divides every frequency by `factor` (arXiv 2306.15595); `llama3` divides only the low ones and blends
+    between `low_freq_factor` and `high_freq_factor` (Llama 3.1's rule).
+    """
+
+    __pydantic_config__ = _STRICT
+    rope_type: Literal["linear", "llama3"]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases (a Llama, in short)."""
+
+    __pydantic_config__ = _STRICT
+    hidden_size: PositiveInt = 512
+    num_layers: PositiveInt = 8
+    num_attention_heads: PositiveInt = 8
+    num_key_value_heads: PositiveInt | None = None  # num_attention_heads
+    head_dim: PositiveInt | None = None  # hidden_size / num_attention_heads
+    intermediate_size: PositiveInt | None = None  # 8/3 hidden_size, rounded up to 256
+    vocab_size: PositiveInt = 8192
+    max_position_embeddings: PositiveInt = 2048
+    tie_word_embeddings: bool = False
+    rms_norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: PositiveInt | None = None  # tokens a token sees, itself included; None: all before it
+    attention_dropout: NonNegativeFloat = 0.0
+    hidden_dropout: NonNegativeFloat = 0.0
+    initializer_range: PositiveFloat = 0.02  # standard deviation; divided by √(2·num_layers) on residual outputs
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The neural memory: fast weights written by gradient descent at every token."""
+
+    __pydantic_config__ = _STRICT
+    enabled: bool = False
+    hidden_size: PositiveInt | None = None  # the model's
+    memory_size: PositiveInt = 2048  # total width: heads × head_dim
+    num_memory_layers: PositiveInt = 3  # cascaded levels
+    dropout: NonNegativeFloat = 0.1
+    head_dim: PositiveInt = 128
+    chunk_size: PositiveInt = 64  # tokens per triangular solve; a performance knob only
+    momentum: bool = True
+    layers: list[NonNegativeInt] | None = None  # transformer layers (from 0) that carry one; 1 in 8
+    carry_state: bool = False
+    loss_weight: NonNegativeFloat = 0.0
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The differentiable cache: latents pooled from past segments, retrieved by attention."""
+
+    __pydantic_config__ = _STRICT
+    enabled: bool = False
+    hidden_size: PositiveInt | None = None  # the model's
+    num_heads: PositiveInt = 8
+    max_cache_length: PositiveInt = 65536  # latents
+    dropout: NonNegativeFloat = 0.1
+    retrieval_factor: NonNegativeFloat = 1.0
+    segment_length: PositiveInt = 64  # tokens
+    latents_per_segment: PositiveInt = 8
+    retrieve_segments: PositiveInt = 64
+    layers: list[NonNegativeInt] | None = None
+    carry_state: bool = False
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """Tree of thoughts: search over reasoning steps at inference, and the value head's training signal."""
+
+    __pydantic_config__ = _STRICT
+    enabled: bool = False
+    beam_width: PositiveInt = 4
+    max_depth: PositiveInt = 3
+    temperature: PositiveFloat = 0.7
+    pruning_threshold: NonNegativeFloat = 0.1
+    branching: PositiveInt | None = None  # beam_width
+    max_thought_tokens: PositiveInt = 64
+    stop: str = "[STEP]"
+    value_weight: NonNegativeFloat = 1.0
+    logprob_weight: NonNegativeFloat = 0.0
+    strategy: Literal["beam", "best-first", "dfs"] = "beam"
+    seed: NonNegativeInt = 0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the job is laid out. Data parallelism is what is left: world size / (tensor × pipeline × context)."""
+
+    __pydantic_config__ = _STRICT
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None  # model chunks per pipeline stage
+    context_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True  # optimizer state sharded over data parallel ranks
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    timeout_minutes: PositiveFloat = 30.0  # a collective that waits longer ends the job
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from: `.bin/.idx` prefixes (without the suffix), alone or as `[weight, prefix, …]`."""
+
+    __pydantic_config__ = _STRICT
+    train: Blend = None
+    valid: Blend = None  # None: a part of `train`, by `split`
+    split: str = "99,1,0"  # train, valid, test shares of `train`
+    tokenizer: str | None = None  # SentencePiece .model
+    reset_position_ids: bool = False  # positions start anew in each packed document
+    reset_attention_mask: bool = False  # packed documents do not see each other
+    eod_mask_loss: bool = False  # no loss on the token after a document's end
+    cache_dir: str | None = None  # shuffle indices; None: `cache/` beside the data
+    num_workers: NonNegativeInt = 0  # reader processes per rank
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; weight decay on matrices only."""
+
+    __pydantic_config__ = _STRICT
+    learning_rate: PositiveFloat = 3e-4
+    min_learning_rate: NonNegativeFloat | None = None  # learning_rate / 10
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: NonNegativeFloat = 0.9
+    beta2: NonNegativeFloat = 0.95
+    epsilon: PositiveFloat = 1e-8
+    clip_grad_norm: NonNegativeFloat = 1.0  # 0: never clip
+    initial_loss_scale: PositiveFloat = 2.0**16  # fp16 only; halved at each overflow
+    loss_scale_window: PositiveInt = 1000  # fp16 only: steps without overflow before the scale doubles
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over steps: linear warm-up, then decay to `optimizer.min_learning_rate`."""
+
+    __pydantic_config__ = _STRICT
+    warmup_steps: NonNegativeInt = 0
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_steps: PositiveInt | None = None  # training.max_steps
+    wsd_decay_steps: PositiveInt | None = None  # length of the final decay of `wsd`; decay_steps / 10
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop: how long a sequence, how many of them, how often what."""
+
+    __pydantic_config__ = _STRICT
+    sequence_length: PositiveInt = 512  # tokens
+    micro_batch_size: PositiveInt = 1  # sequences per rank and pass
+    global_batch_size: PositiveInt = 8  # sequences per step, over all ranks
+    max_steps: PositiveInt = 100
+    seed: NonNegativeInt = 1234
+    output_dir: str = "runs/default"
+    exit_after_minutes: PositiveFloat | None = None  # save and exit 0
+    recompute: Literal["none", "selective", "full"] = "none"  # selective: core attention; full: whole layers
+    evaluate_every: PositiveInt | None = None  # steps
+    evaluate_batches: PositiveInt = 8  # global batches per evaluation
+    max_skipped_steps: NonNegativeInt = 10  # consecutive non-finite or spiking steps before giving up
+    spike_factor: PositiveFloat | None = None  # skip a step whose loss exceeds this multiple of the running mean
+    threads: PositiveInt | None = None  # CPU threads per process; None: cores / processes on this machine
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run, and what it starts from."""
+
+    __pydantic_config__ = _STRICT
+    save_every: PositiveInt | None = None  # steps; the last step is always saved
+    keep_last: PositiveInt | None = None  # newest N; None: all
+    keep_every: PositiveInt | None = None  # and every multiple of M steps for ever
+    async_save: bool = False
+    load: str | None = None  # start from this checkpoint when output_dir has none
+    load_optimizer: bool = True  # False: weights only, step 0
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported, where."""
+
+    __pydantic_config__ = _STRICT
+    log_every: PositiveInt = 1  # steps
+    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "vishwamai-mp"  # Weights & Biases project
+    progress_bar: bool = True
+    hardware_peak_tflops: PositiveFloat | None = None  # per device, for MFU; None: known GPUs, else measured
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything one training run needs."""
+
+    __pydantic_config__ = _STRICT
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: Precision = "bf16"
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

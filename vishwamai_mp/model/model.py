@@ -1,0 +1,134 @@
+"""The language model: megatron-core's GPT with explicit positions, documents and a padding-blind loss.
+
+Shapes: B batch, T tokens of the sequence, Q tokens of this context parallel rank, D width, V vocabulary (local).
+"""
+
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from torch import Tensor, nn
+
+from vishwamai_mp.config import PretrainConfig, padded_vocab_size
+from vishwamai_mp.model.loss import vocab_parallel_cross_entropy
+from vishwamai_mp.model.masks import attention_mask, local_positions
+from vishwamai_mp.model.rotary import RotaryEmbedding
+from vishwamai_mp.model.specs import block_spec, spec_provider
+from vishwamai_mp.model.transformer_config import transformer_config
+from vishwamai_mp.precision import PrecisionPolicy, use_cpu_arithmetic
+
+
+class VishwamAIModel(GPTModel):
+    """One pipeline stage (or one virtual chunk of it) of the model.
+
+    Args:
+        config: resolved.
+        groups: process groups.
+        chunk: which virtual chunk of the stage; None without interleaving.
+    """
+
+    def __init__(self, config: PretrainConfig, groups: ProcessGroupCollection, chunk: int | None = None) -> None:
+        stage, stages = groups.pp.rank(), groups.pp.size()
+        chunks = config.parallel.virtual_pipeline_model_parallel_size
+        megatron = transformer_config(config)
+        layers = get_num_layers_to_build(megatron, vp_stage=chunk, pp_rank=stage)
+        super().__init__(
+            config=megatron,
+            transformer_layer_spec=block_spec(spec_provider(), layers),
+            vocab_size=padded_vocab_size(config),
+            max_sequence_length=config.model.max_position_embeddings,
+            pre_process=stage == 0 and chunk in (None, 0),
+            post_process=stage == stages - 1 and chunk in (None, (chunks or 1) - 1),
+            share_embeddings_and_output_weights=config.model.tie_word_embeddings,
+            position_embedding_type="none",  # the angles are ours, below
+            pg_collection=groups,
+            vp_stage=chunk,
+        )
+        self.model_config = config.model
+        self.rotary = RotaryEmbedding(config.model)
+        _mark_sharded_parameters(self)
+        use_cpu_arithmetic(self, PrecisionPolicy.of(config.precision))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        inference_context: Any = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens: (B, T) ids of the whole sequence; context parallel ranks take their share here.
+            position_ids: (B, T); None: 0 … T−1.
+            labels: (B, T) target ids.
+            document_ids: (B, T); tokens attend within their own document only.
+            inference_context: megatron-core's key-value cache; `position_ids` are then those of `tokens`.
+
+        Returns:
+            on the last stage, losses (B, Q) fp32 with labels and logits (Q, B, V) without; else hidden states.
+        """
+        length, cp = tokens.shape[1], self.pg_collection.cp
+        local = local_positions(length, cp.rank(), cp.size(), tokens.device)
+        if cp.size() > 1:
+            tokens = tokens[:, local]
+            labels = labels if labels is None else labels[:, local]
+        hidden = self.embedding(tokens, position_ids=None) if self.pre_process else None
+        mask = attention_mask(
+            length,
+            document_ids=document_ids,
+            window=self.model_config.sliding_window,
+            context_rank=cp.rank(),
+            context_size=cp.size(),
+            device=tokens.device,
+        )
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=mask,
+            rotary_pos_emb=self.rotary(local if position_ids is None else position_ids[:, local]),
+            inference_context=inference_context,
+        )
+        if not self.post_process:
+            return hidden
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=tied)
+        if labels is None:
+            return logits
+        losses = vocab_parallel_cross_entropy(
+            logits, labels.transpose(0, 1), self.model_config.vocab_size, self.pg_collection.tp
+        )
+        return losses.transpose(0, 1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """megatron-core's, with every layer under its own global number: layers may differ.
+
+        The extra states that Transformer Engine's layers may have and others lack are left out where they are empty.
+        """
+        metadata = {**(metadata or {}), "non_homogeneous_layers": True}
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: entry for key, entry in entries.items() if not _is_empty(entry)}
+
+
+def _is_empty(entry: Any) -> bool:
+    return isinstance(entry, ShardedObject) and entry.data is None
+
+
+def _mark_sharded_parameters(model: nn.Module) -> None:
+    """Say which parameters are shards, as megatron-core's own initialisation would: gradient norms count on it."""
+    dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+    for module in model.modules():
+        for kind, dim in dims.items():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, kind) and weight is not None:
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)

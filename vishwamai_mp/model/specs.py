@@ -1,0 +1,79 @@
+"""Layer specs: which classes a layer is made of, on Transformer Engine or without it."""
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from vishwamai_mp.model.attention import CoreAttention
+from vishwamai_mp.model.layer import VishwamAILayer
+from vishwamai_mp.model.norm import RMSNorm
+from vishwamai_mp.precision import use_transformer_engine
+
+
+class TorchSpecProvider(LocalSpecProvider):
+    """megatron-core's own linears with our norm and core attention: what runs without Transformer Engine."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return CoreAttention
+
+
+def spec_provider() -> BackendSpecProvider:
+    """The classes for this machine."""
+    if use_transformer_engine():
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider()
+    return TorchSpecProvider()
+
+
+def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """One `VishwamAILayer` of `backend`'s classes.
+
+    Names in sharded checkpoints are those of fused norms whichever backend it is, so checkpoints move between them.
+    """
+    fused = backend.fuse_layernorm_and_linear()
+    norm = backend.layer_norm(rms_norm=True)
+    linear_qkv = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    return ModuleSpec(
+        module=VishwamAILayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if fused else norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=linear_qkv,
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if fused else norm,
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=None),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={}
+            if fused
+            else {
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def block_spec(backend: BackendSpecProvider, num_layers: int) -> TransformerBlockSubmodules:
+    """`num_layers` layers (those of one pipeline stage) and the norm after the last."""
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(backend)] * num_layers, layer_norm=backend.layer_norm(rms_norm=True)
+    )

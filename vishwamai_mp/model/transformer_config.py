@@ -1,0 +1,78 @@
+"""From our configuration to megatron-core's `TransformerConfig`: the only place that names its fields."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
+from vishwamai_mp.runtime import device
+
+
+def transformer_config(config: PretrainConfig) -> TransformerConfig:
+    """megatron-core's view of a resolved configuration."""
+    model, parallel = config.model, config.parallel
+    fused = use_transformer_engine()
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.intermediate_size,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        # Initialisation is ours (initialization.py). Without it "cpu initialisation" only means that parameters are
+        # allocated on torch's default device, which a meta-device build relies on.
+        perform_initialization=False,
+        use_cpu_initialization=device().type == "cpu",
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        # Batched point-to-point calls on a two-stage interleaved pipeline over gloo give silently wrong results.
+        overlap_p2p_comm=bool(chunks),
+        batch_p2p_comm=not chunks,
+        # Loss and gradients are sums over tokens, divided once by the step's token count: masked tokens, micro-batches
+        # and context shards then weigh the same in every layout.
+        calculate_per_token_loss=True,
+        bias_activation_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        **_precision_fields(PrecisionPolicy.of(config.precision)),
+        **_recompute_fields(config),
+    )
+
+
+def _precision_fields(policy: PrecisionPolicy) -> dict[str, Any]:
+    return {
+        "params_dtype": policy.compute,
+        "pipeline_dtype": policy.compute,
+        "autocast_dtype": policy.compute,
+        "fp16": policy.name == "fp16",
+        "bf16": policy.name == "bf16",
+        "attention_softmax_in_fp32": True,
+    }
+
+
+def _recompute_fields(config: PretrainConfig) -> dict[str, Any]:
+    match config.training.recompute:
+        case "none":
+            return {}
+        case "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        case _:
+            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -1,0 +1,1 @@
+"""Metric writers, throughput and memory, the record of a run's environment."""

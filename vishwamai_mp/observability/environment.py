@@ -1,0 +1,61 @@
+"""What a run was made with: versions, machine and source revision."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vishwamai_mp
+from vishwamai_mp.config import PretrainConfig, to_yaml
+from vishwamai_mp.runtime import Runtime
+
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "sentencepiece")
+
+
+def describe_environment(runtime: Runtime) -> dict[str, Any]:
+    """Versions, hardware and the git revision of the sources, as plain JSON values. No environment variables."""
+    gpu = torch.cuda.get_device_name() if runtime.device.type == "cuda" else None
+    return {
+        "vishwamai_mp": vishwamai_mp.__version__,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "world_size": runtime.world_size,
+        "device": gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def write_run_description(folder: Path, config: PretrainConfig, runtime: Runtime) -> None:
+    """`config.yaml` (resolved) and `environment.json` into a run folder, each whole or not at all."""
+    _write(folder / "config.yaml", to_yaml(config))
+    _write(folder / "environment.json", json.dumps(describe_environment(runtime), indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout this package runs from, `-dirty` with local changes; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,106 @@
+"""Where metrics go: `metrics.jsonl` always, TensorBoard and Weights & Biases on request."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from vishwamai_mp.config import ConfigError, PretrainConfig, to_dict
+
+
+class MetricWriter(Protocol):
+    """Takes one record of numbers per logged step."""
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        """Record the metrics of `step`."""
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+
+
+class JsonLines:
+    """One JSON object per logged step; non-finite numbers become null, which JSON can say.
+
+    A resumed run cuts what was logged after the step it resumes from, so each step stands once.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [line for line in _lines(path) if _step_of(line) <= resume_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # the torn last line of a killed run
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; a resumed run hides what an earlier attempt logged beyond its first step."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        for key, value in record.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars for Weights & Biases; one run id per run folder, so that a resumed run continues its curves."""
+
+    def __init__(self, folder: Path, config: PretrainConfig) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                "logging.report_to names wandb, which is not installed; pip install 'vishwamai-mp[wandb]'"
+            ) from None
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        self._run = wandb.init(
+            project=config.logging.project,
+            dir=str(folder),
+            id=id_file.read_text(),
+            resume="allow",
+            config=to_dict(config),
+        )
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        self._run.log(dict(record), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_writers(folder: Path, config: PretrainConfig, resume_step: int) -> list[MetricWriter]:
+    """The writers that `logging.report_to` asks for, and `metrics.jsonl`."""
+    writers: list[Any] = [JsonLines(folder / "metrics.jsonl", resume_step)]
+    if "tensorboard" in config.logging.report_to:
+        writers.append(TensorBoard(folder / "tensorboard", resume_step))
+    if "wandb" in config.logging.report_to:
+        writers.append(WeightsAndBiases(folder, config))
+    return writers

@@ -1,0 +1,29 @@
+"""Floating point operations that the model needs, whatever the implementation does beyond them."""
+
+from vishwamai_mp.config import ModelConfig
+from vishwamai_mp.planning.parameters import attention_matrices, mlp_matrices
+
+
+def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of one token's forward pass, a multiply-add counted as two.
+
+    Matrix products only. Attention is counted causally: a token sees (T+1)/2 keys on average, or its window. The
+    embedding look-up costs none; the output layer counts real tokens only.
+    """
+    assert model.head_dim is not None
+    seen = _mean_keys(sequence_length, model.sliding_window)
+    scores_and_values = 2 * 2 * seen * model.num_attention_heads * model.head_dim
+    layer = 2 * (attention_matrices(model) + mlp_matrices(model)) + scores_and_values
+    return model.num_layers * layer + 2 * model.hidden_size * model.vocab_size
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of one token's training step: backward costs twice the forward. Recomputation is not counted."""
+    return 3 * forward_flops_per_token(model, sequence_length)
+
+
+def _mean_keys(length: int, window: int | None) -> float:
+    """Keys that a token attends to, averaged over positions 1 … length."""
+    if window is None or window >= length:
+        return (length + 1) / 2
+    return (window * (window + 1) / 2 + (length - window) * window) / length

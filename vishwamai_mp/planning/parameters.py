@@ -1,0 +1,38 @@
+"""How many parameters a model has. A test holds these formulae against the built model."""
+
+from vishwamai_mp.config import ModelConfig
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    """Parameters of one transformer layer: attention, SwiGLU and two norms."""
+    return attention_matrices(model) + mlp_matrices(model) + 2 * model.hidden_size
+
+
+def attention_matrices(model: ModelConfig) -> int:
+    """Weights of the query, key, value and output projections of one layer."""
+    assert model.num_key_value_heads is not None
+    assert model.head_dim is not None
+    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads  # query and output; key and value
+    return model.hidden_size * model.head_dim * heads
+
+
+def mlp_matrices(model: ModelConfig) -> int:
+    """Weights of one layer's SwiGLU: gate, up and down."""
+    assert model.intermediate_size is not None
+    return 3 * model.hidden_size * model.intermediate_size
+
+
+def embedding_parameters(model: ModelConfig, vocab_size: int | None = None) -> int:
+    """Input embedding and, unless tied, output layer, for `vocab_size` rows (default: real tokens)."""
+    tables = 1 if model.tie_word_embeddings else 2
+    return tables * (vocab_size or model.vocab_size) * model.hidden_size
+
+
+def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int:
+    """Parameters of the whole model.
+
+    Args:
+        model: resolved.
+        vocab_size: rows of the embedding, for instance padded; default: real tokens.
+    """
+    return embedding_parameters(model, vocab_size) + model.num_layers * layer_parameters(model) + model.hidden_size

@@ -1,0 +1,6 @@
+"""In which numbers it computes: fp32, bf16, fp16; Transformer Engine's linears on GPUs, faithful ones on CPUs."""
+
+from vishwamai_mp.precision.linears import use_cpu_arithmetic
+from vishwamai_mp.precision.policy import PrecisionPolicy, use_transformer_engine
+
+__all__ = ["PrecisionPolicy", "use_cpu_arithmetic", "use_transformer_engine"]

@@ -1,0 +1,49 @@
+"""Where it runs: device, process groups, seeds, and the adapter that lets megatron-core run without CUDA.
+
+Importing this package installs the adapter; import it before `megatron.core`.
+"""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from vishwamai_mp.runtime import megatron_cpu
+
+megatron_cpu.install()
+# What megatron-core says at every start and nobody who uses this package can act on.
+for _message in (
+    ".*(Transformer Engine|Apex|apex).*",  # absent: we know, and choose accordingly
+    "full scope is deprecated",  # its own default
+    ".*CUDA_DEVICE_MAX_CONNECTIONS",  # the launch scripts set it
+    "The .grad attribute of a Tensor that is not a leaf",  # it looks before it knows
+    ".*torch.distributed.*_tensor` is deprecated",
+):
+    warnings.filterwarnings("ignore", message=_message)
+
+from vishwamai_mp.runtime.device import device, local_rank, multiplies_natively  # noqa: E402
+from vishwamai_mp.runtime.failure import run_distributed_program  # noqa: E402
+
+if TYPE_CHECKING:
+    from vishwamai_mp.runtime.distributed import Runtime, distributed_session, initialize, shutdown
+    from vishwamai_mp.runtime.seeding import seed_step
+
+__all__ = [
+    "Runtime",
+    "device",
+    "distributed_session",
+    "initialize",
+    "local_rank",
+    "multiplies_natively",
+    "run_distributed_program",
+    "seed_step",
+    "shutdown",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs megatron-core, which takes seconds, when it is first asked for."""
+    from importlib import import_module
+
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "seeding" if name == "seed_step" else "distributed"
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,0 +1,79 @@
+"""Which device this process computes on, and what that device is good at."""
+
+import os
+import time
+from functools import cache
+
+import torch
+
+# Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets; the longest matching name wins.
+_GPU_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H100 PCIe": 756.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0}
+
+
+def local_rank() -> int:
+    """This process's number on its machine (torchrun's LOCAL_RANK; 0 without torchrun)."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@cache
+def device() -> torch.device:
+    """The GPU of this local rank, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@cache
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether the device multiplies matrices of `dtype` in hardware.
+
+    A CPU without AVX512-BF16 or AMX falls back to a scalar loop for 16-bit types, some hundred times slower than fp32.
+    """
+    if device().type == "cuda" or dtype == torch.float32:
+        return True
+    mkldnn = torch.ops.mkldnn
+    return mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
+
+
+def set_threads(threads: int | None) -> None:
+    """Share this machine's cores among its processes (`threads`: this many for each). No effect on GPUs."""
+    if device().type == "cpu":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def peak_flops(dtype: torch.dtype, configured_tflops: float | None = None) -> float:
+    """FLOP/s that one process could reach at best.
+
+    Args:
+        dtype: of the matrices.
+        configured_tflops: the user's figure, which wins.
+
+    Returns:
+        a GPU's data-sheet value, or the best of a few large matrix products on the CPU with this process's threads.
+    """
+    if configured_tflops:
+        return configured_tflops * 1e12
+    if device().type == "cuda":
+        name = torch.cuda.get_device_name()
+        known = [key for key in _GPU_PEAK_TFLOPS if all(word in name for word in key.split())]
+        return _GPU_PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else float("nan")
+    return _measured_matmul_flops(dtype if multiplies_natively(dtype) else torch.float32, torch.get_num_threads())
+
+
+@cache
+def _measured_matmul_flops(dtype: torch.dtype, threads: int, size: int = 1024) -> float:
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held: allocated on the GPU, resident on the CPU. GiB."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

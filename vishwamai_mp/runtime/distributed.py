@@ -1,0 +1,127 @@
+"""Process groups: made once from the layout, then passed around. The one reader of megatron-core's parallel_state."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from vishwamai_mp.config import ParallelConfig, PretrainConfig, data_parallel_size
+from vishwamai_mp.runtime.device import device, set_threads
+from vishwamai_mp.runtime.seeding import seed_step
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands in the job.
+
+    `groups` holds megatron-core's process groups (`tp`, `pp`, `cp`, `dp`, `dp_cp`, …).
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def context_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.groups.pp.size() - 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process writes logs and metrics."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        return (
+            f"rank {self.rank} (tensor {self.tensor_rank}, pipeline {self.pipeline_rank},"
+            f" context {self.context_rank}, data {self.data_rank})"
+        )
+
+
+def world_size() -> int:
+    """Processes in the job, known from torchrun before anything is initialised."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def initialize(config: PretrainConfig) -> Runtime:
+    """Join the job and make its process groups.
+
+    Uses torchrun's environment; without it, this process alone is the world. A default process group that exists
+    already is used as it is.
+
+    Raises:
+        ConfigError: the world does not fit the layout.
+    """
+    data_parallel_size(config, world_size())
+    set_threads(config.training.threads)
+    _join(config.parallel)
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.timeout_minutes,
+        create_gloo_process_groups=device().type == "cuda",
+    )
+    seed_step(config.training.seed, 0)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Runtime(dist.get_rank(), dist.get_world_size(), device(), groups)
+
+
+def _join(parallel: ParallelConfig) -> None:
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def shutdown(keep_world: bool = False) -> None:
+    """Release the process groups (`keep_world`: all but the default one)."""
+    parallel_state.destroy_model_parallel()
+    if not keep_world and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def distributed_session(config: PretrainConfig) -> Iterator[Runtime]:
+    """`initialize`, and on success `shutdown`. After an error the groups are left: peers may never answer."""
+    runtime = initialize(config)
+    yield runtime
+    shutdown()

@@ -1,0 +1,1 @@
+"""Optimizer, schedule, the training step, the loop and its callbacks."""

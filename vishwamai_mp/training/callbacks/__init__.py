@@ -1,0 +1,10 @@
+"""Side work of the training loop, one file each."""
+
+from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.checkpointing import Checkpointing
+from vishwamai_mp.training.callbacks.evaluation import Evaluation
+from vishwamai_mp.training.callbacks.metrics import Metrics
+from vishwamai_mp.training.callbacks.progress import Progress
+from vishwamai_mp.training.callbacks.stopping import Stopping
+
+__all__ = ["Callback", "Checkpointing", "Evaluation", "Metrics", "Progress", "Stopping"]

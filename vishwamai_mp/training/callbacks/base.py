@@ -1,0 +1,19 @@
+"""What a callback may do and when."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vishwamai_mp.training.loop import Trainer
+
+
+class Callback:
+    """Called by the loop on every rank, in the order given. Override what you need."""
+
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        """After a resume, before the first step."""
+
+    def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
+        """After each step. Numbers added to `record` are seen by later callbacks."""
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        """After the last step, also when training was asked to stop early."""

@@ -1,0 +1,22 @@
+"""Saves the run every so many steps, when it is asked to stop, and at the end."""
+
+from typing import TYPE_CHECKING
+
+from vishwamai_mp.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from vishwamai_mp.training.loop import Trainer
+
+
+class Checkpointing(Callback):
+    """Drives the trainer's checkpoint manager."""
+
+    def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
+        trainer.checkpoints.poll()
+        every, step = trainer.config.checkpoint.save_every, trainer.state.step
+        last = step == trainer.config.training.max_steps or trainer.stop_reason is not None
+        if last or (every and step % every == 0):
+            trainer.save(final=last)
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        trainer.checkpoints.wait()

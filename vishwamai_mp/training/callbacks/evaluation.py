@@ -1,0 +1,20 @@
+"""Measures the loss on validation data every so many steps and at the end."""
+
+import math
+from typing import TYPE_CHECKING
+
+from vishwamai_mp.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from vishwamai_mp.training.loop import Trainer
+
+
+class Evaluation(Callback):
+    """Adds `validation_loss` (nats per token) and `validation_perplexity` to the record of the step."""
+
+    def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
+        every, step = trainer.config.training.evaluate_every, trainer.state.step
+        if every and (step % every == 0 or step == trainer.config.training.max_steps):
+            loss = trainer.evaluate()
+            record["validation_loss"] = loss
+            record["validation_perplexity"] = math.exp(min(loss, 700.0))  # e^710 overflows a double

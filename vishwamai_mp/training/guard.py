@@ -1,0 +1,74 @@
+"""Watches the loss: which steps may update the model, and when to give up."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+
+from vishwamai_mp.config import TrainingConfig, UserError
+from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.training.step import StepResult
+
+_SMOOTHING = 0.95  # of the running mean that a spike is measured against
+_SETTLE_STEPS = 20  # steps before spikes are looked for: an early loss falls fast
+
+
+class LossGuard:
+    """Skips steps with a non-finite or spiking loss and gives up after too many in a row.
+
+    Every rank holds one and all decide alike, from numbers that are equal on all ranks. Its state is two numbers and
+    a count, saved with the checkpoint.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.mean_loss = math.nan
+        self.seen = 0
+        self.skipped_in_a_row = 0
+
+    def state_dict(self) -> dict[str, float | None]:
+        mean = None if math.isnan(self.mean_loss) else self.mean_loss
+        return {"mean_loss": mean, "seen": self.seen, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        mean = state["mean_loss"]
+        self.mean_loss = math.nan if mean is None else mean
+        self.seen = int(state["seen"] or 0)
+        self.skipped_in_a_row = int(state["skipped_in_a_row"] or 0)
+
+    @property
+    def limit(self) -> float:
+        """The loss above which the coming step is not to update the model."""
+        if self.config.spike_factor is None or self.seen < _SETTLE_STEPS:
+            return math.inf
+        return self.config.spike_factor * self.mean_loss
+
+    def observe(self, result: StepResult) -> None:
+        """Take note of a step.
+
+        Raises:
+            UserError: more than `training.max_skipped_steps` skipped in a row.
+        """
+        if result.updated:
+            self.skipped_in_a_row = 0
+            self.seen += 1
+            old = self.mean_loss if self.seen > 1 else result.lm_loss
+            self.mean_loss = _SMOOTHING * old + (1 - _SMOOTHING) * result.lm_loss
+            return
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.config.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row could not be used (loss {result.lm_loss:.4g}, gradient norm"
+                f" {result.grad_norm:.4g}); lower optimizer.learning_rate, lengthen schedule.warmup_steps or look at"
+                " the data; training.max_skipped_steps sets the patience"
+            )
+
+
+def blame(runtime: Runtime, chunks: list[DistributedDataParallel]) -> str:
+    """Which ranks hold non-finite gradients, in words. Every rank must call it."""
+    finite = all(bool(torch.isfinite(buffer.grad_data).all()) for chunk in chunks for buffer in chunk.buffers)
+    reports: list[str | None] = [None] * runtime.world_size
+    dist.all_gather_object(reports, None if finite else runtime.describe())
+    ranks = [report for report in reports if report]
+    return "non-finite gradients on " + "; ".join(ranks) if ranks else "gradients are finite on all ranks"

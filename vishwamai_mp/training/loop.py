@@ -1,0 +1,172 @@
+"""The training loop: short, because everything beside the step is a callback."""
+
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vishwamai_mp.checkpoint import CheckpointManager
+from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.data.batches import BatchStream, evaluation_stream, train_stream
+from vishwamai_mp.data.datasets import Datasets
+from vishwamai_mp.data.position import DataPosition
+from vishwamai_mp.model import build_model
+from vishwamai_mp.planning import flops_per_token
+from vishwamai_mp.precision import PrecisionPolicy
+from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.runtime.device import peak_flops
+from vishwamai_mp.training.callbacks import Callback, Checkpointing, Evaluation, Metrics, Progress, Stopping
+from vishwamai_mp.training.guard import LossGuard, blame
+from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
+from vishwamai_mp.training.schedule import learning_rate
+from vishwamai_mp.training.step import StepResult, TrainStep
+
+
+@dataclass
+class TrainerState:
+    """How far a run is. `step` counts finished steps, skipped ones included."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_steps: int = 0
+
+
+class Trainer:
+    """Trains one model on this rank of the job.
+
+    Args:
+        config: resolved for this world size.
+        runtime: process groups and device.
+        datasets: where batches come from.
+        callbacks: None: the usual ones (stopping, evaluation, checkpoints, metrics, progress).
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        runtime: Runtime,
+        datasets: Datasets,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> None:
+        self.config, self.runtime, self.datasets = config, runtime, datasets
+        self.folder = Path(config.training.output_dir)
+        _make_folder(self.folder)
+        self.chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
+        self.optimizer = build_optimizer(config, runtime, self.chunks)
+        self.steps = TrainStep(config, runtime, self.chunks, self.optimizer)
+        self.checkpoints = CheckpointManager(self.folder / "checkpoints", config, runtime)
+        self.guard = LossGuard(config.training)
+        self.state = TrainerState()
+        self.stop_reason: str | None = None
+        self.callbacks = list(callbacks) if callbacks is not None else usual_callbacks(config)
+        self._flops_per_token = flops_per_token(config.model, config.training.sequence_length)
+        peak = peak_flops(PrecisionPolicy.of(config.precision).compute, config.logging.hardware_peak_tflops)
+        self._peak_flops = peak * runtime.world_size
+
+    def train(self) -> TrainerState:
+        """Train from the newest checkpoint, or from the start, until `training.max_steps` or until asked to stop."""
+        self.resume()
+        batches = train_stream(self.config, self.datasets, self.runtime, self.state.consumed_samples)
+        for callback in self.callbacks:
+            callback.on_train_begin(self)
+        while self.state.step < self.config.training.max_steps and self.stop_reason is None:
+            record = self._step(batches)
+            for callback in self.callbacks:
+                callback.on_step_end(self, record)
+        for callback in self.callbacks:
+            callback.on_train_end(self)
+        if self.stop_reason:
+            self.say(f"stopped after step {self.state.step}: {self.stop_reason}; the same command continues")
+        return self.state
+
+    def _step(self, batches: BatchStream) -> dict[str, float]:
+        start = time.perf_counter()
+        rate = learning_rate(self.config, self.state.step)
+        micro_batches = list(itertools.islice(batches, batches.micro_batches_per_step))
+        result = self.steps.train(micro_batches, self.state.step, rate, self.guard.limit)
+        self._account(result)
+        seconds = time.perf_counter() - start
+        tokens = self.config.training.global_batch_size * self.config.training.sequence_length
+        return {
+            "consumed_tokens": self.state.consumed_tokens,
+            "lm_loss": result.lm_loss,
+            "loss": result.lm_loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "tokens_per_second": tokens / seconds,
+            "mfu": tokens / seconds * self._flops_per_token / self._peak_flops,
+            "skipped_steps": self.state.skipped_steps,
+        }
+
+    def _account(self, result: StepResult) -> None:
+        training, state = self.config.training, self.state
+        state.step += 1
+        state.consumed_samples += training.global_batch_size
+        state.consumed_tokens += training.global_batch_size * training.sequence_length
+        if not result.updated:
+            state.skipped_steps += 1
+            reason = f"loss {result.lm_loss:.4g}, gradient norm {result.grad_norm:.4g}"
+            self.say(f"step {state.step} skipped: {reason}; {blame(self.runtime, self.chunks)}")
+        self.guard.observe(result)
+
+    def evaluate(self) -> float:
+        """Mean validation loss in nats per token, over the same samples at every call and layout."""
+        stream = evaluation_stream(self.config, self.datasets, self.runtime)
+        total, count = 0.0, 0
+        while batches := list(itertools.islice(stream, stream.micro_batches_per_step)):
+            loss, tokens = self.steps.evaluate(batches)
+            total, count = total + loss * tokens, count + tokens
+        return total / count
+
+    def save(self, *, final: bool = False) -> None:
+        """Save a checkpoint of the current step; in the background with `checkpoint.async_save`, unless `final`."""
+        self.checkpoints.save(self.state.step, self.chunks, self.optimizer, self._state_dict(), final=final)
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint of the run folder, else from `checkpoint.load`, else do nothing."""
+        found = self.checkpoints.latest()
+        for reason in found.skipped:
+            self.say(reason)
+        if found.path is not None:
+            self._load_state_dict(self.checkpoints.load(found.path, self.chunks, self.optimizer))
+            self.say(f"resumed from {found.path.name}, {self.state.consumed_samples:,} samples in")
+        elif self.config.checkpoint.load:
+            self._start_from(Path(self.config.checkpoint.load))
+
+    def _start_from(self, path: Path) -> None:
+        weights_only = not self.config.checkpoint.load_optimizer
+        state = self.checkpoints.load(path, self.chunks, self.optimizer, weights_only=weights_only)
+        if not weights_only:
+            self._load_state_dict(state)
+        self.say(f"starts from {'the weights of ' if weights_only else ''}{path}, at step {self.state.step}")
+
+    def _state_dict(self) -> dict[str, Any]:
+        position = DataPosition(self.state.consumed_samples, self.datasets.fingerprint)
+        return {"trainer": asdict(self.state), "guard": self.guard.state_dict(), "data": position.to_dict()}
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = TrainerState(**state["trainer"])
+        self.guard.load_state_dict(state["guard"])
+        for change in DataPosition.from_dict(state["data"]).changes(self.datasets.fingerprint):
+            self.say(change)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, from rank 0."""
+        if self.runtime.reports:
+            print(text, file=sys.stderr, flush=True)
+
+
+def usual_callbacks(config: PretrainConfig) -> list[Callback]:
+    """Stop before saving, evaluate before writing, write before showing."""
+    return [Stopping(config.training.exit_after_minutes), Evaluation(), Checkpointing(), Metrics(), Progress()]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"training.output_dir={folder}: cannot be made ({error.strerror}); name another") from None

@@ -1,0 +1,102 @@
+"""megatron-core's optimizer over AdamW, stepped only when the gradients are sound."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.model import VishwamAIModel
+from vishwamai_mp.precision import PrecisionPolicy
+from vishwamai_mp.runtime import Runtime
+
+
+def wrap_data_parallel(
+    config: PretrainConfig, runtime: Runtime, models: Sequence[VishwamAIModel]
+) -> list[DistributedDataParallel]:
+    """Each model chunk with its gradients in contiguous fp32 buffers, reduced over the replicas."""
+    replicated = runtime.groups.dp_cp.size() > 1
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce and replicated,
+        overlap_param_gather=_overlaps_param_gather(config) and replicated,
+    )
+    return [
+        DistributedDataParallel(
+            config=model.config,
+            ddp_config=ddp,
+            module=model,
+            disable_bucketing=chunk > 0,  # later chunks' buckets would delay the first's
+            pg_collection=runtime.groups,
+        )
+        for chunk, model in enumerate(models)
+    ]
+
+
+def _overlaps_param_gather(config: PretrainConfig) -> bool:
+    parallel = config.parallel
+    return parallel.use_distributed_optimizer and parallel.overlap_grad_reduce and parallel.overlap_param_gather
+
+
+def build_optimizer(
+    config: PretrainConfig, runtime: Runtime, chunks: Sequence[DistributedDataParallel]
+) -> ChainedOptimizer:
+    """AdamW with fp32 main parameters; weight decay on matrices only."""
+    policy, options = PrecisionPolicy.of(config.precision), config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.learning_rate,
+            min_lr=options.min_learning_rate,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.epsilon,
+            clip_grad=options.clip_grad_norm,
+            params_dtype=policy.compute,
+            fp16=policy.name == "fp16",
+            bf16=policy.name == "bf16",
+            initial_loss_scale=options.initial_loss_scale,
+            loss_scale_window=options.loss_scale_window,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        ),
+        list(chunks),
+        pg_collection=runtime.groups,
+        use_gloo_process_groups=False,
+    )
+    for group in optimizer.param_groups:
+        if "foreach" in group:  # torch's AdamW, not Transformer Engine's: its one-pass kernel is off by default
+            group.update(fused=True, foreach=None)
+    return optimizer
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
+    """The learning rate of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: ChainedOptimizer) -> float:
+    """Make the gradients ready (unscaled, in fp32) and return their global 2-norm; inf after an fp16 overflow.
+
+    Equal on all ranks, so that all take the same decision about the step.
+    """
+    if optimizer.prepare_grads():
+        return float("inf")
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: ChainedOptimizer, norm: float, max_norm: float) -> None:
+    """Scale gradients of norm `norm` down to `max_norm` (0: as they are) and update the parameters."""
+    if max_norm > 0:
+        for part in optimizer.chained_optimizers:
+            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=norm)
+    optimizer.step_with_ready_grads()

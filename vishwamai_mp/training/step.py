@@ -1,0 +1,131 @@
+"""One training step: forward and backward over the step's micro-batches, then the optimizer.
+
+Shapes: B micro-batch, T tokens, Q this context parallel rank's tokens.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.data.batches import Batch, context_shard
+from vishwamai_mp.runtime import Runtime, seed_step
+from vishwamai_mp.training.optimizer import clip_and_step, gradient_norm, set_learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step yielded. `lm_loss` is the mean over the step's unmasked tokens, nats; equal on all ranks."""
+
+    lm_loss: float
+    tokens: int
+    grad_norm: float
+    updated: bool
+
+
+class TrainStep:
+    """Runs training steps and evaluations on this rank's model chunks."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        runtime: Runtime,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: ChainedOptimizer,
+    ) -> None:
+        self.config, self.runtime, self.chunks, self.optimizer = config, runtime, list(chunks), optimizer
+        self._forward_backward = get_forward_backward_func()
+        self._connect_schedule()
+
+    def _connect_schedule(self) -> None:
+        """Tell megatron-core's schedule how to scale, reduce and gather."""
+        megatron = self.chunks[0].config
+        megatron.grad_scale_func = self.optimizer.scale_loss
+        megatron.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.runtime.groups)
+        ddp = self.chunks[0].ddp_config
+        if ddp.overlap_grad_reduce:
+            megatron.no_sync_func = _one_or_all([chunk.no_sync for chunk in self.chunks])
+            megatron.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in self.chunks])
+        if ddp.overlap_param_gather:
+            megatron.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in self.chunks])
+
+    def train(self, batches: Sequence[Batch], step: int, learning_rate: float, loss_limit: float) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            batches: this rank's micro-batches.
+            step: seeds dropout.
+            learning_rate: of this step.
+            loss_limit: with a loss above it, or a non-finite loss or gradient, parameters stay as they are.
+        """
+        seed_step(self.config.training.seed, step)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        lm_loss, tokens = self._run(batches, forward_only=False)
+        norm = gradient_norm(self.optimizer)
+        sound = math.isfinite(norm) and math.isfinite(lm_loss) and lm_loss <= loss_limit
+        if sound:
+            set_learning_rate(self.optimizer, learning_rate)
+            clip_and_step(self.optimizer, norm, self.config.optimizer.clip_grad_norm)
+        return StepResult(lm_loss, tokens, norm, sound)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Mean loss in nats over the unmasked tokens of `batches` on all replicas, and the number of those tokens."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._run(batches, forward_only=True)
+
+    def _run(self, batches: Sequence[Batch], forward_only: bool) -> tuple[float, int]:
+        training = self.config.training
+        sums = self._forward_backward(
+            forward_step_func=self._forward,
+            data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=training.sequence_length,
+            micro_batch_size=training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        groups = self.runtime.groups
+        total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+        if sums:
+            total += torch.stack(sums).sum(0)
+            dist.all_reduce(total, group=groups.dp_cp)
+        if groups.pp.size() > 1:  # only the last stage has a loss; all take the decision about the step
+            dist.broadcast(total, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+        loss_sum, tokens = total.tolist()
+        return loss_sum / max(tokens, 1.0), int(tokens)
+
+    def _forward(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, partial]:
+        """megatron-core's forward step: the output and how to make a loss of it."""
+        batch = next(batches)
+        output = model(
+            batch.tokens,
+            # Positions that all rows share cost the model less.
+            position_ids=batch.position_ids if self.config.data.reset_position_ids else None,
+            labels=batch.labels,
+            document_ids=batch.document_ids,
+        )
+        cp = self.runtime.groups.cp
+        return output, partial(_loss, context_shard(batch.loss_mask, cp.rank(), cp.size()))
+
+
+def _loss(mask_BQ: Tensor, losses_BQ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over unmasked tokens, their number, and both detached for the report."""
+    loss, tokens = (losses_BQ * mask_BQ).sum(), mask_BQ.sum()
+    return loss, tokens.int(), torch.stack((loss.detach().double(), tokens.double()))
+
+
+def _one_or_all(functions: list) -> object:
+    return functions[0] if len(functions) == 1 else functions
