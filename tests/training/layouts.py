@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
         "initializer_range": 0.1,
     },
     "parallel": {"use_distributed_optimizer": False},
-    "optimizer": {"learning_rate": 5e-3},
+    "optimizer": {"learning_rate": 1e-3},
     "precision": "fp32",
     "training": {"sequence_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": 10, "threads": 1},
 }

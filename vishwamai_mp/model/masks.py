@@ -1,4 +1,7 @@
-"""Which token may attend to which. Shapes: B batch, T tokens of the whole sequence, Q this rank's tokens."""
+"""Which token may attend to which.
+
+Shapes: B batch, T tokens of the whole sequence, Q queries (this rank's tokens), S keys.
+"""
 
 import torch
 from torch import Tensor
@@ -16,34 +19,27 @@ def local_positions(length: int, rank: int, size: int, device: torch.device | No
 
 
 def attention_mask(
-    length: int,
-    *,
-    document_ids: Tensor | None = None,
+    query_positions: Tensor,
+    key_positions: Tensor,
     window: int | None = None,
-    context_rank: int = 0,
-    context_size: int = 1,
-    device: torch.device | None = None,
-) -> Tensor | None:
-    """True where a query may attend to a key.
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """True where a query may attend to a key: not after it, within the window, in the same document.
 
     Args:
-        length: T.
-        document_ids: (B, T) integers; tokens of different documents do not see each other.
+        query_positions: (Q,) places in the sequence.
+        key_positions: (S,).
         window: a token sees this many tokens up to and including itself.
-        context_rank, context_size: queries are this rank's; keys are all ranks', in rank order.
+        document_ids: (B, T) integers, by place in the sequence.
 
     Returns:
-        (1 or B, 1, Q, T) bool, or None where plain causal order says it all.
+        (1 or B, 1, Q, S) bool.
     """
-    if document_ids is None and window is None and context_size == 1:
-        return None
-    queries = local_positions(length, context_rank, context_size, device)
-    keys = torch.cat([local_positions(length, rank, context_size, device) for rank in range(context_size)])
-    distance = queries[:, None] - keys[None, :]
+    distance = query_positions[:, None] - key_positions[None, :]
     allowed = distance >= 0
     if window is not None:
         allowed &= distance < window
     if document_ids is None:
         return allowed[None, None]
-    same = document_ids[:, queries, None] == document_ids[:, None, keys]
+    same = document_ids[:, query_positions, None] == document_ids[:, None, key_positions]
     return (allowed & same)[:, None]

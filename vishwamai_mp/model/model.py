@@ -5,6 +5,7 @@ Shapes: B batch, T tokens of the sequence, Q tokens of this context parallel ran
 
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -72,29 +73,23 @@ class VishwamAIModel(GPTModel):
             position_ids: (B, T); None: 0 … T−1.
             labels: (B, T) target ids.
             document_ids: (B, T); tokens attend within their own document only.
-            inference_context: megatron-core's key-value cache; `position_ids` are then those of `tokens`.
+            inference_context: megatron-core's key-value cache; `tokens` then continue what it holds.
 
         Returns:
             on the last stage, losses (B, Q) fp32 with labels and logits (Q, B, V) without; else hidden states.
         """
-        length, cp = tokens.shape[1], self.pg_collection.cp
-        local = local_positions(length, cp.rank(), cp.size(), tokens.device)
+        cp, device = self.pg_collection.cp, tokens.device
+        start = inference_context.sequence_len_offset if inference_context else 0
+        keys = [local_positions(start + tokens.shape[1], rank, cp.size(), device) for rank in range(cp.size())]
+        local = keys[cp.rank()][start:]
         if cp.size() > 1:
             tokens = tokens[:, local]
             labels = labels if labels is None else labels[:, local]
-        hidden = self.embedding(tokens, position_ids=None) if self.pre_process else None
-        mask = attention_mask(
-            length,
-            document_ids=document_ids,
-            window=self.model_config.sliding_window,
-            context_rank=cp.rank(),
-            context_size=cp.size(),
-            device=tokens.device,
-        )
         hidden = self.decoder(
-            hidden_states=hidden,
-            attention_mask=mask,
-            rotary_pos_emb=self.rotary(local if position_ids is None else position_ids[:, local]),
+            hidden_states=self.embedding(tokens, position_ids=None) if self.pre_process else None,
+            attention_mask=self._mask(local, torch.cat(keys), document_ids),
+            # megatron-core's cache keeps keys as they were before rotation, so it asks for the angles of all.
+            rotary_pos_emb=self.rotary(keys[cp.rank()] if position_ids is None else position_ids[:, local]),
             inference_context=inference_context,
         )
         if not self.post_process:
@@ -107,6 +102,13 @@ class VishwamAIModel(GPTModel):
             logits, labels.transpose(0, 1), self.model_config.vocab_size, self.pg_collection.tp
         )
         return losses.transpose(0, 1)
+
+    def _mask(self, queries: Tensor, keys: Tensor, document_ids: Tensor | None) -> Tensor | None:
+        """None where plain causal order says it all, which attention kernels know by themselves."""
+        window = self.model_config.sliding_window
+        if document_ids is None and window is None and self.pg_collection.cp.size() == 1:
+            return None
+        return attention_mask(queries, keys, window, document_ids)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

@@ -34,14 +34,16 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
 
 
 def write_run_description(folder: Path, config: PretrainConfig, runtime: Runtime) -> None:
-    """`config.yaml` (resolved) and `environment.json` into a run folder, each whole or not at all."""
-    _write(folder / "config.yaml", to_yaml(config))
-    _write(folder / "environment.json", json.dumps(describe_environment(runtime), indent=2) + "\n")
+    """`config.yaml` (resolved), `environment.json` and the tokenizer into a run folder, each whole or not at all."""
+    _write(folder / "config.yaml", to_yaml(config).encode())
+    _write(folder / "environment.json", json.dumps(describe_environment(runtime), indent=2).encode() + b"\n")
+    if config.data.tokenizer:
+        _write(folder / "tokenizer.model", Path(config.data.tokenizer).read_bytes())
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(path)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -40,13 +39,11 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
 
 def _first_to_fail() -> bool:
     """Whether no other process of this job, on this machine and in this attempt, has failed before."""
-    attempt = "-".join(
-        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
-    )
-    # The launcher's process number tells this attempt from an earlier job that had the same port.
-    flag = Path(tempfile.gettempdir()) / f"vishwamai-failed-{attempt}-{os.getppid()}".replace("\0", "")
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's: ATTEMPT/LOCAL_RANK/error.json
+    if error_file is None:
+        return True
     try:
-        flag.touch(exist_ok=False)
+        Path(error_file).parent.parent.joinpath("failed").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:

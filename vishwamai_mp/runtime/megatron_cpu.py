@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 _RANDOM = "megatron.core.tensor_parallel.random"
+_JIT = "megatron.core.jit"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 _NAME = "_vishwamai_cpu"  # what `torch.cuda` is called in a rewritten module
 
@@ -84,8 +85,11 @@ class _ToCpu(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """`tensor.cuda(…)` becomes `tensor`."""
+        """`tensor.cuda(…)` becomes `tensor`; `torch.autocast("cuda")` and `x.to("cuda")` name the CPU."""
         self.generic_visit(node)
+        for argument in node.args:
+            if isinstance(argument, ast.Constant) and argument.value == "cuda":
+                argument.value = "cpu"
         return node.func.value if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda" else node
 
 
@@ -105,13 +109,15 @@ class _Loader(importlib.machinery.SourceFileLoader):
             module._get_cuda_rng_state = _cpu.get_rng_state  # type: ignore[attr-defined]
             module._set_cuda_rng_state = _cpu.set_rng_state  # type: ignore[attr-defined]
             logging.getLogger(_RANDOM).setLevel(logging.ERROR)  # it would warn at each use that the CPU's state moved
+        elif module.__name__ == _JIT:
+            module.disable_jit_fuser()  # type: ignore[attr-defined]  # seconds at import and first use, no gain here
         elif module.__name__ == _DISTRIBUTED_OPTIMIZER:
             _repair_distributed_optimizer(module.DistributedOptimizer)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if not fullname.startswith("megatron.core"):
+        if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec and type(spec.loader) is importlib.machinery.SourceFileLoader:

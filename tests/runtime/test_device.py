@@ -1,0 +1,72 @@
+"""Which device, how fast, how much memory."""
+
+import importlib
+import os
+
+import pytest
+import torch
+
+# Not `from vishwamai_mp.runtime import device`: the room exports the function of that name.
+room = importlib.import_module("vishwamai_mp.runtime.device")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_local_rank_comes_from_torchrun(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert room.local_rank() == 0
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert room.local_rank() == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU")
+def test_cores_are_shared_among_processes(monkeypatch, threads):
+    cores = len(os.sched_getaffinity(0))
+    for processes, expected in ((1, cores), (cores, 1), (cores + 1, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        room.set_threads(None)
+        assert torch.get_num_threads() == expected
+    room.set_threads(3)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L40S", 362),
+    ],
+)
+def test_known_gpus_have_their_data_sheets_peak(monkeypatch, name, tflops):
+    monkeypatch.setattr(room, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert room.peak_flops(torch.bfloat16) == tflops * 1e12
+
+
+def test_an_unknown_gpu_has_no_peak(monkeypatch):
+    monkeypatch.setattr(room, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Abacus 3")
+    assert room.peak_flops(torch.bfloat16) != room.peak_flops(torch.bfloat16)  # nan
+    assert room.peak_flops(torch.bfloat16, configured_tflops=2.0) == 2e12
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU")
+def test_a_cpus_peak_is_measured_once():
+    measured = room.peak_flops(torch.float32)
+    assert 1e8 < measured < 1e14
+    assert room.peak_flops(torch.float32) == measured
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = room.peak_memory_gib()
+    assert before > 0.01
+    held = torch.ones(int((before + 0.1) * 2**30) // 4) if before < 4 else None
+    assert held is None or room.peak_memory_gib() >= before + 0.1

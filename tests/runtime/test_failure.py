@@ -1,0 +1,82 @@
+"""A failing job of real processes prints one error, and ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+# The file is loaded by its path: importing the room would import megatron-core in each process, for seconds.
+_PROGRAM = f"""
+import importlib.util, os, sys, time
+from vishwamai_mp.config import UserError
+spec = importlib.util.spec_from_file_location("failure", {str(_REPOSITORY / "vishwamai_mp/runtime/failure.py")!r})
+failure = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(failure)
+case, rank = sys.argv[1], os.environ.get("RANK", "0")
+
+def main():
+    if case == "user" and rank == "1":
+        raise UserError("data.train=x: no such file; give a prefix")
+    if case == "defect" and rank == "1":
+        raise RuntimeError("a defect of ours")
+    if case == "all":
+        raise RuntimeError(f"seen on rank {{rank}}")
+    if case == "code":
+        return 3
+    if case in ("user", "defect") and "RANK" in os.environ:
+        time.sleep(60)  # as in a collective that a dead peer never answers
+    if case == "alone":
+        raise UserError("data.train=x: no such file; give a prefix")
+
+failure.run_distributed_program(main)
+"""
+
+
+def _run(tmp_path, case, processes):
+    program = tmp_path / "program.py"
+    program.write_text(_PROGRAM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *launcher, str(program), case],
+        env={**environment, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def test_a_users_mistake_is_one_line(tmp_path):
+    result = _run(tmp_path, "user", 2)
+    assert result.returncode == 1
+    ours = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert ours == ["error: data.train=x: no such file; give a prefix"]
+    assert "UserError" not in result.stderr  # no traceback of ours beside torchrun's own
+
+
+def test_a_defect_shows_one_traceback_with_its_rank(tmp_path):
+    result = _run(tmp_path, "defect", 2)
+    assert result.returncode == 1
+    assert result.stderr.count("error on rank 1:") == 1
+    assert result.stderr.count("RuntimeError: a defect of ours") == 1
+    assert "error on rank 0:" not in result.stderr
+
+
+def test_only_the_first_of_many_reports(tmp_path):
+    result = _run(tmp_path, "all", 2)
+    assert result.returncode == 1
+    assert result.stderr.count("RuntimeError: seen on rank") == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "stderr"),
+    [("alone", 1, "error: data.train=x: no such file; give a prefix\n"), ("nothing", 0, ""), ("code", 3, "")],
+)
+def test_one_process_alone(tmp_path, case, code, stderr):
+    result = _run(tmp_path, case, 0)
+    assert (result.returncode, result.stderr) == (code, stderr)

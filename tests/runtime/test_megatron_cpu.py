@@ -1,0 +1,106 @@
+"""The rewriting that lets megatron-core run without CUDA: each idiom, and nothing else."""
+
+import ast
+import importlib
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+
+from vishwamai_mp.runtime import megatron_cpu
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adapter does nothing where CUDA exists")
+
+
+def _rewritten(source: str) -> str:
+    return ast.unparse(megatron_cpu._ToCpu().visit(ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("torch.zeros(3, device='cuda')", "torch.zeros(3, device='cpu')"),
+        (
+            "torch.zeros(3, device=torch.cuda.current_device())",
+            "torch.zeros(3, device=_vishwamai_cpu.current_device())",
+        ),
+        ("torch.zeros(3, pin_memory=True)", "torch.zeros(3, pin_memory=False)"),
+        ("loss.cuda(non_blocking=True)", "loss"),
+        ("loss.cuda().float()", "loss.float()"),
+        ("f(x.cuda(), y.cuda(0))", "f(x, y)"),
+        ("kind == 'torch.cuda.FloatTensor'", "kind == 'torch.FloatTensor'"),
+        ("with torch.cuda.stream(s):\n    pass", "with _vishwamai_cpu.stream(s):\n    pass"),
+    ],
+)
+def test_an_idiom_is_rewritten(source, expected):
+    assert _rewritten(source) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.zeros(3, device='cpu')",
+        "torch.zeros(3, device=device)",
+        "torch.zeros(3, pin_memory=False)",
+        "config.cuda_graph = True",
+        "other.cuda.synchronize()",
+        "name = 'cuda'",
+        "text = 'needs torch.cuda.nvtx'",
+    ],
+)
+def test_what_is_no_idiom_stays(source):
+    assert _rewritten(source) == source
+
+
+def test_rewritten_code_runs_on_the_cpu():
+    code = compile(
+        megatron_cpu._ToCpu().visit(ast.parse("y = torch.ones(2, device=torch.cuda.current_device()).cuda() + 1")),
+        "<test>",
+        "exec",
+    )
+    space = {"torch": torch, "_vishwamai_cpu": megatron_cpu._cpu}
+    exec(code, space)
+    assert space["y"].tolist() == [2.0, 2.0]
+    assert space["y"].device.type == "cpu"
+
+
+def test_megatron_core_came_through_the_hook():
+    module = importlib.import_module("megatron.core.tensor_parallel.layers")
+    assert isinstance(module.__loader__, megatron_cpu._Loader)
+    assert module._vishwamai_cpu is megatron_cpu._cpu
+
+
+def test_nothing_outside_megatron_core_changes(tmp_path, monkeypatch):
+    (tmp_path / "bystander.py").write_text("def f(x):\n    return x.cuda(device='cuda')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    bystander = importlib.import_module("bystander")
+    assert "cuda" in bystander.f.__code__.co_names
+    finder = megatron_cpu._Finder()
+    assert finder.find_spec("torch.cuda") is None
+    assert finder.find_spec("transformers") is None
+    assert isinstance(torch.cuda, types.ModuleType)
+    assert torch.cuda.__name__ == "torch.cuda"
+
+
+def test_installing_twice_adds_one_hook():
+    megatron_cpu.install()
+    assert sum(isinstance(finder, megatron_cpu._Finder) for finder in sys.meta_path) == 1
+
+
+def test_the_stand_in_answers_for_torch_cuda():
+    cpu = megatron_cpu._cpu
+    cpu.manual_seed(5)
+    first = torch.rand(3)
+    state = cpu.get_rng_state()
+    second = torch.rand(3)
+    cpu.set_rng_state(state, "cuda:0")
+    assert torch.equal(torch.rand(3), second)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), first)
+    cpu.empty_cache()
+    cpu.synchronize()
+    assert cpu.device_count() == torch.cpu.device_count()
+    assert cpu.random.get_rng_state().dtype == torch.uint8
+    assert cpu.get_device_properties is torch.cuda.get_device_properties  # what torch.cpu lacks is torch.cuda's own

@@ -1,0 +1,146 @@
+"""The two data tools as a user runs them."""
+
+import contextlib
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vishwamai_mp.data.indexed import check_indexed
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES = [f"The {i}. of the counted mice sat on mat {i * i}.\n" for i in range(300)]
+
+
+def run(tool, *arguments, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A corpus and the tokenizer the tool makes of it."""
+    folder = tmp_path_factory.mktemp("cli")
+    with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": line}) + "\n" for line in LINES)
+    (folder / "more.txt").write_text("".join(LINES))
+    arguments = ("--input", folder / "corpus.jsonl.gz", folder / "more.txt", "--vocab-size", 400)
+    done = run("train_tokenizer.py", *arguments, "--output-prefix", folder / "small")
+    assert done.returncode == 0, done.stderr
+    assert "small.model: 400 tokens" in done.stdout
+    return folder
+
+
+@pytest.mark.parametrize("tool", ["train_tokenizer.py", "preprocess_data.py"])
+def test_help_has_an_example(tool):
+    done = run(tool, "--help")
+    assert done.returncode == 0
+    assert f"python tools/{tool} --input" in done.stdout
+
+
+def test_files_of_several_formats(folder, tmp_path):
+    inputs = (folder / "corpus.jsonl.gz", folder / "more.txt")
+    tokenizer = ("--tokenizer", folder / "small.model", "--append-eod", "--workers", 2)
+    done = run("preprocess_data.py", "--input", *inputs, *tokenizer, "--output-prefix", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    stats = check_indexed(tmp_path / "out_text_document", vocab_size=400)
+    assert stats.num_documents == 301
+    assert f"out_text_document: 301 documents, {stats.num_tokens} tokens" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out_text_document.bin", "out_text_document.idx"]
+
+
+def test_skipped_documents_are_named_and_counted(folder, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n' + "bad\n" * 12)
+    arguments = ("--input", tmp_path / "bad.jsonl", "--output-prefix", tmp_path / "out", "--on-error", "skip")
+    done = run("preprocess_data.py", *arguments, "--tokenizer", folder / "small.model")
+    assert done.returncode == 0
+    assert done.stderr.count("skipped ") == 11  # ten with their place, and one line for the rest
+    assert f"skipped {tmp_path}/bad.jsonl:2: not JSON" in done.stderr
+    assert "0 documents without text, 12 malformed skipped" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("tool", "content", "changes", "message"),
+    [
+        ("preprocess_data.py", "bad\n", {}, r"in.jsonl:1: not JSON: Expecting value at column 1 (--on-error skip"),
+        ("preprocess_data.py", "", {}, "in.jsonl:1: the file is empty"),
+        ("preprocess_data.py", "{}", {"--tokenizer": "none.model"}, "no tokenizer file none.model"),
+        ("preprocess_data.py", "{}", {"--input": "none.jsonl"}, "no input file none.jsonl"),
+        ("preprocess_data.py", "{}", {"--output-prefix": "no/out"}, "there is no folder"),
+        ("preprocess_data.py", "{}", {"--workers": 0}, "--workers 0: at least 1"),
+        ("train_tokenizer.py", "bad\n", {}, r"in.jsonl:1: not JSON: Expecting value at column 1 (--on-error skip"),
+        ("train_tokenizer.py", '{"text": "few"}', {}, "--vocab-size 400 is more than this text can fill: at most"),
+        ("train_tokenizer.py", '{"text": "few"}', {"--character-coverage": 2}, "--character-coverage 2.0: a share"),
+        ("train_tokenizer.py", '{"text": "few"}', {"--threads": 0}, "--threads 0: at least 1"),
+        ("train_tokenizer.py", '{"text": ""}', {}, "no text to train a tokenizer on"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, tool, content, changes, message):
+    (tmp_path / "in.jsonl").write_text(content)
+    own = {"--tokenizer": folder / "small.model"} if tool == "preprocess_data.py" else {"--vocab-size": 400}
+    arguments = {"--input": "in.jsonl", "--output-prefix": "out"} | own | changes
+    done = run(tool, *(part for pair in arguments.items() for part in pair), cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_nothing(folder, tmp_path, sent, workers):
+    os.mkfifo(tmp_path / "in.jsonl")
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", "in.jsonl", "--output-prefix", "out"]
+    command += ["--tokenizer", str(folder / "small.model"), "--workers", str(workers)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen(command, start_new_session=True, **options) as process,
+        open(tmp_path / "in.jsonl", "w") as pipe,
+    ):
+        pipe.write("".join(json.dumps({"text": line}) + "\n" for line in LINES * 100))  # over one block
+        pipe.flush()
+        assert list(tmp_path.glob("*.tmp"))
+        for _ in range(10):  # a signal between two reads waits for the next one
+            os.killpg(process.pid, sent)  # as a terminal does, to the workers too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=3)
+                break
+        assert process.stderr
+        errors = process.stderr.read()
+    assert process.returncode == 1
+    assert errors.strip().endswith("interrupted")
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    with pytest.raises(ProcessLookupError):  # no worker outlives its parent
+        os.killpg(process.pid, 0)
+
+
+def test_workers_follow_a_killed_parent(folder, tmp_path):
+    os.mkfifo(tmp_path / "in.jsonl")
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", "in.jsonl", "--output-prefix", "out"]
+    command += ["--tokenizer", str(folder / "small.model"), "--workers", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, start_new_session=True, cwd=tmp_path, env=environment) as process:
+        with open(tmp_path / "in.jsonl", "w") as pipe:
+            pipe.write("".join(json.dumps({"text": line}) + "\n" for line in LINES * 100))
+            pipe.flush()
+            process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+    pytest.fail("a worker is still there")

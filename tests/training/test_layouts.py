@@ -1,0 +1,117 @@
+"""Every layout trains the same model from the same seed: losses and gradient norms against one process."""
+
+import pytest
+
+from tests.training.layouts import train
+from tests.workers import WorkerPool
+
+_TENSOR = "parallel.tensor_model_parallel_size="
+_PIPELINE = "parallel.pipeline_model_parallel_size="
+_CHUNKS = "parallel.virtual_pipeline_model_parallel_size="
+_CONTEXT = "parallel.context_parallel_size="
+_SEQUENCE = "parallel.sequence_parallel=true"
+_SHARDED_OPTIMIZER = "parallel.use_distributed_optimizer=true"
+
+# name: (processes, layout)
+LAYOUTS = {
+    "DP1 sharded optimizer": (1, [_SHARDED_OPTIMIZER]),
+    "DP2": (2, []),
+    "DP2 sharded optimizer, overlap": (2, [_SHARDED_OPTIMIZER]),
+    "TP2": (2, [_TENSOR + "2"]),
+    "TP2 SP": (2, [_TENSOR + "2", _SEQUENCE]),
+    "PP2": (2, [_PIPELINE + "2"]),
+    "PP2x2": (2, [_PIPELINE + "2", _CHUNKS + "2"]),
+    "PP4": (4, [_PIPELINE + "4"]),
+    "CP2": (2, [_CONTEXT + "2"]),
+    "TP2 PP2": (4, [_TENSOR + "2", _PIPELINE + "2"]),
+    "TP2 CP2": (4, [_TENSOR + "2", _CONTEXT + "2"]),
+    "TP2 SP DP2 sharded optimizer": (4, [_TENSOR + "2", _SEQUENCE, _SHARDED_OPTIMIZER]),
+}
+UNEVEN = {
+    "PP2 3+1": (2, [_PIPELINE + "2", "parallel.num_layers_in_first_pipeline_stage=3"]),
+    "PP2 1+3": (2, [_PIPELINE + "2", "parallel.num_layers_in_last_pipeline_stage=3"]),
+}
+# name: settings under which layouts must agree too
+VARIANTS = {
+    "tied": ["model.tie_word_embeddings=true"],
+    "packed": ["data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true"],
+    "window": ["model.sliding_window=7"],
+}
+FOR_VARIANTS = ("DP2 sharded optimizer, overlap", "TP2 SP", "PP2", "PP2x2", "CP2")
+Curve = list[tuple[float, float]]
+
+
+def curve(workers: WorkerPool, processes: int, overrides: list[str], steps: int = 10) -> Curve:
+    """The training curve, after a check that all ranks saw the same one."""
+    curves = workers.run(train, processes, overrides, steps)
+    assert all(other == curves[0] for other in curves)
+    return curves[0]
+
+
+@pytest.fixture(scope="module")
+def one_process(workers):
+    """Curves of one process, by settings, each computed once."""
+    known: dict[tuple[str, ...], Curve] = {}
+
+    def get(*overrides: str) -> Curve:
+        if overrides not in known:
+            known[overrides] = curve(workers, 1, list(overrides))
+        return known[overrides]
+
+    return get
+
+
+def assert_equal(ours: Curve, theirs: Curve, loss: float = 1e-6, norm: float = 1e-5) -> None:
+    assert max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)) < loss
+    assert max(abs(a[1] - b[1]) for a, b in zip(ours, theirs, strict=True)) < norm
+
+
+def test_the_model_learns(one_process):
+    """What follows would be empty if nothing changed over the steps."""
+    losses = [loss for loss, _ in one_process()]
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("name", LAYOUTS | UNEVEN)
+def test_fp32_layout_equals_one_process(workers, one_process, name):
+    processes, layout = (LAYOUTS | UNEVEN)[name]
+    assert_equal(curve(workers, processes, layout), one_process())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", FOR_VARIANTS)
+def test_layouts_agree_in_variants(workers, one_process, name, variant):
+    processes, layout = LAYOUTS[name]
+    settings = VARIANTS[variant]
+    assert_equal(curve(workers, processes, [*layout, *settings]), one_process(*settings))
+    assert one_process(*settings) != one_process()
+
+
+# Weights of an ordinary size for once: bf16's rounding grows with the activations.
+_BF16 = ["precision=bf16", "model.initializer_range=0.04", "training.sequence_length=64"]
+
+
+@pytest.mark.parametrize("name", ["DP2 sharded optimizer, overlap", "TP2 SP", "PP2", "CP2"])
+def test_bf16_layout_equals_one_process(workers, one_process, name):
+    """Within 5e-4: a bf16 activation is rounded at other places when its sum is split."""
+    processes, layout = LAYOUTS[name]
+    ours, theirs = curve(workers, processes, [*layout, *_BF16]), one_process(*_BF16)
+    assert_equal(ours, theirs, loss=5e-4, norm=1e-3)
+    assert theirs != one_process(*_BF16[1:])
+
+
+_DROPOUT = ["model.attention_dropout=0.1", "model.hidden_dropout=0.1"]
+
+
+@pytest.mark.parametrize("name", ["one process", *LAYOUTS])
+def test_recompute_changes_nothing(workers, name):
+    """Under dropout, in each layout: recomputed activations see the masks that the first pass saw."""
+    processes, layout = LAYOUTS.get(name, (1, []))
+    plain = curve(workers, processes, [*layout, *_DROPOUT], steps=3)
+    for kind in ("full", "selective"):
+        again = curve(workers, processes, [*layout, *_DROPOUT, f"training.recompute={kind}"], steps=3)
+        assert_equal(again, plain)
+
+
+def test_dropout_acts(workers, one_process):
+    assert curve(workers, 1, _DROPOUT) != one_process()

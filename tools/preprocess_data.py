@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Turn text into the indexed token files that training reads.
+
+example:
+  python tools/preprocess_data.py --input corpus/*.jsonl.zst --tokenizer tokenizer.model --append-eod \\
+      --workers 8 --output-prefix corpus/train
+    writes corpus/train_text_document.bin and .idx; train on them with data.train=corpus/train_text_document
+
+Documents keep the order of the input. The files are byte for byte those of Megatron-LM's tool for the same tokenizer.
+They appear when complete; after an error or an interrupt nothing is left behind.
+"""
+
+import argparse
+
+from vishwamai_mp.config.errors import run_program
+from vishwamai_mp.data.preprocess import PreprocessReport, preprocess
+from vishwamai_mp.data.progress import CorpusProgress, stop_on_sigterm
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines (.jsonl .json), .parquet, or plain text (.txt .md .rst .py, a document per file), "
+        "each also with .gz or .zst; a document may have up to 256 MiB",
+    )
+    parser.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys or columns that hold text; each makes a pair of files of its own (default: text)",
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="SentencePiece .model")
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)")
+    parser.add_argument(
+        "--output-prefix", required=True, metavar="PATH", help="files are PATH_<key>_document.bin, .idx"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a malformed document: stop with its file:line, or leave it out and count it (default: stop)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    stop_on_sigterm()
+    with CorpusProgress() as progress:
+
+        def show(report: PreprocessReport) -> None:
+            progress.update(report.documents, report.bytes_read, report.total_bytes)
+
+        report = preprocess(
+            arguments.input,
+            arguments.tokenizer,
+            arguments.output_prefix,
+            keys=arguments.json_keys,
+            append_eod=arguments.append_eod,
+            workers=arguments.workers,
+            on_error=arguments.on_error,
+            on_progress=show,
+            on_skip=progress.skipped,
+        )
+    for key, prefix in report.prefixes.items():
+        print(f"{prefix}: {report.documents} documents, {report.tokens[key]} tokens")
+    rate = report.total_bytes / report.seconds / 1e6
+    print(
+        f"{report.empty_documents} documents without text, {report.skipped_documents} malformed skipped; "
+        f"{report.seconds:.1f} s, {report.documents / report.seconds:.0f} docs/s, {rate:.2f} MB/s of input"
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

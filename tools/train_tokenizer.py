@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Train a SentencePiece tokenizer on text, for tools/preprocess_data.py and for training.
+
+example:
+  python tools/train_tokenizer.py --input corpus/*.jsonl.zst --vocab-size 64000 --output-prefix tokenizer
+    writes tokenizer.model: byte-pair tokens, the 256 bytes, <unk> <s> </s> <pad>,
+    [MEMORY] [REASONING] [CACHE] [STEP], and single digits; any text encodes without loss
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.data.corpus import CorpusReader, Malformed, read_block
+from vishwamai_mp.data.progress import CorpusProgress, stop_on_sigterm
+from vishwamai_mp.data.tokenizer import train_tokenizer
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines (.jsonl .json), .parquet, or plain text (.txt .md .rst .py), each also with .gz or .zst",
+    )
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="TOKENS", help="tokens in all, at least 400")
+    parser.add_argument("--output-prefix", required=True, metavar="PATH", help="the file is PATH.model")
+    parser.add_argument("--json-key", default="text", help="key or column that holds the text (default: %(default)s)")
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        metavar="SHARE",
+        help="share of the characters read that get a token of their own, in (0, 1]; the rest become bytes "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads (default: %(default)s)")
+    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a malformed document")
+    return parser.parse_args()
+
+
+def texts(reader: CorpusReader, key: str, on_error: str, progress: CorpusProgress) -> Iterator[str]:
+    documents = skipped = 0
+    for block in reader:
+        for document in read_block(block, [key]):
+            if isinstance(document, Malformed):
+                if on_error == "stop":
+                    raise UserError(f"{document} (--on-error skip leaves such documents out)")
+                skipped += 1
+                progress.skipped(document)
+            else:
+                documents += 1
+                yield document[0]
+        progress.update(documents, reader.bytes_read)
+    progress.close()
+    print(f"{documents} documents read, {skipped} skipped; training", file=sys.stderr)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if not 0 < arguments.character_coverage <= 1:
+        raise UserError(f"--character-coverage {arguments.character_coverage}: a share in (0, 1]")
+    if arguments.threads < 1:
+        raise UserError(f"--threads {arguments.threads}: at least 1")
+    stop_on_sigterm()
+    reader = CorpusReader(arguments.input, [arguments.json_key])
+    with CorpusProgress(reader.total_bytes) as progress:
+        tokenizer = train_tokenizer(
+            texts(reader, arguments.json_key, arguments.on_error, progress),
+            arguments.vocab_size,
+            arguments.output_prefix,
+            character_coverage=arguments.character_coverage,
+            num_threads=arguments.threads,
+        )
+    print(f"{tokenizer.path}: {tokenizer.vocab_size} tokens")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,227 @@
+"""What of a model and its optimizer is stored, under which names, independent of the layout.
+
+A tensor's name is its parameter's in the whole model (`decoder.layers.7.mlp.linear_fc1.weight`), whatever stage and
+chunk hold it; the optimizer's have `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.` in front. Main parameters of an
+fp32 model are its parameters and are not stored twice. The optimizer's step and loss scale are stored apart, as JSON;
+its hyperparameters are not stored: the configuration says them.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from vishwamai_mp.runtime import Runtime  # before megatron.core
+
+# isort: split
+import torch
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+_MAIN = "optimizer.state.fp32_param."
+_DISTRIBUTED_MAIN = "optimizer.state.param."  # the distributed optimizer's name for the same
+
+
+def model_state(chunks: Sequence[nn.Module], runtime: Runtime) -> dict[str, Any]:
+    """The model's sharded tensors, one entry per chunk of this rank."""
+    metadata = _metadata(runtime)
+    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+
+def load_model(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
+    """Put what `model_state` asked for into the model."""
+    for i, chunk in enumerate(chunks):
+        result = unwrap(chunk).load_state_dict(loaded[f"model{i}"], strict=False)
+        # A checkpoint saved without Transformer Engine lacks its scaling factors; they form anew.
+        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        assert not missing, missing
+        assert not result.unexpected_keys, result.unexpected_keys
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer, model: dict[str, Any], runtime: Runtime, is_loading: bool
+) -> dict[str, Any]:
+    """The optimizer's sharded tensors and, as megatron-core wants them back at loading, its hyperparameters.
+
+    Args:
+        optimizer: megatron-core's, chained or not.
+        model: from `model_state`.
+        runtime: process groups.
+        is_loading: whether tensors are to be filled rather than read.
+    """
+    state = {}
+    for i, part in enumerate(_parts(optimizer)):
+        _fill_state(part)
+        if isinstance(part, DistributedOptimizer):
+            part.get_parameter_state_dp_zero = partial(_world_state_with_padding, part)
+        state[f"optimizer{i}"] = part.sharded_state_dict(model, is_loading, metadata=_metadata(runtime))
+        if isinstance(part, DistributedOptimizer):
+            del part.get_parameter_state_dp_zero
+    for item in nested_values(state):
+        if isinstance(item, ShardedBase) and item.key.startswith(_DISTRIBUTED_MAIN):
+            item.key = _MAIN + item.key.removeprefix(_DISTRIBUTED_MAIN)
+    return state
+
+
+def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any], scalars: Sequence[dict[str, Any]]) -> None:
+    """Put what `optimizer_state` asked for, and the step and loss scale, into the optimizer."""
+    for i, (part, saved) in enumerate(zip(_parts(optimizer), scalars, strict=True)):
+        state = loaded[f"optimizer{i}"]
+        _set_step(part, state, saved["step"])
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler and saved["grad_scaler"]:
+            state["grad_scaler"] = _like(scaler.state_dict(), saved["grad_scaler"])
+        part.load_state_dict(state)
+
+
+def optimizer_scalars(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    """Step and loss scaler of each part of the optimizer, as plain values."""
+    return [{"step": _step(part), "grad_scaler": _plain_scaler(part)} for part in _parts(optimizer)]
+
+
+def without_redundant(state: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """What is to be saved of `optimizer_state`: sharded values only, without copies of an fp32 model's parameters."""
+    in_fp32 = {
+        item.key
+        for item in nested_values(model)
+        if isinstance(item, ShardedBase) and getattr(item.data, "dtype", None) == torch.float32
+    }
+
+    def is_kept(item: Any) -> bool:
+        if not isinstance(item, ShardedBase):
+            return False
+        return not (item.key.startswith(_MAIN) and item.key.removeprefix(_MAIN) in in_fp32)
+
+    return extract_matching_values(state, is_kept)[0]
+
+
+def split_request(state: dict[str, Any], tensors: set[str], objects: set[str]) -> "SplitRequest":
+    """Compare what is wanted with what a checkpoint has (names of its tensors and objects)."""
+    plain, wanted = _split(state, lambda item: not isinstance(item, ShardedBase | LocalNonpersistentObject))
+
+    def is_borrowed(item: Any) -> bool:
+        key = getattr(item, "key", "")
+        return key.startswith(_MAIN) and key not in tensors and key.removeprefix(_MAIN) in tensors
+
+    borrowed, wanted = _split(wanted, is_borrowed)
+    for item in nested_values(borrowed):
+        item.key = item.key.removeprefix(_MAIN)
+    _, wanted = _split(wanted, lambda item: isinstance(item, ShardedObject) and item.unique_key not in objects)
+    named = [item for item in nested_values(wanted) if isinstance(item, ShardedBase)]
+    missing = [item.key for item in named if not isinstance(item, ShardedObject) and item.key not in tensors]
+    return SplitRequest(wanted, borrowed, plain, sorted(set(missing)))
+
+
+class SplitRequest:
+    """Parts of a state dict to load: `wanted` under their names; `borrowed` main parameters, read from the model's
+    tensors; `plain` values that are kept; and the names that the checkpoint lacks."""
+
+    def __init__(self, wanted: dict, borrowed: dict, plain: dict, missing: list[str]) -> None:
+        self.wanted, self.borrowed, self.plain, self.missing = wanted, borrowed, plain, missing
+
+    def join(self, loaded: dict[str, Any], borrowed: dict[str, Any]) -> dict[str, Any]:
+        """The whole state dict, from the parts as loaded."""
+        return merge(merge(self.plain, loaded), borrowed)
+
+
+def unwrap(chunk: nn.Module) -> Any:
+    """The model inside megatron-core's wrappers."""
+    while isinstance(chunk, DistributedDataParallel | Float16Module):
+        chunk = chunk.module
+    return chunk
+
+
+def gather_parameters(chunks: Sequence[nn.Module]) -> None:
+    """Complete the parameters of a distributed optimizer that gathers them only during the next forward pass."""
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _metadata(runtime: Runtime) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",  # megatron-core's default cannot change layout
+        "chained_optim_avoid_prefix": True,
+        "non_homogeneous_layers": True,  # layers by number: they need not be alike
+        "dp_cp_group": runtime.groups.dp_cp,
+    }
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _is_torch_adam(part: Any) -> bool:
+    return isinstance(part.optimizer, torch.optim.Adam)  # AdamW is one
+
+
+def _fill_state(part: Any) -> None:
+    """Give an optimizer that has not stepped yet its zero state: megatron-core saves and loads only what is there."""
+    part.init_state_fn(part.optimizer, part.config)
+    if _is_torch_adam(part):
+        for param, state in part.optimizer.state.items():
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+
+
+def _step(part: Any) -> float:
+    """Updates done. torch's Adam counts per parameter, Transformer Engine's per group."""
+    counted = [*part.optimizer.state.values()] if _is_torch_adam(part) else part.optimizer.param_groups
+    return float(next((item["step"] for item in counted if "step" in item), 0))
+
+
+def _set_step(part: Any, state: dict[str, Any], step: float) -> None:
+    inner = state if "param_groups" in state else state["optimizer"]
+    if _is_torch_adam(part) and not isinstance(part, DistributedOptimizer):
+        inner["state"]["common_step"] = torch.tensor(step)
+        return
+    for group in inner["param_groups"]:
+        group["step"] = int(step)
+
+
+def _plain_scaler(part: Any) -> dict[str, Any] | None:
+    scaler = getattr(part, "grad_scaler", None)
+    if not scaler:
+        return None
+    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in scaler.state_dict().items()}
+
+
+def _like(template: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with tensors where `template` has them."""
+    return {
+        key: torch.tensor(values[key], dtype=old.dtype, device=old.device) if isinstance(old, Tensor) else values[key]
+        for key, old in template.items()
+    }
+
+
+def _split(state: dict[str, Any], predicate: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    return extract_matching_values(state, predicate)
+
+
+def _world_state_with_padding(part: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
+    """`get_parameter_state_dp_zero` with its flat tensors laid out as the caller indexes them.
+
+    megatron-core 0.16.1 takes the padding after each bucket out of the gathered tensors, and then cuts them at
+    positions that count the padding: with several buckets, parameters behind the first are saved shifted.
+    """
+    state = DistributedOptimizer.get_parameter_state_dp_zero(part, **options)
+    if state is None:
+        return None
+    for index, buffer in enumerate(part.buffers):
+        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+        starts = [0, *accumulate(sizes)]
+        if all(bucket.offset == start for bucket, start in zip(buffer.buckets, starts, strict=False)):
+            continue
+        for tensors in state[index].values():
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                padded = tensors[key].new_zeros(buffer.numel)
+                for bucket, start, size in zip(buffer.buckets, starts, sizes, strict=False):
+                    padded[bucket.offset : bucket.offset + size] = tensors[key][start : start + size]
+                tensors[key] = padded
+    return state

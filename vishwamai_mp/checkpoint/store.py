@@ -1,0 +1,177 @@
+"""The `checkpoints/` folder: names, the atomic change from "being written" to "exists", retention, search.
+
+A checkpoint is written in `step_00000100.<random>.partial`, then renamed. It is deleted by renaming it to
+`….deleted` first. So at any moment a folder called `step_00000100` is whole unless the disk damaged it, and a process
+killed at any moment leaves at worst a folder that nobody takes for a checkpoint. Needs no torch.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vishwamai_mp.checkpoint.manifest import NAME as MANIFEST
+from vishwamai_mp.checkpoint.manifest import Manifest, check_files, read_manifest
+from vishwamai_mp.config import UserError
+
+LATEST = "latest"
+_CHECKPOINT = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"step_\d{8,}\.[0-9a-f]+\.(partial|deleted)|latest\.[0-9a-f]+\.partial")
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: the newest whole checkpoint, if any, and why newer ones were skipped."""
+
+    path: Path | None
+    step: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+
+def find_checkpoint(root: Path, checksums: bool = True) -> Found:
+    """The newest whole checkpoint of a `checkpoints/` folder.
+
+    Args:
+        root: need not exist.
+        checksums: read the files through; False compares their sizes only.
+    """
+    skipped: list[str] = []
+    for path, manifest in candidates(root):
+        problems = [manifest] if isinstance(manifest, str) else check_files(path, manifest.files, checksums)
+        if not problems:
+            return Found(path, step_of(path), skipped)
+        skipped.append(reason(path, problems))
+    return Found(None, 0, skipped)
+
+
+def candidates(root: Path) -> Iterator[tuple[Path, Manifest | str]]:
+    """Folders named like checkpoints, newest first, each with its manifest or what is wrong with that."""
+    for path in sorted(_checkpoints(root), key=step_of, reverse=True):
+        try:
+            yield path, read_manifest(path)
+        except UserError as error:
+            yield path, str(error)
+
+
+def reason(path: Path, problems: list[str]) -> str:
+    """One line that says why a checkpoint is skipped."""
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f"{path.name} skipped: {problems[0]}{more}"
+
+
+def step_of(path: Path) -> int:
+    match = _CHECKPOINT.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def locate(path: Path) -> Found:
+    """The checkpoint that a user means by `path`: itself, or the newest of a `checkpoints/` folder or a run folder.
+
+    Of several, the newest whose files have the right sizes; a checkpoint named itself is taken as it is.
+
+    Raises:
+        UserError: there is none.
+    """
+    if _CHECKPOINT.fullmatch(path.name) or (path / MANIFEST).exists():
+        return Found(path, read_manifest(path).step)
+    skipped: list[str] = []
+    for root in (path, path / "checkpoints"):
+        found = find_checkpoint(root, checksums=False)
+        if found.path:
+            return found
+        skipped += found.skipped
+    why = "; ".join(skipped) if skipped else "neither a checkpoint nor a folder that has one"
+    raise UserError(f"{path}: {why}")
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make the folder in which a checkpoint is written. Clears away what killed processes left.
+
+    The name is new each time: a process that outlived its job can never write into a later attempt.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            discard(path)
+    partial = root / f"{name_of(step)}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    return partial
+
+
+def publish(partial: Path, step: int) -> Path:
+    """Turn the finished folder into a checkpoint and let `latest` name it."""
+    root, final = partial.parent, partial.parent / name_of(step)
+    sync_folder(partial)
+    if final.exists():  # a broken one that a search skipped, or one of a run that was set back
+        remove(final)
+    partial.rename(final)
+    sync_folder(root)
+    aside = root / f"{LATEST}.{secrets.token_hex(4)}.partial"
+    write_file(aside, f"{final.name}\n".encode())
+    aside.replace(root / LATEST)
+    sync_folder(root)
+    return final
+
+
+def retain(root: Path, keep_last: int | None, keep_every: int | None) -> None:
+    """Delete whole checkpoints except the newest `keep_last`, steps divisible by `keep_every`, and the latest.
+
+    Broken ones are left for the user to look at and do not count.
+    """
+    if keep_last is None:
+        return
+    whole = [
+        path
+        for path, manifest in candidates(root)
+        if isinstance(manifest, Manifest) and not check_files(path, manifest.files, checksums=False)
+    ]
+    latest = (root / LATEST).read_text().strip()
+    for path in whole[keep_last:]:
+        if path.name != latest and not (keep_every and step_of(path) % keep_every == 0):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint such that no half of it is ever taken for a whole one."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.deleted")
+    path.rename(aside)
+    discard(aside)
+
+
+def discard(path: Path) -> None:
+    """Delete a leftover, as far as possible: a process that outlived its job may still write there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file through to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make names in a folder durable; file systems that cannot are left alone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return [path for path in root.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]

@@ -1,0 +1,1 @@
+"""Tokenizers, indexed files, blends, batches and the exact position in the data."""

@@ -1,0 +1,299 @@
+"""Reading a corpus of any size: files to blocks of about a megabyte, blocks to documents.
+
+The two halves run apart. `CorpusReader` only cuts files into `Block`s, cheap enough for one process to feed many;
+`read_block` parses one, which workers do side by side. Neither holds more than a block and the longest document.
+
+Suffixes (each also with `.gz` or `.zst`): `.jsonl`, `.json` one JSON object per line; `.parquet` one row per
+document; `.txt`, `.md`, `.rst`, `.py` the whole file is one document.
+"""
+
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, cast
+
+from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.data.streams import COMPRESSED_SUFFIXES, open_stream
+
+Kind = Literal["jsonl", "text", "parquet"]
+
+KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".py": "text",
+}
+BLOCK_BYTES = 1 << 20
+MAX_DOCUMENT_BYTES = 1 << 28  # a longer line or text file is a mistake, and would be held in memory whole
+_MAX_MIB = MAX_DOCUMENT_BYTES >> 20
+_UTF8_MARK = b"\xef\xbb\xbf"
+
+
+class Part(NamedTuple):
+    """Some bytes of one file: whole JSON lines, a whole text, or rows as an Arrow stream."""
+
+    path: str
+    first: int  # line (from 1) or row (from 0) at which the part begins
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a worker parses at a time."""
+
+    kind: Kind
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A document that cannot be used: `where` is `file:line` (`file:row N` for parquet)."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+class CorpusReader:
+    """Iterates the `Block`s of files, in the order given. Checks at once that every file exists and has a known suffix.
+
+    Attributes:
+        total_bytes: size on disk of all files.
+        bytes_read: of them, how many are behind us; for progress.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], keys: Sequence[str], block_bytes: int = BLOCK_BYTES) -> None:
+        self._files = [(Path(path), kind_of(Path(path))) for path in paths]
+        self._keys = list(keys)
+        self._block_bytes = block_bytes
+        self._finished_bytes = 0
+        self._current: BinaryIO | None = None
+        sizes = [_size_of(path) for path, _ in self._files]
+        self.total_bytes = sum(sizes)
+        text = next((path for path, kind in self._files if kind == "text"), None)
+        if text and len(self._keys) > 1:
+            raise UserError(f"{text} is plain text and has no keys: give one --json-keys name, not {len(self._keys)}")
+
+    @property
+    def bytes_read(self) -> int:
+        current = self._current
+        return self._finished_bytes + (current.tell() if current and current.seekable() else 0)
+
+    def __iter__(self) -> Iterator[Block]:
+        self._finished_bytes = 0
+        for kind, group in itertools.groupby(self._files, key=lambda file: file[1]):
+            parts = itertools.chain.from_iterable(self._parts(path, kind) for path, _ in group)
+            yield from _grouped(kind, parts, self._block_bytes)
+
+    def _parts(self, path: Path, kind: Kind) -> Iterator[Part]:
+        with open_stream(path) as (stream, file):
+            self._current = file
+            try:
+                if kind == "jsonl":
+                    yield from _line_parts(path, stream, self._block_bytes)
+                elif kind == "text":
+                    yield _text_part(path, stream)
+                else:
+                    yield from _row_parts(path, stream, self._keys, self._block_bytes)
+            finally:
+                self._current = None
+        self._finished_bytes += path.stat().st_size
+
+
+def kind_of(path: Path) -> Kind:
+    """How `path` is read, by its suffix; `UserError` where the suffix is not known."""
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
+    if suffix not in KINDS:
+        raise UserError(f"{path}: unknown suffix; known are {' '.join(KINDS)}, each also with .gz or .zst")
+    return KINDS[suffix]
+
+
+def read_block(block: Block, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
+    """The documents of a block in order: the text under each of `keys`, or why there is none."""
+    readers = {"jsonl": _read_lines, "text": _read_texts, "parquet": _read_rows}
+    for part in block.parts:
+        yield from readers[block.kind](part, keys)
+
+
+def read_documents(paths: Sequence[str | Path], key: str = "text") -> Iterator[str | Malformed]:
+    """Every document of a corpus in one stream, for uses that need no workers."""
+    for block in CorpusReader(paths, [key]):
+        for document in read_block(block, [key]):
+            yield document if isinstance(document, Malformed) else document[0]
+
+
+def _size_of(path: Path) -> int:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the files in it, as {path}/*.jsonl")
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"no input file {path}: {error.strerror}") from None
+
+
+def _grouped(kind: Kind, parts: Iterable[Part], block_bytes: int) -> Iterator[Block]:
+    """Small files travel together: thousands of them would otherwise cost a message each."""
+    group: list[Part] = []
+    size = 0
+    for part in parts:
+        group.append(part)
+        size += len(part.data)
+        if size >= block_bytes or len(group) >= 1024:
+            yield Block(kind, tuple(group))
+            group, size = [], 0
+    if group:
+        yield Block(kind, tuple(group))
+
+
+def _line_parts(path: Path, stream: BinaryIO, block_bytes: int) -> Iterator[Part]:
+    line = 1
+    data = stream.read(block_bytes)
+    if not data:
+        yield Part(str(path), line, b"")  # an empty file is a worker's to report, like any bad document
+    while data:
+        if not data.endswith(b"\n"):
+            rest = stream.readline(MAX_DOCUMENT_BYTES)
+            if len(rest) == MAX_DOCUMENT_BYTES:
+                line += data.count(b"\n")
+                raise UserError(f"{path}:{line}: a line over {_MAX_MIB} MiB: is it one JSON object per line?")
+            data += rest
+        if line == 1:
+            data = data.removeprefix(_UTF8_MARK)
+        yield Part(str(path), line, data)
+        line += data.count(b"\n")
+        data = stream.read(block_bytes)
+
+
+def _text_part(path: Path, stream: BinaryIO) -> Part:
+    data = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise UserError(f"{path}: over {_MAX_MIB} MiB for one document: split it, or make it JSON lines")
+    return Part(str(path), 1, data.removeprefix(_UTF8_MARK))
+
+
+def _row_parts(path: Path, stream: BinaryIO, keys: Sequence[str], block_bytes: int) -> Iterator[Part]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with tempfile.TemporaryFile() as spool:
+        if path.suffix in COMPRESSED_SUFFIXES:  # parquet is read from its end, a compressed stream is not
+            while data := stream.read(1 << 20):
+                spool.write(data)
+            spool.seek(0)
+            stream = spool
+        try:
+            file = pyarrow.parquet.ParquetFile(stream)
+            _check_columns(path, file.schema_arrow, keys)
+            rows = file.metadata.num_rows
+            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+            batch_rows = min(max(1, block_bytes * rows // max(size, 1)), 1 << 16)
+            row = 0
+            for batch in file.iter_batches(batch_size=batch_rows, columns=list(dict.fromkeys(keys))):
+                sink = pyarrow.BufferOutputStream()
+                with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
+                    writer.write_batch(batch)
+                yield Part(str(path), row, sink.getvalue().to_pybytes())
+                row += batch.num_rows
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path}: not a whole parquet file: {' '.join(str(error).split())}") from error
+
+
+def _check_columns(path: Path, schema, keys: Sequence[str]) -> None:
+    import pyarrow
+
+    for key in keys:
+        if key not in schema.names:
+            raise UserError(f"{path}: no column {key!r} (columns: {', '.join(schema.names)})")
+        column = schema.field(key).type
+        if pyarrow.types.is_dictionary(column):
+            column = column.value_type
+        if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
+            raise UserError(f"{path}: column {key!r} is {column}, not text")
+
+
+def _read_lines(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
+    if not part.data:
+        yield Malformed(f"{part.path}:{part.first}", "the file is empty")
+    for number, line in enumerate(part.data.split(b"\n"), start=part.first):
+        if not line or line.isspace():
+            continue
+        try:
+            record = json.loads(line.decode())
+            texts = [record[key] for key in keys]
+        except UnicodeDecodeError as error:
+            yield Malformed(f"{part.path}:{number}", _not_utf8(error))
+        except json.JSONDecodeError as error:
+            array = "; one JSON object per line is needed, not an array" if line.lstrip().startswith(b"[") else ""
+            yield Malformed(f"{part.path}:{number}", f"not JSON: {error.msg} at column {error.colno}{array}")
+        except RecursionError:
+            yield Malformed(f"{part.path}:{number}", "not usable JSON: nested too deeply")
+        except KeyError as error:
+            yield Malformed(f"{part.path}:{number}", f"no key {error} (keys: {', '.join(map(repr, list(record)[:8]))})")
+        except TypeError:
+            yield Malformed(f"{part.path}:{number}", f"a JSON {_json_type(record)}, not an object with {list(keys)}")
+        except ValueError as error:  # a number of thousands of digits, which Python refuses to read
+            yield Malformed(f"{part.path}:{number}", f"not usable JSON: {error}")
+        else:
+            reason = next(filter(None, map(_unusable, keys, texts)), None)
+            yield Malformed(f"{part.path}:{number}", reason) if reason else texts
+
+
+def _read_texts(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
+    try:
+        text = part.data.decode()
+    except UnicodeDecodeError as error:
+        line = part.data.count(b"\n", 0, error.start) + 1
+        yield Malformed(f"{part.path}:{line}", _not_utf8(error))
+        return
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        yield Malformed(f"{part.path}:{line}", "a NUL character: binary, or text in UTF-16")
+    else:
+        yield [text]
+
+
+def _read_rows(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
+    import pyarrow
+
+    table = pyarrow.ipc.open_stream(part.data).read_all()
+    # As bytes, because Arrow does not promise that a string column is UTF-8.
+    columns = [table.column(key).cast(pyarrow.large_binary()).to_pylist() for key in keys]
+    for row, values in enumerate(zip(*columns, strict=True), start=part.first):
+        try:
+            texts = [value if value is None else value.decode() for value in values]
+        except UnicodeDecodeError as error:
+            yield Malformed(f"{part.path}:row {row}", _not_utf8(error))
+            continue
+        reason = next(filter(None, map(_unusable, keys, texts)), None)
+        yield Malformed(f"{part.path}:row {row}", reason) if reason else cast(list[str], texts)
+
+
+def _unusable(key: str, text: object) -> str | None:
+    """Why the value under `key` cannot be a document, or None where it can."""
+    if not isinstance(text, str):
+        return f"{key!r} is {_json_type(text)}, not a string"
+    if "\0" in text:
+        return f"{key!r} has a NUL character at {text.index(chr(0))}"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"{key!r} has a lone surrogate (\\u{ord(text[error.start]):04x}) at {error.start}"
+    return None
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"broken UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"

@@ -1,0 +1,237 @@
+"""A corpus to indexed token files, on several processes, in the corpus's order and in flat memory.
+
+This process reads blocks of raw bytes and writes tokens; parsing and encoding, nearly all of the work, happen in the
+workers. At most a few blocks per worker are under way at once, whatever the size of the corpus.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+
+from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.data.corpus import Block, CorpusReader, Malformed, read_block
+from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
+from vishwamai_mp.data.piece_cache import DocumentEncoder
+from vishwamai_mp.data.tokenizer import Tokenizer
+
+OnError = Literal["stop", "skip"]
+_BLOCKS_PER_WORKER = 3
+
+
+@dataclass
+class PreprocessReport:
+    """What became of a corpus. `tokens` and `prefixes` are by key; sizes are in bytes on disk of the input."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    skipped_documents: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    prefixes: dict[str, str] = field(default_factory=dict)
+    bytes_read: int = 0
+    total_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """A worker's answer: for each key the token bytes and (documents,) lengths, and what had to be left out."""
+
+    tokens: list[bytes]
+    lengths: list[np.ndarray]
+    empty_documents: int
+    malformed: list[Malformed]
+
+
+def preprocess(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path,
+    output_prefix: str | Path,
+    *,
+    keys: Sequence[str] = ("text",),
+    append_eod: bool = False,
+    workers: int = 1,
+    on_error: OnError = "stop",
+    on_progress: Callable[[PreprocessReport], None] | None = None,
+    on_skip: Callable[[Malformed], None] | None = None,
+) -> PreprocessReport:
+    """Encode every document under each of `keys` into `<output_prefix>_<key>_document.bin/.idx`.
+
+    A document without text is kept as a document without tokens, as Megatron-LM does, and counted. The pairs appear
+    together at the end, or not at all.
+
+    Args:
+        inputs: files, by suffix as in `corpus.py`.
+        tokenizer: a SentencePiece `.model`.
+        append_eod: end every document that has tokens with the end-of-document token.
+        workers: processes that encode; 1 encodes in this one.
+        on_error: "stop" at the first malformed document, or "skip" and count it (under every key).
+        on_progress: called after each block with the report so far.
+        on_skip: called with each document left out.
+
+    Raises `UserError` for files that are missing or damaged, a malformed document under "stop", a corpus with no
+    text, a full disk, or a worker that died.
+    """
+    _check_arguments(keys, workers)
+    reader = CorpusReader(inputs, keys)
+    vocabulary = Tokenizer(tokenizer)
+    if append_eod:
+        vocabulary.require_eod()
+    report = PreprocessReport(total_bytes=reader.total_bytes)
+    started = time.perf_counter()
+    settings = (str(tokenizer), tuple(keys), append_eod, on_error == "stop")
+    with contextlib.ExitStack() as stack:
+        dtype = token_dtype(vocabulary.vocab_size)
+        prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
+        writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in prefixes.values()]
+        for block in stack.enter_context(_encoded_blocks(reader, workers, settings)):
+            for malformed in block.malformed:
+                if on_error == "stop":
+                    raise UserError(f"{malformed} (--on-error skip leaves such documents out)")
+                if on_skip:
+                    on_skip(malformed)
+            for writer, tokens, lengths in zip(writers, block.tokens, block.lengths, strict=True):
+                writer.add(tokens, lengths)
+            report.documents += len(block.lengths[0])
+            report.empty_documents += block.empty_documents
+            report.skipped_documents += len(block.malformed)
+            report.bytes_read = reader.bytes_read
+            report.seconds = time.perf_counter() - started
+            if on_progress:
+                on_progress(report)
+        report.tokens = {key: writer.num_tokens for key, writer in zip(keys, writers, strict=True)}
+        _publish(writers, report)
+    report.prefixes = prefixes
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+class BlockEncoder:
+    """Parses and encodes blocks; one per worker."""
+
+    def __init__(self, tokenizer: str, keys: Sequence[str], append_eod: bool, stop_at_malformed: bool) -> None:
+        vocabulary = Tokenizer(tokenizer)
+        dtype = token_dtype(vocabulary.vocab_size)
+        self._documents = DocumentEncoder(vocabulary, dtype)
+        self._itemsize = dtype.itemsize
+        self._keys = keys
+        self._end = np.array([vocabulary.require_eod()], dtype=dtype).tobytes() if append_eod else b""
+        self._stop_at_malformed = stop_at_malformed
+
+    def encode(self, block: Block) -> EncodedBlock:
+        encoded: list[list[bytes]] = [[] for _ in self._keys]
+        malformed: list[Malformed] = []
+        empty = 0
+        for document in read_block(block, self._keys):
+            if isinstance(document, Malformed):
+                malformed.append(document)
+                if self._stop_at_malformed:
+                    break
+                continue
+            for tokens_of_key, text in zip(encoded, document, strict=True):
+                tokens = self._documents.encode(text)
+                tokens_of_key.append(tokens + self._end if tokens else tokens)
+            empty += not all(document)
+        lengths = [np.array([len(tokens) for tokens in key], dtype=np.int64) // self._itemsize for key in encoded]
+        return EncodedBlock([b"".join(key) for key in encoded], lengths, empty, malformed)
+
+
+def _check_arguments(keys: Sequence[str], workers: int) -> None:
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1")
+    if not keys or len(set(keys)) < len(keys):
+        raise UserError(f"--json-keys {' '.join(keys)}: name each key once")
+    for key in keys:
+        if os.sep in key:
+            raise UserError(f"--json-keys {key}: a key becomes part of a file name and cannot hold {os.sep!r}")
+
+
+def _publish(writers: Sequence[IndexedWriter], report: PreprocessReport) -> None:
+    for key, tokens in report.tokens.items():
+        if tokens == 0:
+            of_what = f"{report.documents} documents read, {report.skipped_documents} skipped"
+            raise UserError(f"no text under {key!r} in the input ({of_what}); nothing was written")
+    for writer in writers:
+        writer.finish()
+    for writer in writers:
+        writer.publish()
+
+
+@contextlib.contextmanager
+def _encoded_blocks(blocks: Iterable[Block], workers: int, settings: tuple) -> Iterator[Iterator[EncodedBlock]]:
+    """The encoded blocks in order. Leaving early, by an error or an interrupt, ends the workers at once."""
+    if workers == 1:
+        yield map(BlockEncoder(*settings).encode, blocks)
+        return
+    pool = [_Worker(settings) for _ in range(workers)]
+    try:
+        yield _in_order(pool, blocks)
+    except (EOFError, ConnectionError) as error:
+        raise UserError("a worker died, most likely for want of memory: use fewer --workers") from error
+    finally:
+        for worker in pool:
+            worker.process.terminate()
+        for worker in pool:
+            worker.process.join()
+
+
+def _in_order(pool: Sequence["_Worker"], blocks: Iterable[Block]) -> Iterator[EncodedBlock]:
+    """Give each block to an idle worker; hand on the answers in the order of the blocks.
+
+    A worker has one block at a time, so neither side ever waits to send while the other does. Answers that came early
+    wait in `done`; the slowest block may hold up at most `_BLOCKS_PER_WORKER` per worker.
+    """
+    idle = deque(pool)
+    busy: dict[Connection, tuple[int, _Worker]] = {}
+    done: dict[int, EncodedBlock] = {}
+    next_out = 0
+
+    def collect() -> None:
+        for connection in wait(list(busy)):
+            number, worker = busy.pop(cast(Connection, connection))
+            done[number] = worker.connection.recv()
+            idle.append(worker)
+
+    for number, block in enumerate(blocks):
+        while not idle or number - next_out >= _BLOCKS_PER_WORKER * len(pool):
+            collect()
+            while next_out in done:
+                yield done.pop(next_out)
+                next_out += 1
+        worker = idle.popleft()
+        worker.connection.send(block)
+        busy[worker.connection] = number, worker
+    while busy or done:
+        while next_out in done:
+            yield done.pop(next_out)
+            next_out += 1
+        if busy:
+            collect()
+
+
+class _Worker:
+    """A fresh interpreter that encodes; it inherits neither this process's threads nor its memory."""
+
+    def __init__(self, settings: tuple) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
+        self.process.start()
+        theirs.close()  # so that either side's death is the end of file for the other
+
+
+def _serve(connection: Connection, settings: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    encoder = BlockEncoder(*settings)
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has gone
+        while True:
+            connection.send(encoder.encode(connection.recv()))

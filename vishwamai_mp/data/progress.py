@@ -1,0 +1,75 @@
+"""How the data tools show their progress through a corpus, and how they are asked to stop."""
+
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+
+from tqdm import tqdm
+
+from vishwamai_mp.data.corpus import Malformed
+
+_SKIPPED_SHOWN = 10
+
+
+class CorpusProgress:
+    """A bar on stderr: share of the input, MB/s, documents/s and the time left.
+
+    On a terminal it moves; in a log it is a line every half minute. The first malformed documents left out are
+    printed above it.
+    """
+
+    def __init__(self, total_bytes: int | None = None) -> None:
+        self._started = time.perf_counter()
+        self._num_skipped = 0
+        self._on_terminal = on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            mininterval=0.3 if on_terminal else 30,
+            delay=0.3 if on_terminal else 5,
+            dynamic_ncols=True,
+        )
+
+    def update(self, documents: int, bytes_read: int, total_bytes: int | None = None) -> None:
+        """Show that `documents` and `bytes_read` of the input (bytes on disk) are done."""
+        if total_bytes is not None:
+            self._bar.total = total_bytes
+        rate = documents / max(time.perf_counter() - self._started, 1e-9)
+        self._bar.set_postfix_str(f"{documents} docs, {rate:.0f} docs/s", refresh=False)
+        self._bar.update(bytes_read - self._bar.n)
+
+    def skipped(self, document: Malformed) -> None:
+        """Print one document left out, up to a limit."""
+        self._num_skipped += 1
+        if self._num_skipped <= _SKIPPED_SHOWN:
+            self._print(f"skipped {document}")
+        elif self._num_skipped == _SKIPPED_SHOWN + 1:
+            self._print("skipped more documents; the count comes at the end")
+
+    def _print(self, line: str) -> None:
+        if self._on_terminal:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def __enter__(self) -> "CorpusProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def stop_on_sigterm() -> None:
+    """Let a scheduler's SIGTERM unwind the program as an interrupt does, so that it removes what it began."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

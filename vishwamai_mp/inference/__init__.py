@@ -1,0 +1,1 @@
+"""Generation: key-value cache, choices over vocabulary-parallel logits."""
