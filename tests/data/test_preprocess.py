@@ -139,16 +139,15 @@ def test_one_key_without_text_publishes_no_pair(tmp_path, tokenizer):
 
 
 def test_document_of_50_megabytes(tmp_path, tokenizer):
-    text = "the cat sat on a mat\n" * (50_000_000 // 21)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n" + '{"text": "end"}\n')
+    line = "the-cat-sat-on-a-mat-and-then-counted-1234-mice-in-it\n"
+    copies = 50_000_000 // len(line)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": line * copies}) + "\n" + '{"text": "end"}\n')
     preprocess([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out")
-    long, end = documents_of(tmp_path / "out_text_document")
-    vocabulary = Tokenizer(tokenizer)
-    line = vocabulary.encode("the cat sat on a mat\n")
-    assert long[: len(line)] == line
-    assert long[-len(line) :] == line
-    assert len(long) == len(line) * (50_000_000 // 21)
-    assert end == vocabulary.encode("end")
+    expected = np.array(Tokenizer(tokenizer).encode(line), np.uint16)
+    tokens = np.fromfile(tmp_path / "out_text_document.bin", np.uint16)
+    assert check_indexed(tmp_path / "out_text_document").num_documents == 2
+    assert (tokens[: copies * expected.size].reshape(copies, -1) == expected).all()
+    assert tokens[copies * expected.size :].tolist() == Tokenizer(tokenizer).encode("end")
 
 
 def die(connection, settings):
@@ -184,7 +183,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "torch" in sys.modules
 
 
 def test_memory_is_flat_and_torch_is_not_imported(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 40))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 25))
     peaks = []
     for copies in (1, 8):
         command = [sys.executable, "-c", PEAK, tmp_path / "a.jsonl", tokenizer, tmp_path / "out", str(copies)]

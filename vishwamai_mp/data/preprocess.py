@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Literal, cast
@@ -225,12 +226,16 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
-        self.process.start()
+        resource_tracker.ensure_running()  # which unblocks signals when it starts
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the parent decides what an interrupt means
+        try:
+            self.process.start()  # and the worker inherits the mask
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()  # so that either side's death is the end of file for the other
 
 
 def _serve(connection: Connection, settings: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     encoder = BlockEncoder(*settings)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has gone
         while True:

@@ -1,0 +1,174 @@
+"""A resumed run goes on as if nothing had happened; at another layout too, up to rounding."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.synthetic import tiny_corpus
+from tests.training.runs import VOCAB, Outcome, train
+from tests.workers import WorkerPool
+
+_TENSOR = "parallel.tensor_model_parallel_size=2"
+_SEQUENCE = "parallel.sequence_parallel=true"
+_PIPELINE = "parallel.pipeline_model_parallel_size=2"
+_SHARDED_OPTIMIZER = "parallel.use_distributed_optimizer=true"
+_DROPOUT = ["model.attention_dropout=0.1", "model.hidden_dropout=0.1"]
+_EVERY_3 = ["checkpoint.save_every=3", "training.max_steps=8"]
+
+# name: (processes, settings)
+LAYOUTS = {
+    "TP1 DP1": (1, []),
+    "DP2 sharded optimizer, overlap": (2, [_SHARDED_OPTIMIZER]),
+    "TP2 SP": (2, [_TENSOR, _SEQUENCE]),
+    "PP2": (2, [_PIPELINE]),
+    "bf16 TP1 DP1": (1, ["precision=bf16"]),
+    "bf16 DP2 sharded optimizer, overlap": (2, ["precision=bf16", _SHARDED_OPTIMIZER]),
+    "bf16 TP2 SP": (2, ["precision=bf16", _TENSOR, _SEQUENCE]),
+    "fp16 DP2": (2, ["precision=fp16", "optimizer.initial_loss_scale=1024", "optimizer.loss_scale_window=2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    return tiny_corpus(tmp_path_factory.mktemp("corpus"), VOCAB, 8000, seed=1)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workers, corpus, tmp_path_factory):
+    """Outcomes of runs without an interruption, each made once: (processes, settings) to folder and outcomes."""
+    known: dict[tuple, tuple[Path, list[Outcome]]] = {}
+
+    def get(processes: int, *settings: str) -> tuple[Path, list[Outcome]]:
+        key = (processes, *settings)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("run")
+            known[key] = folder, workers.run(train, processes, folder, corpus, list(settings))
+        return known[key]
+
+    return get
+
+
+def trainer_file(folder: Path, step: int) -> dict:
+    return json.loads((folder / f"checkpoints/step_{step:08d}/trainer.json").read_text())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_same_layout_is_bitwise_equal(workers: WorkerPool, uninterrupted, corpus, tmp_path, name):
+    """Ended after 5 of 8 steps without a warning, resumed from step 3. Dropout is on: seeds are resumed as well."""
+    processes, layout = LAYOUTS[name]
+    settings = [*layout, *_EVERY_3, *_DROPOUT]
+    folder, whole = uninterrupted(processes, *settings)
+    first = workers.run(train, processes, tmp_path, corpus, settings, crash_after=5)
+    second = workers.run(train, processes, tmp_path, corpus, settings)
+    assert "resumed from step_00000003, 24 samples in" in second[0].said
+    for expected, before, after in zip(whole, first, second, strict=True):
+        assert before.losses == expected.losses[:5]
+        assert after.losses == expected.losses[3:]
+        assert after.state == expected.state
+        assert after.samples == expected.samples[len(expected.samples) * 3 // 8 :]
+        assert after.tensors == expected.tensors
+        assert after.tensors != before.tensors
+    assert trainer_file(tmp_path, 8) == trainer_file(folder, 8)
+
+
+@pytest.mark.parametrize("before", ["TP1 DP1", "DP2 sharded optimizer, overlap"])
+@pytest.mark.parametrize("after", ["TP1 DP1", "DP2 sharded optimizer, overlap", "TP2 SP", "PP2"])
+def test_other_layout_continues_the_curve(workers: WorkerPool, uninterrupted, corpus, tmp_path, before, after):
+    if before == after:
+        pytest.skip("the test above")
+    _, whole = uninterrupted(1, *_EVERY_3)
+    processes, layout = LAYOUTS[before]
+    workers.run(train, processes, tmp_path, corpus, [*layout, *_EVERY_3], stop_after=4)
+    processes, layout = LAYOUTS[after]
+    resumed = workers.run(train, processes, tmp_path, corpus, [*layout, *_EVERY_3])
+    for outcome in resumed:
+        assert outcome.losses == pytest.approx(whole[0].losses[4:], abs=1e-6)
+        assert outcome.state == whole[0].state
+
+
+def test_other_batch_layout_sees_each_sample_once(workers: WorkerPool, corpus, tmp_path):
+    """Data parallel size 1, 2, 1 and micro-batches of 2, 1, 4."""
+    read: list[int] = []
+    for processes, micro_batch, stop in [(1, 2, 2), (2, 1, 5), (1, 4, None)]:
+        settings = [f"training.micro_batch_size={micro_batch}", "training.max_steps=7"]
+        outcomes = workers.run(train, processes, tmp_path, corpus, settings, stop_after=stop)
+        read += [number for outcome in outcomes for number in outcome.samples]
+    assert Counter(read) == Counter(range(7 * 8))
+
+
+def test_a_changed_blend_is_said(workers: WorkerPool, corpus, tmp_path):
+    other = tiny_corpus(tmp_path / "other", VOCAB, 4000, seed=2)
+    run = tmp_path / "run"
+    workers.run(train, 1, run, f"[0.7, {corpus}, 0.3, {other}]", _EVERY_3, stop_after=2)
+    [same] = workers.run(train, 1, run, f"[0.7, {corpus}, 0.3, {other}]", _EVERY_3, stop_after=3)
+    [changed] = workers.run(train, 1, run, f"[0.5, {corpus}, 0.5, {other}]", _EVERY_3, stop_after=4)
+    assert "data.train" not in same.said
+    assert "data.train: weight of" in changed.said
+    assert "0.3 -> 0.5" in changed.said
+    assert changed.state["step"] == 4  # said, and gone on
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fine_tuning_starts_from_weights_or_from_everything(workers: WorkerPool, corpus, tmp_path, precision):
+    settings = [f"precision={precision}", "training.max_steps=6"]
+    [source] = workers.run(train, 1, tmp_path / "source", corpus, settings, stop_after=4)
+    checkpoint = tmp_path / "source/checkpoints/step_00000004"
+    load = [*settings, f"checkpoint.load={checkpoint}"]
+
+    [everything] = workers.run(train, 1, tmp_path / "everything", corpus, load)
+    [continued] = workers.run(train, 1, tmp_path / "source", corpus, settings)
+    assert everything.tensors == continued.tensors
+    assert f"starts from {checkpoint}, at step 4" in everything.said
+
+    weights_only = [*load, "checkpoint.load_optimizer=false"]
+    [fresh] = workers.run(train, 1, tmp_path / "weights", corpus, weights_only, stop_after=1)
+    assert f"starts from the weights of {checkpoint}, at step 0" in fresh.said
+    assert fresh.state["step"] == 1
+    # Sample 0 again, but seen by the trained model: the loss is lower than the untrained one's.
+    assert fresh.samples == source.samples[: len(fresh.samples)]
+    assert fresh.losses[0] < source.losses[0] - 0.1
+    # A run folder's own checkpoint comes before checkpoint.load.
+    [again] = workers.run(train, 1, tmp_path / "weights", corpus, weights_only, stop_after=2)
+    assert "resumed from step_00000001" in again.said
+    assert "starts from" not in again.said
+
+
+@pytest.mark.parametrize("name", ["DP2 sharded optimizer, overlap", "TP2 SP", "PP2"])
+def test_saving_in_the_background_changes_nothing(workers: WorkerPool, uninterrupted, corpus, tmp_path, name):
+    processes, layout = LAYOUTS[name]
+    settings = [*layout, *_EVERY_3, *_DROPOUT]
+    folder, whole = uninterrupted(processes, *settings)
+    background = [*settings, "checkpoint.async_save=true"]
+    workers.run(train, processes, tmp_path, corpus, background, crash_after=5)
+    resumed = workers.run(train, processes, tmp_path, corpus, background)
+    assert "resumed from step_00000003" in resumed[0].said
+    assert [outcome.tensors for outcome in resumed] == [outcome.tensors for outcome in whole]
+    for step in (3, 6, 8):
+        assert trainer_file(tmp_path, step) == trainer_file(folder, step)
+
+
+def _damage(checkpoint: Path) -> str:
+    """Change one byte of a checkpoint's largest file; returns the file's name."""
+    path = max(checkpoint.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path.name
+
+
+def test_a_damaged_checkpoint_is_skipped_with_its_reason(workers: WorkerPool, uninterrupted, corpus, tmp_path):
+    processes, layout = LAYOUTS["DP2 sharded optimizer, overlap"]
+    settings = [*layout, *_EVERY_3, *_DROPOUT]
+    _, whole = uninterrupted(processes, *settings)
+    workers.run(train, processes, tmp_path, corpus, settings, crash_after=7)
+    name = _damage(tmp_path / "checkpoints/step_00000006")
+    (tmp_path / "checkpoints/step_00000007").mkdir()  # and one that is hardly there
+    resumed = workers.run(train, processes, tmp_path, corpus, settings)
+    lines = resumed[0].said.splitlines()
+    assert lines[0].startswith("step_00000007 skipped: ")
+    assert lines[1].startswith("step_00000006 skipped: ")
+    assert name in lines[1]
+    assert lines[2] == "resumed from step_00000003, 24 samples in"
+    assert [outcome.tensors for outcome in resumed] == [outcome.tensors for outcome in whole]
