@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +66,7 @@ class Job:
 
     process: subprocess.Popen
     log: Path
+    started: float
 
     @classmethod
     def start(cls, command: list[str], log: Path) -> "Job":
@@ -71,26 +74,36 @@ class Job:
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with log.open("wb") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        return cls(process, log)
+        return cls(process, log, time.monotonic())
 
-    @property
-    def running(self) -> bool:
-        return self.process.poll() is None
+    def kill(self) -> float:
+        """SIGKILL the launcher and all processes below it, and wait until they are gone.
 
-    def kill(self) -> None:
-        """SIGKILL the launcher and all processes below it, at once, and wait until they are gone."""
-        everyone = [self.process.pid, *descendants(self.process.pid)]
+        Returns:
+            seconds from the start to the signal.
+        """
+        everyone = [self.process.pid, *descendants(self.process.pid)] if self.process.poll() is None else []
+        seconds = time.monotonic() - self.started
         for pid in everyone:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
         while any(is_running(pid) for pid in everyone):
-            time.sleep(0.005)
+            time.sleep(0.002)
+        return seconds
 
     def wait(self) -> None:
         """Wait for the end; raises where it is a failure."""
         if self.process.wait() != 0:
             raise RuntimeError(f"the job failed:\n{self.text()}")
+
+    def wait_for(self, condition: Callable[[], bool]) -> float:
+        """Wait until something is so; returns the seconds since the start. Raises where the job ends before."""
+        while not condition():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the job ended before its time:\n{self.text()}")
+            time.sleep(0.001)
+        return time.monotonic() - self.started
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -111,13 +124,10 @@ def descendants(pid: int) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             children.setdefault(int(_after_name(path)[1]), []).append(int(path.parent.name))
-    found = children.get(pid, [])
-    return found + [below for child in found for below in _below(children, child)]
-
-
-def _below(children: dict[int, list[int]], pid: int) -> list[int]:
-    found = children.get(pid, [])
-    return found + [below for child in found for below in _below(children, child)]
+    found = [pid]
+    for parent in found:  # grows while it is walked
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def is_running(pid: int) -> bool:
@@ -150,7 +160,9 @@ def digest(checkpoint: Path) -> dict[str, str]:
         for name, record in reader.read_metadata().state_dict_metadata.items()
         if isinstance(record, TensorStorageMetadata)
     }
-    load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that there is no process group
+        load(tensors, storage_reader=reader, no_dist=True)
     hashes = {
         name: hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, value in tensors.items()

@@ -16,7 +16,6 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,30 +24,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.fault_tolerance.job import LAYOUTS, Job, command, digest, losses, newest_whole, write_corpus
 from vishwamai_mp.config import UserError, run_program
 
-_SAVE_EVERY = 2
-_MOST_STEPS = 6  # that an attempt may do before it is killed
-_HEAD = f"{'kill':>4}  {'phase':<8}  {'step':>4}  {'left behind':<36}  {'next resumes from':<17}  compared"
+_SAVE_EVERY = 2  # steps
+_MOST_STEPS = 8  # of one attempt, about
+_HEAD = f"{'kill':>4}  {'moment':<16}  {'phase':<8}  {'left behind':<31}  {'to resume from':<14}  as uninterrupted"
 
 
 @dataclass(frozen=True)
 class Kill:
     """What was found after one kill."""
 
-    step: int  # done when it came
-    saving: bool  # a checkpoint was being written
-    left: list[str]  # what lies beside the whole checkpoints
-    newest: Path | None
+    seconds: float  # since this attempt started
+    steps: int  # that it had done
+    left: list[str]  # what it left beside whole checkpoints
+    newest: Path | None  # whole checkpoint
+
+    @property
+    def phase(self) -> str:
+        return "saving" if self.left else "training" if self.steps else "starting"
 
 
 def main() -> int:
-    """Run both jobs and compare them."""
+    """Parse the command line, run the study."""
     options = parse_arguments()
     if not sys.platform.startswith("linux"):
         raise UserError("this study finds a job's processes in /proc; run it on Linux")
     if options.work_dir is None:
         with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as folder:
             return study(Path(folder), options)
-    folder = Path(options.work_dir)
+    folder = Path(options.work_dir).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--work-dir {folder} is not empty; name another")
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=20, help="how many; half of them during a save (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the data (%(default)s)")
     parser.add_argument("--layout", choices=list(LAYOUTS), default="dp", help="of the two processes (%(default)s)")
-    parser.add_argument("--async-save", action="store_true", help="checkpoints are written in the background")
+    parser.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
     parser.add_argument("--work-dir", metavar="FOLDER", help="an empty or new one, kept; default: temporary")
     options = parser.parse_args()
     if options.kills < 1:
@@ -69,61 +72,117 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def study(folder: Path, options: argparse.Namespace) -> int:
-    """Returns 0 where the runs are equal."""
+    """Run both jobs; returns 0 where they are equal."""
     data, moments = folder / "data/chain", random.Random(options.seed)
     data.parent.mkdir()
     write_corpus(data, options.seed)
-    steps = _MOST_STEPS * options.kills + 2 * _SAVE_EVERY
+    steps = _MOST_STEPS * options.kills + 10
     settings = [
         *LAYOUTS[options.layout],
         f"training.max_steps={steps}",
         f"checkpoint.save_every={_SAVE_EVERY}",
         f"checkpoint.async_save={str(options.async_save).lower()}",
     ]
+    how = "in the background" if options.async_save else "in the foreground"
+    print(f"{steps} steps, layout {options.layout}, a save every {_SAVE_EVERY} steps, {how}", flush=True)
     whole, killed = folder / "uninterrupted", folder / "killed"
-    kind = "in the background" if options.async_save else "in the foreground"
-    print(f"{steps} steps, layout {options.layout}, saving every {_SAVE_EVERY} steps {kind}: uninterrupted", flush=True)
-    start = time.monotonic()
-    Job.start(command(whole, data, settings), folder / "uninterrupted.log").wait()
-    print(f"{time.monotonic() - start:.0f} s; now with {options.kills} kills\n\n{_HEAD}", flush=True)
-    expected: Path | None = None
-    # keep_last deletes checkpoints: that, too, may be what a kill interrupts.
+    job = Job.start(command(whole, data, settings), folder / "uninterrupted.log")
+    startup = job.wait_for(lambda: job.steps() > 0)
+    job.wait()
+    print(f"uninterrupted: done; starting took {startup:.0f} s; now with {options.kills} kills\n\n{_HEAD}", flush=True)
+    # keep_last deletes old checkpoints: that, too, may be what a kill interrupts.
     run = command(killed, data, [*settings, "checkpoint.keep_last=2"])
-    for number, during_save in enumerate(plan(options.kills, moments), start=1):
-        job = Job.start(run, folder / f"killed_{number:02}.log")
-        kill = kill_once(job, killed / "checkpoints", during_save, moments)
-        check_resumed(job, expected)
-        expected = kill.newest
-        print(row(number, kill, compare_checkpoint(expected, whole)), flush=True)
+    kills = kill_repeatedly(run, folder, options.kills, moments, startup)
     job = Job.start(run, folder / "killed_last.log")
     job.wait()
-    check_resumed(job, expected)
-    return verdict(whole, killed, steps)
+    check_resumed(job, kills[-1].newest)
+    return verdict(folder, steps, kills)
 
 
-def plan(kills: int, moments: random.Random) -> list[bool]:
-    """Which kills come during a save: half of them, the first of an odd number too, in random order."""
-    during_save = [i < (kills + 1) // 2 for i in range(kills)]
-    moments.shuffle(during_save)
-    return during_save
+def kill_repeatedly(run: list[str], folder: Path, count: int, moments: random.Random, startup: float) -> list[Kill]:
+    """At least `count` kills, and go on until half of them were during a save: some saves end before the signal."""
+    kills: list[Kill] = []
+    expected: Path | None = None
+    missing = (count + 1) // 2
+    while len(kills) < count or missing > 0:
+        during_save = moments.random() * max(1, count - len(kills)) < missing
+        job = Job.start(run, folder / f"killed_{len(kills) + 1:02}.log")
+        try:
+            kill = kill_once(job, folder / "killed/checkpoints", during_save, moments, startup)
+        finally:
+            job.kill()
+        check_resumed(job, expected)
+        missing -= kill.phase == "saving"
+        kills.append(kill)
+        expected = kill.newest
+        print(row(len(kills), kill, compare(expected, folder / "uninterrupted")), flush=True)
+    return kills
 
 
-def kill_once(job: Job, checkpoints: Path, during_save: bool, moments: random.Random) -> Kill:
-    """Let the job do some steps and kill it; `during_save`: at a random moment of its next save.
-
-    A save may be over before the signal arrives; then the next one is waited for, as long as the attempt may run.
-    """
-    wait_for(job, moments.randrange(1, _MOST_STEPS - _SAVE_EVERY))
+def kill_once(job: Job, checkpoints: Path, during_save: bool, moments: random.Random, startup: float) -> Kill:
+    """Kill the job within a save, at a moment drawn from the time that its save before took; or at any moment."""
+    before = leftovers(checkpoints)
     if during_save:
-        started = wait_for_save(job, checkpoints)
-        time.sleep(moments.uniform(0, 0.03))
-        while not list(checkpoints.glob("*.partial")) and job.running:
-            started = wait_for_save(job, checkpoints)
-        assert started
+        begun = job.wait_for(lambda: bool(leftovers(checkpoints) - before))
+        duration = job.wait_for(lambda: not leftovers(checkpoints)) - begun
+        job.wait_for(lambda: bool(leftovers(checkpoints)))
+        time.sleep(moments.uniform(0, duration))
+        job.wait_for(lambda: bool(leftovers(checkpoints)))  # it was quicker this time: at once in the next
+    elif moments.random() < 0.2:
+        time.sleep(moments.uniform(0, startup))
     else:
-        time.sleep(moments.uniform(0, 0.15))
-    if not job.running:
-        raise RuntimeError(f"the job ended before it could be killed:\n{job.text()}")
-    job.kill()
-    left = sorted(path.name for path in checkpoints.glob("*.*")) if checkpoints.exists() else []
-    return Kill(job.steps(), any(name.endswith(".partial") for name in left), left, newest_whole(checkpoints))
+        wanted = moments.randrange(1, _MOST_STEPS - 2)
+        job.wait_for(lambda: job.steps() >= wanted)
+        time.sleep(moments.uniform(0, 0.1))
+    seconds = job.kill()
+    return Kill(seconds, job.steps(), sorted(leftovers(checkpoints) - before), newest_whole(checkpoints))
+
+
+def leftovers(checkpoints: Path) -> set[str]:
+    """Names of what is being written or deleted, or was when its writer was killed."""
+    return {path.name for path in checkpoints.glob("*.*")}
+
+
+def check_resumed(job: Job, expected: Path | None) -> None:
+    """The job continued from the newest whole checkpoint, and met none that it had to skip."""
+    resumed = job.resumed_from()
+    if resumed is None and not job.steps():
+        return  # killed before it could say
+    if resumed != (expected.name if expected else None) or " skipped: " in job.text():
+        raise RuntimeError(f"expected to resume from {expected}, but the job says:\n{job.text()}")
+
+
+def compare(checkpoint: Path | None, whole: Path) -> str:
+    """Whether a checkpoint equals the uninterrupted run's of that step, in words."""
+    if checkpoint is None:
+        return "-"
+    return "bitwise equal" if digest(checkpoint) == digest(whole / "checkpoints" / checkpoint.name) else "DIFFERENT"
+
+
+def row(number: int, kill: Kill, compared: str) -> str:
+    moment = f"{kill.seconds:.2f} s, {kill.steps} steps"
+    left = kill.left[0] + (f" +{len(kill.left) - 1}" if len(kill.left) > 1 else "") if kill.left else "-"
+    newest = kill.newest.name if kill.newest else "the beginning"
+    return f"{number:>4}  {moment:<16}  {kill.phase:<8}  {left:<31}  {newest:<14}  {compared}"
+
+
+def verdict(folder: Path, steps: int, kills: list[Kill]) -> int:
+    """Compare the two finished runs; returns 0 where they are equal."""
+    last = f"checkpoints/step_{steps:08d}"
+    ours, theirs = digest(folder / "killed" / last), digest(folder / "uninterrupted" / last)
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    of_optimizer = sum(name.startswith("optimizer.") for name in ours)
+    curve, whole_curve = losses(folder / "killed"), losses(folder / "uninterrupted")
+    once = [step for step, _ in curve] == list(range(1, steps + 1))
+    saving = sum(kill.phase == "saving" for kill in kills)
+    print(f"\n{len(kills)} kills, {saving} of them during a save; the run finished its {steps} steps")
+    parts = f"{len(ours) - of_optimizer - 1} tensors of weights, {of_optimizer} of the optimizer, the trainer's state"
+    print(f"final checkpoint: {parts}: {', '.join(different) + ' DIFFER' if different else 'bitwise equal'}")
+    print(f"metrics.jsonl: {'each step once' if once else 'NOT each step once'}", end=", ")
+    print("losses equal" if curve == whole_curve else "losses DIFFER")
+    print("no attempt met, or loaded, a torn checkpoint")
+    return 0 if not different and once and curve == whole_curve else 1
+
+
+if __name__ == "__main__":
+    run_program(main)

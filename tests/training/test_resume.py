@@ -23,7 +23,6 @@ LAYOUTS = {
     "DP2 sharded optimizer, overlap": (2, [_SHARDED_OPTIMIZER]),
     "TP2 SP": (2, [_TENSOR, _SEQUENCE]),
     "PP2": (2, [_PIPELINE]),
-    "bf16 TP1 DP1": (1, ["precision=bf16"]),
     "bf16 DP2 sharded optimizer, overlap": (2, ["precision=bf16", _SHARDED_OPTIMIZER]),
     "bf16 TP2 SP": (2, ["precision=bf16", _TENSOR, _SEQUENCE]),
     "fp16 DP2": (2, ["precision=fp16", "optimizer.initial_loss_scale=1024", "optimizer.loss_scale_window=2"]),
@@ -73,11 +72,16 @@ def test_same_layout_is_bitwise_equal(workers: WorkerPool, uninterrupted, corpus
     assert trainer_file(tmp_path, 8) == trainer_file(folder, 8)
 
 
-@pytest.mark.parametrize("before", ["TP1 DP1", "DP2 sharded optimizer, overlap"])
-@pytest.mark.parametrize("after", ["TP1 DP1", "DP2 sharded optimizer, overlap", "TP2 SP", "PP2"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("TP1 DP1", "DP2 sharded optimizer, overlap"),
+        ("DP2 sharded optimizer, overlap", "TP1 DP1"),
+        ("DP2 sharded optimizer, overlap", "TP2 SP"),
+        ("TP2 SP", "PP2"),
+    ],
+)
 def test_other_layout_continues_the_curve(workers: WorkerPool, uninterrupted, corpus, tmp_path, before, after):
-    if before == after:
-        pytest.skip("the test above")
     _, whole = uninterrupted(1, *_EVERY_3)
     processes, layout = LAYOUTS[before]
     workers.run(train, processes, tmp_path, corpus, [*layout, *_EVERY_3], stop_after=4)
@@ -110,9 +114,8 @@ def test_a_changed_blend_is_said(workers: WorkerPool, corpus, tmp_path):
     assert changed.state["step"] == 4  # said, and gone on
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fine_tuning_starts_from_weights_or_from_everything(workers: WorkerPool, corpus, tmp_path, precision):
-    settings = [f"precision={precision}", "training.max_steps=6"]
+def test_fine_tuning_starts_from_weights_or_from_everything(workers: WorkerPool, corpus, tmp_path):
+    settings = ["precision=bf16", "training.max_steps=6"]
     [source] = workers.run(train, 1, tmp_path / "source", corpus, settings, stop_after=4)
     checkpoint = tmp_path / "source/checkpoints/step_00000004"
     load = [*settings, f"checkpoint.load={checkpoint}"]
@@ -135,7 +138,7 @@ def test_fine_tuning_starts_from_weights_or_from_everything(workers: WorkerPool,
     assert "starts from" not in again.said
 
 
-@pytest.mark.parametrize("name", ["DP2 sharded optimizer, overlap", "TP2 SP", "PP2"])
+@pytest.mark.parametrize("name", ["DP2 sharded optimizer, overlap", "TP2 SP"])
 def test_saving_in_the_background_changes_nothing(workers: WorkerPool, uninterrupted, corpus, tmp_path, name):
     processes, layout = LAYOUTS[name]
     settings = [*layout, *_EVERY_3, *_DROPOUT]
@@ -166,7 +169,7 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(workers: WorkerPool, un
     name = _damage(tmp_path / "checkpoints/step_00000006")
     (tmp_path / "checkpoints/step_00000007").mkdir()  # and one that is hardly there
     resumed = workers.run(train, processes, tmp_path, corpus, settings)
-    lines = resumed[0].said.splitlines()
+    lines = [line for line in resumed[0].said.splitlines() if line.startswith(("step_", "resumed"))]
     assert lines[0].startswith("step_00000007 skipped: ")
     assert lines[1].startswith("step_00000006 skipped: ")
     assert name in lines[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,31 +37,43 @@ class _CrossEntropy(torch.autograd.Function):
         local = targets - first
         outside = (local < 0) | (local >= real)
         local = local.masked_fill(outside, 0)
-        # Per token: log of this shard's sum of exponentials, and the target's logit where it lives here.
-        if real:
-            log_sum = logits[..., :real].float().logsumexp(dim=-1)
-            target = logits.gather(-1, local[..., None])[..., 0].float().masked_fill(outside, 0.0)
-        else:
-            log_sum = torch.full(targets.shape, -torch.inf, device=logits.device)
-            target = torch.zeros(targets.shape, device=logits.device)
+        # torch's kernel makes the fewest passes over the vocabulary; a shard's own normaliser is corrected below.
+        log_probs = F.log_softmax(logits[..., :real], dim=-1, dtype=torch.float32)
         if group.size() > 1:
-            highest = log_sum.clone()
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-            both = torch.stack(((log_sum - highest).exp(), target))
-            dist.all_reduce(both, group=group)
-            log_sum, target = highest + both[0].log(), both[1]
-        ctx.save_for_backward(logits, log_sum, local, outside)
-        ctx.real = real
-        return log_sum - target
+            log_probs += _shard_log_sum(logits, log_probs, group)[..., None]
+        losses = torch.zeros(targets.shape, device=logits.device)
+        if real:
+            losses -= log_probs.gather(-1, local[..., None])[..., 0].masked_fill(outside, 0.0)
+        if group.size() > 1:
+            dist.all_reduce(losses, group=group)
+        ctx.save_for_backward(log_probs, local, outside)
+        ctx.like = logits.shape, logits.dtype
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, log_sum, local, outside = ctx.saved_tensors
-        grad = grads[0]
-        # softmax − onehot(target), times the incoming gradient, in as few passes over the vocabulary as it takes.
-        out = logits.float() - log_sum[..., None]
-        out.exp_()
-        out[..., ctx.real :] = 0.0
-        out.mul_(grad[..., None])
-        out.scatter_add_(-1, local[..., None], -grad.masked_fill(outside, 0.0)[..., None])
-        return out.to(logits.dtype), None, None, None
+        log_probs, local, outside = ctx.saved_tensors
+        shape, dtype = ctx.like
+        # softmax − onehot(target), times the incoming gradient; padding has none.
+        probs = log_probs.exp()
+        probs.mul_(grads[0][..., None])
+        if probs.shape[-1]:
+            probs.scatter_add_(-1, local[..., None], -grads[0].masked_fill(outside, 0.0)[..., None])
+        out = probs.to(dtype)
+        if out.shape != shape:
+            out = F.pad(out, (0, shape[-1] - out.shape[-1]))
+        return out, None, None, None
+
+
+def _shard_log_sum(logits: Tensor, log_probs: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """log of (this shard's sum of exponentials / that of all shards), per token."""
+    if log_probs.shape[-1]:
+        # log Σexp = logit − log_prob at any id; at the largest, nothing is lost to cancellation.
+        own = logits[..., : log_probs.shape[-1]].amax(-1).float() - log_probs.amax(-1)
+    else:
+        own = torch.full(logits.shape[:-1], -torch.inf, device=logits.device)
+    highest = own.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    total = (own - highest).exp()
+    dist.all_reduce(total, group=group)
+    return own - highest - total.log()

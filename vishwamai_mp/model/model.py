@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from vishwamai_mp.config import PretrainConfig, padded_vocab_size
 from vishwamai_mp.model.loss import vocab_parallel_cross_entropy
 from vishwamai_mp.model.masks import attention_mask, local_positions
+from vishwamai_mp.model.packing import check_packing, packed_documents
 from vishwamai_mp.model.rotary import RotaryEmbedding
 from vishwamai_mp.model.specs import block_spec, spec_provider
 from vishwamai_mp.model.transformer_config import transformer_config
-from vishwamai_mp.precision import PrecisionPolicy, use_cpu_arithmetic
+from vishwamai_mp.precision import PrecisionPolicy, use_cpu_arithmetic, use_transformer_engine
 
 
 class VishwamAIModel(GPTModel):
@@ -55,6 +56,10 @@ class VishwamAIModel(GPTModel):
         )
         self.model_config = config.model
         self.rotary = RotaryEmbedding(config.model)
+        # Transformer Engine's attention knows windows and context parallelism by itself, and documents by their length.
+        self.attends_without_mask = use_transformer_engine()
+        if self.attends_without_mask:
+            check_packing(config)
         _mark_sharded_parameters(self)
         use_cpu_arithmetic(self, PrecisionPolicy.of(config.precision))
 
@@ -78,6 +83,8 @@ class VishwamAIModel(GPTModel):
         Returns:
             on the last stage, losses (B, Q) fp32 with labels and logits (Q, B, V) without; else hidden states.
         """
+        if document_ids is not None and self.attends_without_mask:
+            return self._forward_packed(tokens, labels, document_ids)
         cp, device = self.pg_collection.cp, tokens.device
         start = inference_context.sequence_len_offset if inference_context else 0
         keys = [local_positions(start + tokens.shape[1], rank, cp.size(), device) for rank in range(cp.size())]
@@ -92,8 +99,28 @@ class VishwamAIModel(GPTModel):
             rotary_pos_emb=self.rotary(keys[cp.rank()] if position_ids is None else position_ids[:, local]),
             inference_context=inference_context,
         )
+        return self._head(hidden, labels) if self.post_process else hidden
+
+    def _forward_packed(self, tokens: Tensor, labels: Tensor | None, document_ids: Tensor) -> Tensor:
+        """`forward` with the rows laid end to end as one. Between stages hidden states keep the schedule's shape."""
+        rows, length = tokens.shape
+        if not self.pre_process:
+            self.decoder.input_tensor = self.decoder.input_tensor.reshape(-1, 1, self.config.hidden_size)
+        hidden = self.decoder(
+            hidden_states=self.embedding(tokens.reshape(1, -1), position_ids=None) if self.pre_process else None,
+            attention_mask=None,
+            # Each document is turned from position 0 on: attention sees differences of positions only.
+            rotary_pos_emb=self.rotary(torch.arange(length, device=tokens.device)),
+            packed_seq_params=packed_documents(document_ids),
+        )
         if not self.post_process:
-            return hidden
+            return hidden.reshape(-1, rows, self.config.hidden_size)
+        if labels is None:
+            return self._head(hidden, None).reshape(rows, length, -1).transpose(0, 1)
+        return self._head(hidden, labels.reshape(1, -1)).reshape(rows, length)
+
+    def _head(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        """Losses with labels, else logits."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=tied)
         if labels is None:
@@ -106,7 +133,8 @@ class VishwamAIModel(GPTModel):
     def _mask(self, queries: Tensor, keys: Tensor, document_ids: Tensor | None) -> Tensor | None:
         """None where plain causal order says it all, which attention kernels know by themselves."""
         window = self.model_config.sliding_window
-        if document_ids is None and window is None and self.pg_collection.cp.size() == 1:
+        plain = document_ids is None and window is None and self.pg_collection.cp.size() == 1
+        if plain or self.attends_without_mask:
             return None
         return attention_mask(queries, keys, window, document_ids)
 
@@ -123,7 +151,9 @@ class VishwamAIModel(GPTModel):
 
 
 def _is_empty(entry: Any) -> bool:
-    return isinstance(entry, ShardedObject) and entry.data is None
+    if not isinstance(entry, ShardedObject):
+        return False
+    return entry.data is None or (isinstance(entry.data, Tensor) and entry.data.numel() == 0)
 
 
 def _mark_sharded_parameters(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from vishwamai_mp.model.attention import CoreAttention
 from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.norm import RMSNorm
+from vishwamai_mp.model.swiglu import SwiGLU
 from vishwamai_mp.precision import use_transformer_engine
 
 
@@ -24,6 +25,9 @@ class TorchSpecProvider(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return CoreAttention
+
+    def activation_func(self) -> type:
+        return SwiGLU
 
 
 def spec_provider() -> BackendSpecProvider:
@@ -60,7 +64,7 @@ def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fused else norm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=None),
+            mlp=get_mlp_module_spec_for_backend(backend=backend, use_te_activation_func=not fused),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={}
             if fused

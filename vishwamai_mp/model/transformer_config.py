@@ -48,7 +48,11 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         # and context shards then weigh the same in every layout.
         calculate_per_token_loss=True,
         bias_activation_fusion=fused,
-        apply_rope_fusion=fused,
+        use_te_activation_func=not fused,  # megatron-core's name for: the layer spec brings the activation (swiglu.py)
+        # The fused kernel turns all rows alike; packed documents it turns each from its start.
+        apply_rope_fusion=fused and (config.data.reset_attention_mask or not config.data.reset_position_ids),
+        # Transformer Engine's default, a ring of point-to-point messages, knows no window.
+        cp_comm_type="all_gather" if fused and model.sliding_window and parallel.context_parallel_size > 1 else None,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,

@@ -56,8 +56,15 @@ def _version(package: str) -> str | None:
 
 def _git_revision() -> str | None:
     """The revision of the checkout this package runs from, `-dirty` with local changes; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    file = Path(__file__)
+    # A virtual environment may lie within some other repository, which does not track this file.
+    tracked = _git(file.parent, "ls-files", "--error-unmatch", file.name)
+    return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
+        command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

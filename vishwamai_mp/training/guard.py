@@ -1,14 +1,14 @@
 """Watches the loss: which steps may update the model, and when to give up."""
 
 import math
+from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 
 from vishwamai_mp.config import TrainingConfig, UserError
-from vishwamai_mp.runtime import Runtime
-from vishwamai_mp.training.step import StepResult
+from vishwamai_mp.data.batches import Batch
+from vishwamai_mp.precision import PrecisionPolicy
+from vishwamai_mp.training.step import StepResult, TrainStep
 
 _SMOOTHING = 0.95  # of the running mean that a spike is measured against
 _SETTLE_STEPS = 20  # steps before spikes are looked for: an early loss falls fast
@@ -65,10 +65,31 @@ class LossGuard:
             )
 
 
-def blame(runtime: Runtime, chunks: list[DistributedDataParallel]) -> str:
-    """Which ranks hold non-finite gradients, in words. Every rank must call it."""
-    finite = all(bool(torch.isfinite(buffer.grad_data).all()) for chunk in chunks for buffer in chunk.buffers)
-    reports: list[str | None] = [None] * runtime.world_size
-    dist.all_gather_object(reports, None if finite else runtime.describe())
+def explain(result: StepResult, limit: float, steps: TrainStep, batches: Sequence[Batch], step: int) -> str:
+    """Why a step was skipped and, where its gradients are not finite, which ranks began it. Every rank must call it.
+
+    Args:
+        result: of the skipped step.
+        limit: on its loss.
+        steps: what ran it.
+        batches: its micro-batches on this rank.
+        step: its number.
+    """
+    reason = f"loss {result.lm_loss:.4g}, gradient norm {result.grad_norm:.4g}"
+    if not math.isfinite(result.lm_loss):
+        return f"{reason}; {_blame(steps, batches, step)}"
+    if math.isfinite(result.grad_norm):
+        return f"{reason}; the loss is above training.spike_factor's limit of {limit:.4g}"
+    if PrecisionPolicy.of(steps.config.precision).scales_loss:  # an overflow is how fp16 finds its loss scale
+        return f"{reason}; the loss scale is lowered to {float(steps.optimizer.get_loss_scale()):.6g}"
+    return f"{reason}; {_blame(steps, batches, step)}"
+
+
+def _blame(steps: TrainStep, batches: Sequence[Batch], step: int) -> str:
+    finite = steps.own_gradients_are_finite(batches, step)
+    reports: list[str | None] = [None] * steps.runtime.world_size
+    dist.all_gather_object(reports, None if finite else steps.runtime.describe())
     ranks = [report for report in reports if report]
-    return "non-finite gradients on " + "; ".join(ranks) if ranks else "gradients are finite on all ranks"
+    if ranks:
+        return "non-finite gradients on " + "; ".join(ranks)
+    return "computed again, the gradients are finite on all ranks: faulty hardware, or a defect"

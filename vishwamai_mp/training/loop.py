@@ -19,7 +19,7 @@ from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.device import peak_flops
 from vishwamai_mp.training.callbacks import Callback, Checkpointing, Evaluation, Metrics, Progress, Stopping
-from vishwamai_mp.training.guard import LossGuard, blame
+from vishwamai_mp.training.guard import LossGuard, explain
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.schedule import learning_rate
 from vishwamai_mp.training.step import StepResult, TrainStep
@@ -88,6 +88,9 @@ class Trainer:
         rate = learning_rate(self.config, self.state.step)
         micro_batches = list(itertools.islice(batches, batches.micro_batches_per_step))
         result = self.steps.train(micro_batches, self.state.step, rate, self.guard.limit)
+        if not result.updated:
+            why = explain(result, self.guard.limit, self.steps, micro_batches, self.state.step)
+            self.say(f"step {self.state.step + 1} skipped: {why}")
         self._account(result)
         seconds = time.perf_counter() - start
         tokens = self.config.training.global_batch_size * self.config.training.sequence_length
@@ -109,8 +112,6 @@ class Trainer:
         state.consumed_tokens += training.global_batch_size * training.sequence_length
         if not result.updated:
             state.skipped_steps += 1
-            reason = f"loss {result.lm_loss:.4g}, gradient norm {result.grad_norm:.4g}"
-            self.say(f"step {state.step} skipped: {reason}; {blame(self.runtime, self.chunks)}")
         self.guard.observe(result)
 
     def evaluate(self) -> float:
@@ -161,8 +162,11 @@ class Trainer:
 
 
 def usual_callbacks(config: PretrainConfig) -> list[Callback]:
-    """Stop before saving, evaluate before writing, write before showing."""
-    return [Stopping(config.training.exit_after_minutes), Evaluation(), Checkpointing(), Metrics(), Progress()]
+    """The usual ones, in order: who stops and who measures comes before who writes.
+
+    Metrics before checkpoints: a step that a checkpoint holds is never run again, so it must have been logged.
+    """
+    return [Stopping(config.training.exit_after_minutes), Evaluation(), Metrics(), Checkpointing(), Progress()]
 
 
 def _make_folder(folder: Path) -> None:

@@ -20,9 +20,11 @@ def wrap_data_parallel(
     replicated = runtime.groups.dp_cp.size() > 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        use_distributed_optimizer=shards_optimizer(config, runtime),
         overlap_grad_reduce=config.parallel.overlap_grad_reduce and replicated,
-        overlap_param_gather=_overlaps_param_gather(config) and replicated,
+        overlap_param_gather=shards_optimizer(config, runtime)
+        and config.parallel.overlap_grad_reduce
+        and config.parallel.overlap_param_gather,
     )
     return [
         DistributedDataParallel(
@@ -36,9 +38,9 @@ def wrap_data_parallel(
     ]
 
 
-def _overlaps_param_gather(config: PretrainConfig) -> bool:
-    parallel = config.parallel
-    return parallel.use_distributed_optimizer and parallel.overlap_grad_reduce and parallel.overlap_param_gather
+def shards_optimizer(config: PretrainConfig, runtime: Runtime) -> bool:
+    """Whether the optimizer's state is split over replicas. With one replica there is nobody to share it with."""
+    return config.parallel.use_distributed_optimizer and runtime.groups.dp_cp.size() > 1
 
 
 def build_optimizer(
@@ -61,7 +63,8 @@ def build_optimizer(
             bf16=policy.name == "bf16",
             initial_loss_scale=options.initial_loss_scale,
             loss_scale_window=options.loss_scale_window,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            hysteresis=1,  # an overflow halves the loss scale: the first as well
+            use_distributed_optimizer=shards_optimizer(config, runtime),
             overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         ),
         list(chunks),
@@ -69,6 +72,8 @@ def build_optimizer(
         use_gloo_process_groups=False,
     )
     for group in optimizer.param_groups:
+        # megatron-core's own scheduler, which is not used here, would do this: 0 for vectors, 1 for matrices.
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
         if "foreach" in group:  # torch's AdamW, not Transformer Engine's: its one-pass kernel is off by default
             group.update(fused=True, foreach=None)
     return optimizer

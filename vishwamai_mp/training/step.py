@@ -5,6 +5,7 @@ Shapes: B micro-batch, T tokens, Q this context parallel rank's tokens.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,11 +67,7 @@ class TrainStep:
             learning_rate: of this step.
             loss_limit: with a loss above it, or a non-finite loss or gradient, parameters stay as they are.
         """
-        seed_step(self.config.training.seed, step)
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._begin(step)
         lm_loss, tokens = self._run(batches, forward_only=False)
         norm = gradient_norm(self.optimizer)
         sound = math.isfinite(norm) and math.isfinite(lm_loss) and lm_loss <= loss_limit
@@ -85,6 +82,32 @@ class TrainStep:
         for chunk in self.chunks:
             chunk.eval()
         return self._run(batches, forward_only=True)
+
+    def own_gradients_are_finite(self, batches: Sequence[Batch], step: int) -> bool:
+        """Whether what this rank adds to the gradients of a step is finite: computed again, and not reduced.
+
+        Reduced gradients do not tell: a NaN is then on other replicas too. All ranks call it, after `train` with the
+        same arguments and before the next.
+        """
+        megatron = self.chunks[0].config
+        connected = megatron.no_sync_func, megatron.grad_sync_func, megatron.finalize_model_grads_func
+        megatron.no_sync_func = megatron.grad_sync_func = megatron.finalize_model_grads_func = None
+        self._begin(step)
+        with ExitStack() as stack:
+            for chunk in self.chunks:
+                stack.enter_context(chunk.no_sync())
+            self._run(batches, forward_only=False)
+        megatron.no_sync_func, megatron.grad_sync_func, megatron.finalize_model_grads_func = connected
+        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
+        return all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in buffers)
+
+    def _begin(self, step: int) -> None:
+        """Seeds of a step, and gradients of zero."""
+        seed_step(self.config.training.seed, step)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def _run(self, batches: Sequence[Batch], forward_only: bool) -> tuple[float, int]:
         training = self.config.training

@@ -1,0 +1,27 @@
+# shellcheck shell=bash
+# Makes .venv from a bare checkout and installs the package into it. Sourced from the repository's root, never run.
+# PYTHON: the interpreter that makes .venv, 3.11 or later (default: the first found)
+
+bootstrap_python() {
+    local name
+    for name in ${PYTHON:+"$PYTHON"} python3.11 python3 python; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$name"
+            return 0
+        fi
+    done
+    echo "error: no Python 3.11 or later found; install one or set PYTHON" >&2
+    return 1
+}
+
+# install_environment NAME TARGET: once, and again when what is to be installed has changed.
+install_environment() {
+    local stamp=".venv/installed-$1" target="$2" wanted python
+    wanted="$(cat setup.py constraints.txt | sha256sum)"
+    [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]] && return 0
+    python="$(bootstrap_python)"
+    [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+    echo "installing into .venv (some minutes the first time)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "$target"
+    echo "$wanted" >"$stamp"
+}

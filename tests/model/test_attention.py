@@ -1,0 +1,142 @@
+"""Core attention: both kernels against a softmax written out in float64."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
+
+# isort: split
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+
+from vishwamai_mp.model import attention
+from vishwamai_mp.model.masks import attention_mask
+
+_HEADS, _WIDTH = 4, 8
+
+
+def core_attention(groups: int = _HEADS, dropout: float = 0.0, **arguments: Any) -> attention.CoreAttention:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=_HEADS * _WIDTH,
+        num_attention_heads=_HEADS,
+        num_query_groups=groups,
+        attention_dropout=dropout,
+    )
+    alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
+    return attention.CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=alone, **arguments)
+
+
+def inputs(queries: int, keys: int, groups: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(queries, 2, _HEADS, _WIDTH), (keys, 2, groups, _WIDTH), (keys, 2, groups, _WIDTH)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(QKᵀ·scale + mask)V, token by token and head by head, in float64."""
+    queries, rows, heads, _ = query.shape
+    keys, groups = key.shape[0], key.shape[2]
+    out = []
+    for t in range(queries):
+        for b in range(rows):
+            for h in range(heads):
+                k, v = (x.double()[:, b, h * groups // heads] for x in (key, value))
+                seen = [s for s in range(keys) if (s <= keys - queries + t if mask is None else bool(mask[b, 0, t, s]))]
+                scores = k[seen] @ query.double()[t, b, h] * scale
+                out.append(scores.softmax(0) @ v[seen])
+    return torch.stack(out).view(queries, rows, -1)
+
+
+def masks(queries: int, keys: int) -> dict[str, Tensor | None]:
+    places, all_keys = torch.arange(keys - queries, keys), torch.arange(keys)
+    documents = torch.tensor([[0] * 3 + [1] * (keys - 3), [0] * (keys - 2) + [1] * 2])
+    return {
+        "causal": None,
+        "window": attention_mask(places, all_keys, window=4).expand(2, -1, -1, -1),
+        "documents": attention_mask(places, all_keys, document_ids=documents),
+    }
+
+
+@pytest.fixture(params=["fused", "explicit"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernel 16-bit inputs take, whatever this machine's hardware; fp32 is sent to the explicit one by hand."""
+    explicit = request.param == "explicit"
+    monkeypatch.setattr(attention, "multiplies_natively", lambda dtype: explicit)
+    if explicit:
+
+        def attend(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+            return attention._explicit_attention(q, k, v, mask, mask is None and q.shape[2] > 1, dropout, self.scale)
+
+        monkeypatch.setattr(attention.CoreAttention, "_attend", attend)
+    return request.param
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(11, 11), (3, 11), (1, 11)])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("name", ["causal", "window", "documents"])
+def test_both_kernels_are_softmax_attention(kernel, name, groups, queries, keys):
+    mask = masks(queries, keys)[name]
+    tensors = inputs(queries, keys, groups, torch.float32)
+    ours = core_attention(groups)(*tensors, mask)
+    theirs = naive(*tensors, mask, 1 / math.sqrt(_WIDTH))
+    assert ours.shape == (queries, 2, _HEADS * _WIDTH)
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6)
+    weights = torch.randn_like(ours)
+    for one, other in zip(
+        torch.autograd.grad((ours * weights).sum(), tensors),
+        torch.autograd.grad((theirs * weights).sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["causal", "window", "documents"])
+def test_16_bit_inputs(kernel, name, dtype):
+    """The fused kernel, widened, rounds once; the explicit one rounds scores and weights too, as 16-bit hardware."""
+    mask = masks(11, 11)[name]
+    tensors = inputs(11, 11, 2, dtype)
+    ours = core_attention(2)(*tensors, mask)
+    theirs = naive(*tensors, mask, 1 / math.sqrt(_WIDTH))
+    assert ours.dtype == dtype
+    epsilon = torch.finfo(dtype).eps
+    limit = epsilon / 2 * theirs.abs() + 1e-6 if kernel == "fused" else torch.full_like(theirs, 4 * epsilon)
+    assert ((ours.double() - theirs).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_hardware_decides_the_kernel_of_16_bit_inputs(monkeypatch, native):
+    used = []
+    explicit = attention._explicit_attention
+    monkeypatch.setattr(attention, "multiplies_natively", lambda dtype: native)
+    monkeypatch.setattr(attention, "_explicit_attention", lambda *a: used.append(a) or explicit(*a))
+    core_attention()(*inputs(5, 5, 4, torch.bfloat16), None)
+    core_attention()(*inputs(5, 5, 4, torch.float32), None)
+    assert len(used) == native
+
+
+def test_dropout_keeps_the_mean_and_ends_with_evaluation(kernel):
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True, tp_rank=0, ep_rank=0, etp_rank=0)
+    core = core_attention(dropout=0.25)
+    query, key, value = inputs(200, 200, 4, torch.float32)
+    ones = torch.ones_like(value)
+    once, again = core(query, key, ones, None), core(query, key, ones, None)
+    assert not torch.equal(once, again)
+    # Late tokens average over many keys: with values of one, what is kept and scaled up has mean one.
+    assert abs(float(once.detach()[100:].mean()) - 1) < 0.01
+    assert float(once.detach().std()) > 0.01
+    torch.testing.assert_close(core.eval()(query, key, ones, None), torch.ones_like(once))
+
+
+def test_scale_can_be_given():
+    tensors = inputs(5, 5, 4, torch.float32)
+    ours = core_attention(softmax_scale=0.3)(*tensors, None)
+    torch.testing.assert_close(ours.double(), naive(*tensors, None, 0.3), rtol=0, atol=2e-6)
