@@ -10,41 +10,49 @@ usage() {
     cat <<'TEXT'
 Train a small model on this machine's CPU with two processes (tensor and sequence parallel), from nothing.
 
-usage: bash launch/quickstart.sh [--work-dir DIR] [--minutes M]
+usage: bash launch/quickstart.sh [--work-dir DIR] [--steps N]
 
   --work-dir DIR   where corpus, tokenizer and run go (default: quickstart)
-  --minutes M      of training (default: 6)
+  --steps N        training steps of 4,096 tokens (default: 600; training stops after 7 minutes at the latest)
 
-Takes under ten minutes on two cores, after an installation of some minutes. Run again, it trains further.
+Takes under ten minutes on two cores, after an installation of some minutes.
 TEXT
 }
 
-WORK=quickstart MINUTES=6
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+WORK=quickstart STEPS=600
 while (($#)); do
     case "$1" in
     -h | --help) usage && exit 0 ;;
     --work-dir=*) WORK="${1#*=}" ;;
-    --minutes=*) MINUTES="${1#*=}" ;;
-    --work-dir | --minutes)
-        (($# > 1)) || { echo "error: $1 needs a value; see --help" >&2 && exit 1; }
-        [[ "$1" == --work-dir ]] && WORK="$2" || MINUTES="$2"
+    --steps=*) STEPS="${1#*=}" ;;
+    --work-dir | --steps)
+        (($# > 1)) || fail "$1 needs a value; see --help"
+        if [[ "$1" == --work-dir ]]; then WORK="$2"; else STEPS="$2"; fi
         shift
         ;;
-    *) echo "error: unknown option $1; see --help" >&2 && exit 1 ;;
+    *) fail "unknown option $1; see --help" ;;
     esac
     shift
 done
-[[ "$MINUTES" =~ ^[0-9]+(\.[0-9]+)?$ ]] || { echo "error: --minutes $MINUTES: use a number" >&2 && exit 1; }
+if ! [[ "$STEPS" =~ ^[0-9]{1,7}$ ]] || ((10#$STEPS < 40)); then
+    fail "--steps $STEPS: use a number from 40"
+fi
 RUN="$WORK/run"
 
 title() { printf '\n== %s\n' "$*"; }
 
-# train MINUTES: the same command starts and resumes; it saves and ends when its minutes are over.
+# The same command starts and resumes.
 train() {
     NPROC=2 LOG_DIR="$WORK/logs" bash launch/torchrun_single_node.sh --config tiny \
         parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true \
         data.train="$WORK/train_text_document" data.valid="$WORK/held_out_text_document" \
-        data.tokenizer="$WORK/tokenizer.model" training.output_dir="$RUN" training.exit_after_minutes="$1"
+        data.tokenizer="$WORK/tokenizer.model" training.output_dir="$RUN" training.max_steps="$STEPS" \
+        checkpoint.save_every="$((STEPS / 4))" training.exit_after_minutes=7
 }
 
 title "environment"
@@ -64,23 +72,22 @@ for part in train held_out; do
 done
 
 title "pretraining with two processes, killed on the way"
-before="$(find "$RUN/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | wc -l)"
+rm -rf "$RUN"
 set -m # the job gets a process group of its own, so that it can be killed whole
-train "$MINUTES" &
+train &
 job=$!
-# Without mercy, once a checkpoint is there and some steps after it are not saved yet.
-until (($(find "$RUN/checkpoints" -maxdepth 1 -name 'step_????????' 2>/dev/null | wc -l) > before)); do
-    kill -0 "$job" 2>/dev/null || { echo "error: training ended before its first checkpoint" >&2 && exit 1; }
+set +m
+until [[ -f "$RUN/checkpoints/latest" ]]; do
+    kill -0 "$job" 2>/dev/null || fail "training ended before its first checkpoint"
     sleep 1
 done
-sleep 3
+sleep 3 # some steps further, which no checkpoint has
 kill -KILL -- "-$job"
 wait "$job" 2>/dev/null || true
-set +m
-echo "killed (SIGKILL) after $SECONDS seconds in all; the same command resumes"
+echo "killed (SIGKILL) at $SECONDS s; the same command goes on from the last checkpoint"
 
 title "the same command again"
-train "$MINUTES"
+train
 
 title "what it learned"
 python examples/quickstart/compare.py --run "$RUN" --held-out "$WORK/held_out_text_document" \

@@ -63,13 +63,17 @@ def of_a_larger_vocabulary(folder: Path) -> str:
     return f"data.train={write_corpus(folder / 'large', [[1, 2, 251, 0]] * 200)}"
 
 
+def too_little(folder: Path) -> str:
+    return f"data.train={write_corpus(folder / 'little', [[1, 2, 0]] * 5)}"
+
+
 # name: (processes, overrides or a function of a folder, parts of the message)
 BAD: dict[str, tuple[int, list[str | Callable[[Path], str]], list[str]]] = {
     "missing data": (2, ["data.train=nowhere/corpus"], ["nowhere/corpus"]),
     "no data": (1, ["data.train=null"], ["data.train is not set"]),
     "empty data": (2, [empty], ["empty"]),
     "data of another vocabulary": (2, [of_a_larger_vocabulary], ["token 251", "model.vocab_size=250"]),
-    "too little data": (1, ["training.sequence_length=64", "data.split=1,99,0"], ["data", "training.sequence_length"]),
+    "too little data": (2, [too_little], ["little has 15 tokens", "training.sequence_length"]),
     "missing tokenizer": (2, ["data.tokenizer=nowhere.model"], ["nowhere.model", "tools/train_tokenizer.py"]),
     "world size": (1, ["parallel.tensor_model_parallel_size=2"], ["1 processes", "tensor 2", "multiple of 2"]),
     "batch": (2, ["training.micro_batch_size=3"], ["training.global_batch_size=8", "not a multiple"]),

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from vishwamai_mp.config import ParallelConfig, PretrainConfig, UserError, load_config, resolve, to_dict
 
+_BUILT_LATER = ("beam", "tree")
+
 
 def main() -> int:
     options = parse_arguments()
@@ -27,8 +29,12 @@ def main() -> int:
     checkpoint = locate(Path(options.load)).path
     config = generation_config(checkpoint, options.overrides)
     tokenizer = Tokenizer(find_tokenizer(checkpoint, config))
-    temperature = 0.0 if options.strategy == "greedy" else options.temperature
-    sampling = SamplingOptions(options.max_new_tokens, temperature, options.top_k, options.seed)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size};"
+            " give the one that the model was trained with"
+        )
+    sampling = SamplingOptions(options.max_new_tokens, options.temperature, options.top_k, options.seed)
     with distributed_session(config) as runtime:
         (model,) = build_model(config, runtime, initialize=False)
         CheckpointManager(checkpoint.parent, config, runtime).load(checkpoint, [model])
@@ -45,16 +51,30 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, help="a run folder, its checkpoints folder, or one checkpoint")
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be given repeatedly")
-    parser.add_argument("--strategy", choices=["greedy", "sample"], default="greedy", help="default: greedy")
+    parser.add_argument(
+        "--strategy",
+        choices=["greedy", "sample", *_BUILT_LATER],
+        default="greedy",
+        help=f"default: greedy; not built yet: {', '.join(_BUILT_LATER)}",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to add at most (default: 64)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of `sample`, above 0 (default: 1.0)")
+    parser.add_argument("--temperature", type=float, help="of `sample`, above 0 (default: 1.0)")
     parser.add_argument("--top-k", type=int, help="of `sample`: choose among this many likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, help="of `sample` (default: 0)")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, such as the layout")
     options = parser.parse_args()
-    if options.strategy == "sample" and options.temperature <= 0:
-        raise UserError(f"--temperature {options.temperature}: use a number above 0, or --strategy greedy")
+    if options.strategy in _BUILT_LATER:
+        raise UserError(f"--strategy {options.strategy} is not built yet; use greedy or sample")
+    if options.strategy == "sample":
+        options.temperature = 1.0 if options.temperature is None else options.temperature
+        if options.temperature <= 0:
+            raise UserError(f"--temperature {options.temperature}: use a number above 0, or --strategy greedy")
+    else:
+        for name in ("temperature", "top_k"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} has no effect on --strategy greedy; add --strategy sample")
+        options.temperature = 0.0
     return options
 
 

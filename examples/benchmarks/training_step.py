@@ -130,10 +130,15 @@ def transformers_arm(precision: str) -> Callable[[], object]:
     """The same size in transformers, trained as its documentation does without a Trainer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {key: SIZE[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")}
-    model = LlamaForCausalLM(
-        LlamaConfig(**shape, num_hidden_layers=SIZE["num_layers"], max_position_embeddings=LENGTH)
+    shape = LlamaConfig(
+        hidden_size=SIZE["hidden_size"],
+        intermediate_size=SIZE["intermediate_size"],
+        num_attention_heads=SIZE["num_attention_heads"],
+        num_hidden_layers=SIZE["num_layers"],
+        vocab_size=SIZE["vocab_size"],
+        max_position_embeddings=LENGTH,
     )
+    model = LlamaForCausalLM(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
 

@@ -19,9 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from killable_job import LAYOUTS, Job, command, digest, losses, newest_whole, write_corpus  # beside this file
 
-from examples.fault_tolerance.job import LAYOUTS, Job, command, digest, losses, newest_whole, write_corpus
 from vishwamai_mp.config import UserError, run_program
 
 _SAVE_EVERY = 2  # steps
@@ -49,8 +48,8 @@ def main() -> int:
     if not sys.platform.startswith("linux"):
         raise UserError("this study finds a job's processes in /proc; run it on Linux")
     if options.work_dir is None:
-        with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as folder:
-            return study(Path(folder), options)
+        with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as temporary:
+            return study(Path(temporary), options)
     folder = Path(options.work_dir).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--work-dir {folder} is not empty; name another")
@@ -129,7 +128,8 @@ def kill_once(job: Job, checkpoints: Path, during_save: bool, moments: random.Ra
         time.sleep(moments.uniform(0, duration))
         job.wait_for(lambda: bool(leftovers(checkpoints)))  # it was quicker this time: at once in the next
     elif moments.random() < 0.2:
-        time.sleep(moments.uniform(0, startup))
+        moment = moments.uniform(0, startup)
+        job.wait_for(lambda: job.seconds() > moment or job.steps() >= _MOST_STEPS)
     else:
         wanted = moments.randrange(1, _MOST_STEPS - 2)
         job.wait_for(lambda: job.steps() >= wanted)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vishwamai_mp.config import DataConfig, PretrainConfig, load_config, resolve
 from vishwamai_mp.observability import environment
 from vishwamai_mp.observability.environment import describe_environment, write_run_description
 
-RUNTIME = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+RUNTIME: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
 
 
 def git(folder, *arguments):

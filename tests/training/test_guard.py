@@ -108,7 +108,7 @@ def spoil_gradient(rank: int, step: int, value: float, times: int, trainer: Trai
         notes.append((result.updated, result.grad_norm, before == hashes(trainer)))
         return result
 
-    trainer.steps.train = watched  # type: ignore[method-assign]
+    trainer.steps.train = watched  # type: ignore[method-assign, assignment]
 
 
 _ENDLESS = 10**9

@@ -137,7 +137,7 @@ def watch_scale(trainer: Trainer, notes: list[Any]) -> None:
         notes.append((result.updated, float(trainer.optimizer.get_loss_scale()), before == hashes(trainer)))
         return result
 
-    trainer.steps.train = watched  # type: ignore[method-assign]
+    trainer.steps.train = watched  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -83,7 +83,7 @@ class Job:
             seconds from the start to the signal.
         """
         everyone = [self.process.pid, *descendants(self.process.pid)] if self.process.poll() is None else []
-        seconds = time.monotonic() - self.started
+        seconds = self.seconds()
         for pid in everyone:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -103,6 +103,10 @@ class Job:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the job ended before its time:\n{self.text()}")
             time.sleep(0.001)
+        return self.seconds()
+
+    def seconds(self) -> float:
+        """Since the start."""
         return time.monotonic() - self.started
 
     def text(self) -> str:

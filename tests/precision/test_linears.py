@@ -1,0 +1,195 @@
+"""16-bit linear layers on hardware without 16-bit products: widened, multiplied in fp32, rounded once."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from vishwamai_mp.precision import PrecisionPolicy, linears, use_transformer_engine
+from vishwamai_mp.precision.linears import _WidenedLinear
+
+_16_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TOKENS, _ROWS, _IN, _OUT = 6, 3, 40, 24
+
+
+def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, B, I), w (O, I) and the gradient of y (T, B, O)."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(_TOKENS, _ROWS, _IN), (_OUT, _IN), (_TOKENS, _ROWS, _OUT)]
+    x, w, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return x, w, grad
+
+
+def oracle(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx, dw as torch's own fp32 linear gives them, rounded at the end."""
+    x, w, grad = (tensor.float() for tensor in operands(dtype))
+    x.requires_grad_(), w.requires_grad_()
+    y = F.linear(x, w)
+    y.backward(grad)
+    assert x.grad is not None
+    assert w.grad is not None
+    return y.detach().to(dtype), x.grad.to(dtype), w.grad.to(dtype)
+
+
+def ours(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x, w, grad = operands(dtype)
+    x.requires_grad_(), w.requires_grad_()
+    y = _WidenedLinear.apply(x, w, False, False, None)
+    y.backward(grad)
+    assert x.grad is not None
+    assert w.grad is not None
+    return y.detach(), x.grad, w.grad
+
+
+@pytest.mark.parametrize("name", _16_BIT)
+def test_it_is_the_fp32_product_rounded_once(name):
+    for one, other in zip(ours(_16_BIT[name]), oracle(_16_BIT[name]), strict=True):
+        assert one.dtype == _16_BIT[name]
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", _16_BIT)
+def test_it_is_within_half_a_last_place_of_the_exact_product(name):
+    """float64 as the judge: accumulating in 16 bits would be many times further off."""
+    dtype = _16_BIT[name]
+    x, w, grad = (tensor.double() for tensor in operands(dtype))
+    exact = (x @ w.t(), grad @ w, grad.flatten(0, 1).t() @ x.flatten(0, 1))
+    for one, other in zip(ours(dtype), exact, strict=True):
+        assert ((one.double() - other).abs() <= torch.finfo(dtype).eps / 2 * other.abs() + 1e-5).all()
+
+
+def layers_with_our_arithmetic(precision: str, native: bool) -> list[str]:
+    """Runs in a worker: kinds of parallel linears in a small model that are widened, on hardware that is `native`."""
+    from tests.model.builds import build
+
+    with mock.patch.object(linears, "multiplies_natively", lambda dtype: native or dtype == torch.float32):
+        _, _, (model,) = build(f"precision={precision}")
+    implementations = {name: getattr(module, "_forward_impl", None) for name, module in model.named_modules()}
+    return sorted(
+        {
+            name.split(".")[-1]
+            for name, implementation in implementations.items()
+            if getattr(implementation, "__func__", None) is linears._widened_forward
+        }
+    )
+
+
+_ALL = ["linear_fc1", "linear_fc2", "linear_proj", "linear_qkv", "output_layer"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "native", "widened"),
+    [("bf16", False, _ALL), ("fp16", False, _ALL), ("fp32", False, []), ("bf16", True, []), ("fp16", True, [])],
+)
+def test_all_linears_have_it_exactly_where_the_hardware_does_not(workers, precision, native, widened):
+    assert workers.run(layers_with_our_arithmetic, 1, precision, native)[0] == widened
+
+
+def sharded(kind: str, dtype: torch.dtype, sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs in a worker: this rank's y, dx, dw of one megatron-core linear with our arithmetic."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from tests.model.builds import build
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    _, runtime, _ = build(f"parallel.tensor_model_parallel_size={size}")
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=_IN,
+        num_attention_heads=2,
+        params_dtype=dtype,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=size,
+        sequence_parallel=sequence_parallel,
+    )
+    common: dict[str, Any] = {"config": config, "init_method": lambda _: None, "bias": False, "skip_bias_add": False}
+    common["tp_group"] = runtime.groups.tp
+    x, w, grad = operands(dtype)
+    column = kind == "column"
+    layer = (
+        ColumnParallelLinear(_IN, _OUT, gather_output=False, **common)
+        if column
+        else RowParallelLinear(_IN, _OUT, input_is_parallel=True, **common)
+    )
+    with mock.patch.object(linears, "multiplies_natively", lambda dtype: False):
+        linears.use_cpu_arithmetic(layer, PrecisionPolicy("bf16", dtype))
+    layer.weight.data.copy_(w.chunk(size, 0 if column else 1)[rank])
+    if column:
+        x, grad = x.chunk(size, 0)[rank] if sequence_parallel else x, grad.chunk(size, -1)[rank]
+    else:
+        x, grad = x.chunk(size, -1)[rank], grad.chunk(size, 0)[rank] if sequence_parallel else grad
+    x = x.contiguous().requires_grad_()
+    y = layer(x)[0]
+    y.backward(grad)
+    dw = layer.weight.grad
+    assert dw is not None
+    assert x.grad is not None
+    return y.detach(), x.grad, dw
+
+
+@pytest.mark.parametrize("name", _16_BIT)
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["TP2", "TP2 SP"])
+def test_column_parallel_equals_one_process(workers, name, sequence_parallel):
+    dtype = _16_BIT[name]
+    y, dx, dw = oracle(dtype)
+    ranks = workers.run(sharded, 2, "column", dtype, sequence_parallel)
+    assert torch.equal(torch.cat([rank[0] for rank in ranks], -1), y)
+    assert torch.equal(torch.cat([rank[2] for rank in ranks], 0), dw)
+    if sequence_parallel:
+        whole = torch.cat([rank[1] for rank in ranks], 0)
+    else:
+        assert torch.equal(ranks[0][1], ranks[1][1])
+        whole = ranks[0][1]
+    assert_sum_of_two_roundings(whole, dx)
+
+
+@pytest.mark.parametrize("name", _16_BIT)
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["TP2", "TP2 SP"])
+def test_row_parallel_equals_one_process(workers, name, sequence_parallel):
+    dtype = _16_BIT[name]
+    y, dx, dw = oracle(dtype)
+    ranks = workers.run(sharded, 2, "row", dtype, sequence_parallel)
+    whole = torch.cat([rank[0] for rank in ranks], 0) if sequence_parallel else ranks[0][0]
+    assert_sum_of_two_roundings(whole, y)
+    assert torch.equal(torch.cat([rank[1] for rank in ranks], -1), dx)
+    assert torch.equal(torch.cat([rank[2] for rank in ranks], 1), dw)
+
+
+def assert_sum_of_two_roundings(ours: Tensor, exact: Tensor) -> None:
+    """Each rank rounds its part, of the whole's order of size, and their sum is rounded again."""
+    assert ours.dtype == exact.dtype
+    size = float(exact.float().abs().max())
+    assert (ours.float() - exact.float()).abs().max() <= 2 * torch.finfo(exact.dtype).eps * size
+    assert exact.float().abs().max() > 1
+
+
+def test_frozen_weights_get_no_gradient():
+    x, w, grad = operands(torch.bfloat16)
+    x.requires_grad_()
+    _WidenedLinear.apply(x, w, False, False, None).backward(grad)
+    assert w.grad is None
+    assert x.grad is not None
+    assert torch.equal(x.grad, oracle(torch.bfloat16)[1])
+
+
+@pytest.mark.parametrize(("precision", "dtype", "scales"), [("fp32", torch.float32, False), ("fp16", torch.float16, True)])
+def test_policies(precision, dtype, scales):
+    policy = PrecisionPolicy.of(precision)
+    assert (policy.compute, policy.scales_loss) == (dtype, scales)
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "expected"), [("cpu", True, False), ("cuda", False, False), ("cuda", True, True)]
+)
+def test_transformer_engine_needs_a_gpu_and_the_package(device, installed, expected):
+    with (
+        mock.patch("vishwamai_mp.precision.policy.device", lambda: torch.device(device)),
+        mock.patch("importlib.util.find_spec", lambda name: object() if installed else None),
+    ):
+        assert use_transformer_engine() is expected

@@ -1,0 +1,173 @@
+"""`tools/generate.py` as a user runs it, on the checkpoint of a short training run."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.synthetic import write_corpus
+from tests.workers import WorkerPool
+from vishwamai_mp.config import UserError
+from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools/generate.py"
+_VOCABULARY = 400
+_MODEL = [
+    "model.hidden_size=32",
+    "model.num_layers=4",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.intermediate_size=64",
+    f"model.vocab_size={_VOCABULARY}",
+    "model.max_position_embeddings=64",
+    "model.initializer_range=0.1",
+    "training.sequence_length=32",
+    "training.micro_batch_size=4",
+    "training.global_batch_size=8",
+    "training.max_steps=8",
+    "training.evaluate_every=null",
+    "schedule.warmup_steps=0",
+    "checkpoint.save_every=null",
+    "logging.progress_bar=false",
+]
+_TP2_PP2 = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
+_PROMPT = "def main("
+
+
+def pretrain(arguments: list[str]) -> None:
+    """Runs in the workers."""
+    from vishwamai_mp.pretrain import main
+
+    assert main(arguments) == 0
+
+
+@pytest.fixture(scope="module")
+def run_folder(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a model trained on this project's own sources, with its data and tokenizer taken away."""
+    folder = tmp_path_factory.mktemp("generate")
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "vishwamai_mp/config").glob("*.py"))]
+    tokenizer = train_tokenizer(texts, _VOCABULARY, folder / "spm")
+    corpus = write_corpus(folder / "data/corpus", [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts])
+    data = [f"data.train={corpus}", f"data.tokenizer={folder / 'spm.model'}", f"training.output_dir={folder / 'run'}"]
+    workers.run(pretrain, 2, ["--config", "tiny", "parallel.tensor_model_parallel_size=2", *_MODEL, *data])
+    shutil.rmtree(folder / "data")
+    (folder / "spm.model").unlink()
+    return folder / "run"
+
+
+def call(arguments: Sequence[object]) -> str:
+    """Runs in the workers: what the tool prints on this rank; its UserError goes on."""
+    printed = io.StringIO()
+    with mock.patch.object(sys, "argv", [str(TOOL), *map(str, arguments)]), contextlib.redirect_stdout(printed):
+        assert runpy.run_path(str(TOOL))["main"]() == 0
+    return printed.getvalue()
+
+
+def on(workers: WorkerPool, processes: int, *arguments: object) -> str:
+    """What the first of `processes` ranks prints; the others print nothing."""
+    first, *others = workers.run(call, processes, arguments)
+    assert not any(others)
+    return first
+
+
+def run_tool(*arguments: object, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+
+
+def test_greedy_text_is_the_same_from_the_command_line_and_under_torchrun(run_folder: Path) -> None:
+    """TP2·PP2 in four processes; the model was trained at TP2."""
+    alone = run_tool("--load", run_folder, "--prompt", _PROMPT, "--max-new-tokens", 12)
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout.startswith(_PROMPT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    together = run_tool(
+        "--load", run_folder, "--prompt", _PROMPT, "--max-new-tokens", 12, *_TP2_PP2, launcher=torchrun
+    )
+    assert together.returncode == 0, together.stderr
+    assert together.stdout == alone.stdout
+
+
+def test_json_tells_the_tokens(workers: WorkerPool, run_folder: Path) -> None:
+    options = ["--load", run_folder, "--prompt", _PROMPT, "--prompt", "import", "--max-new-tokens", 7, "--json"]
+    lines = [json.loads(line) for line in on(workers, 1, *options).splitlines()]
+    tokenizer = Tokenizer(run_folder / "tokenizer.model")
+    assert [line["prompt"] for line in lines] == [_PROMPT, "import"]
+    for line in lines:
+        assert 0 < len(line["new_tokens"]) <= 7
+        assert line["text"] == tokenizer.decode(tokenizer.encode(line["prompt"]) + line["new_tokens"])
+    assert on(workers, 4, *options, *_TP2_PP2) == on(workers, 1, *options)
+
+
+def test_sampling_is_the_same_at_every_layout_and_another_for_each_seed(workers: WorkerPool, run_folder: Path) -> None:
+    options = ["--load", run_folder, "--prompt", _PROMPT, "--strategy", "sample", "--top-k", 50, "--temperature", 0.9]
+    alone = on(workers, 1, *options)
+    assert on(workers, 4, *options, *_TP2_PP2) == alone
+    assert on(workers, 1, *options, "--seed", 1) != alone
+    assert on(workers, 1, *options[:4]) != alone
+
+
+@pytest.mark.parametrize("part", ["checkpoints", "checkpoints/step_00000008"])
+def test_load_takes_a_folder_of_checkpoints_and_one_checkpoint(workers: WorkerPool, run_folder: Path, part: str) -> None:
+    options = ["--prompt", _PROMPT, "--max-new-tokens", 3]
+    assert on(workers, 1, "--load", run_folder / part, *options) == on(workers, 1, "--load", run_folder, *options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "beam"], "--strategy beam is not built yet; use greedy or sample"),
+        (["--strategy", "tree"], "--strategy tree is not built yet"),
+        (["--strategy", "sample", "--temperature", "0"], "--temperature 0.0: use a number above 0, or --strategy greedy"),
+        (["--strategy", "sample", "--temperature", "nan"], "temperature=nan"),
+        (["--strategy", "sample", "--top-k", "0"], "top_k=0: use 1 or more"),
+        (["--top-k", "3"], "--top-k has no effect on --strategy greedy"),
+        (["--temperature", "0.7"], "--temperature has no effect on --strategy greedy"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x = 1\n" * 40], "the model's context 64 (model.max_position_embeddings); shorten the prompt"),
+        (["parallel.context_parallel_size=2"], "parallel.context_parallel_size has no use in generation"),
+        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel has no use in generation"),
+        (["parallel.tensor_model_parallel_size=2"], "1 processes cannot hold tensor 2"),
+        (["parallel.tensor_paralel_size=2"], "unknown key 'parallel.tensor_paralel_size'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(workers: WorkerPool, run_folder: Path, arguments: list, message: str) -> None:
+    given = arguments if "--prompt" in arguments else ["--prompt", _PROMPT, *arguments]
+    with pytest.raises(UserError) as error:
+        on(workers, 1, "--load", run_folder, *given)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_program_prints_that_line_and_fails(tmp_path: Path) -> None:
+    done = run_tool("--load", tmp_path, "--prompt", _PROMPT)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert str(tmp_path) in line
+
+
+def test_another_tokenizer_is_refused(workers: WorkerPool, run_folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    train_tokenizer(["another text entirely, " * 50], 364, other / "tokenizer")
+    with pytest.raises(UserError, match=r"has 364 tokens, the model 400"):
+        on(workers, 1, "--load", other, "--prompt", _PROMPT)
+    (other / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer file .*spm\.model"):
+        on(workers, 1, "--load", other, "--prompt", _PROMPT)
+    (other / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"config\.yaml is missing"):
+        on(workers, 1, "--load", other, "--prompt", _PROMPT)
