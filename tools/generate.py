@@ -9,6 +9,7 @@
 import argparse
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +20,19 @@ _BUILT_LATER = ("beam", "tree")
 
 def main() -> int:
     options = parse_arguments()
-    from vishwamai_mp.checkpoint import CheckpointManager
     from vishwamai_mp.checkpoint.store import locate
+
+    found = locate(Path(options.load).resolve())  # absolute, for the run folder's own files are two levels up
+    checkpoint = found.path
+    assert checkpoint is not None
+    config = generation_config(checkpoint, options.overrides)
+    # torch and megatron-core take seconds to import; a mistake in the command line should not.
+    from vishwamai_mp.checkpoint import CheckpointManager
     from vishwamai_mp.data.tokenizer import Tokenizer
     from vishwamai_mp.inference.generation import Generator, SamplingOptions
     from vishwamai_mp.model import build_model
     from vishwamai_mp.runtime import distributed_session
 
-    checkpoint = locate(Path(options.load)).path
-    config = generation_config(checkpoint, options.overrides)
     tokenizer = Tokenizer(find_tokenizer(checkpoint, config))
     if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
@@ -36,6 +41,9 @@ def main() -> int:
         )
     sampling = SamplingOptions(options.max_new_tokens, options.temperature, options.top_k, options.seed)
     with distributed_session(config) as runtime:
+        if runtime.reports:
+            for reason in found.skipped:
+                print(f"{reason}; taking {checkpoint.name}", file=sys.stderr)
         (model,) = build_model(config, runtime, initialize=False)
         CheckpointManager(checkpoint.parent, config, runtime).load(checkpoint, [model])
         generator = Generator(config, runtime, model)

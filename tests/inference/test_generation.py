@@ -61,7 +61,9 @@ def test_the_cache_changes_nothing(workers, name, variant):
     torch.testing.assert_close(full, alone, rtol=0, atol=1e-5)
 
 
-def generated(overrides: list[str], options: SamplingOptions, prompts: list[list[int]], eod: int = -1) -> list[list[int]]:
+def generated(
+    overrides: list[str], options: SamplingOptions, prompts: list[list[int]], eod: int = -1
+) -> list[list[int]]:
     """Runs in a worker."""
     return generator(*overrides).generate(prompts, options, eod)
 
@@ -83,8 +85,15 @@ def test_greedy_takes_the_best_token_of_each_full_pass(workers, variant):
     assert ours == workers.run(step_by_step, 1, _VARIANTS[variant], 12)[0]
 
 
-@pytest.mark.parametrize("options", [SamplingOptions(12), SamplingOptions(12, 0.8, 20, seed=5), SamplingOptions(12, 1.0)])
-@pytest.mark.parametrize("variant", ["grouped", "window"])
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("grouped", SamplingOptions(12)),
+        ("grouped", SamplingOptions(12, 0.8, 20, seed=5)),
+        ("window", SamplingOptions(12, 1.0)),
+    ],
+    ids=["greedy", "top-k", "window, sampled"],
+)
 def test_every_layout_writes_the_same(workers, variant, options):
     expected = workers.run(generated, 1, _VARIANTS[variant], options, _PROMPTS)[0]
     assert all(len(row) == 12 and max(row) < 250 for row in expected)
@@ -163,4 +172,3 @@ def test_impossible_prompts_are_refused(prompts, message):
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         SamplingOptions(**options)
-

@@ -89,7 +89,9 @@ def frequencies(temperature: float, top_k: int | None, vary: str) -> tuple[Tenso
     probabilities = (row[0].double() / temperature).softmax(0)
     if top_k:
         kept = probabilities.topk(top_k).indices
-        probabilities = torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept] / probabilities[kept].sum())
+        probabilities = torch.zeros_like(probabilities).scatter(
+            0, kept, probabilities[kept] / probabilities[kept].sum()
+        )
     return tokens.bincount(minlength=_FEW), probabilities
 
 

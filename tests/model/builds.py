@@ -4,8 +4,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
+
+import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
+
+# isort: split
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from tests.training.layouts import SMALL
 from vishwamai_mp.config import PretrainConfig, load_config, resolve

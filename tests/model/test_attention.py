@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,8 +39,9 @@ def inputs(queries: int, keys: int, groups: int, dtype: torch.dtype, seed: int =
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def naive(tensors: list[Tensor], mask: Tensor | None, scale: float) -> Tensor:
     """softmax(QKᵀ·scale + mask)V, token by token and head by head, in float64."""
+    query, key, value = tensors
     queries, rows, heads, _ = query.shape
     keys, groups = key.shape[0], key.shape[2]
     out = []
@@ -84,7 +86,7 @@ def test_both_kernels_are_softmax_attention(kernel, name, groups, queries, keys)
     mask = masks(queries, keys)[name]
     tensors = inputs(queries, keys, groups, torch.float32)
     ours = core_attention(groups)(*tensors, mask)
-    theirs = naive(*tensors, mask, 1 / math.sqrt(_WIDTH))
+    theirs = naive(tensors, mask, 1 / math.sqrt(_WIDTH))
     assert ours.shape == (queries, 2, _HEADS * _WIDTH)
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6)
     weights = torch.randn_like(ours)
@@ -103,7 +105,7 @@ def test_16_bit_inputs(kernel, name, dtype):
     mask = masks(11, 11)[name]
     tensors = inputs(11, 11, 2, dtype)
     ours = core_attention(2)(*tensors, mask)
-    theirs = naive(*tensors, mask, 1 / math.sqrt(_WIDTH))
+    theirs = naive(tensors, mask, 1 / math.sqrt(_WIDTH))
     assert ours.dtype == dtype
     epsilon = torch.finfo(dtype).eps
     limit = epsilon / 2 * theirs.abs() + 1e-6 if kernel == "fused" else torch.full_like(theirs, 4 * epsilon)
@@ -112,13 +114,12 @@ def test_16_bit_inputs(kernel, name, dtype):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_hardware_decides_the_kernel_of_16_bit_inputs(monkeypatch, native):
-    used = []
-    explicit = attention._explicit_attention
+    explicit = mock.Mock(side_effect=attention._explicit_attention)
     monkeypatch.setattr(attention, "multiplies_natively", lambda dtype: native)
-    monkeypatch.setattr(attention, "_explicit_attention", lambda *a: used.append(a) or explicit(*a))
+    monkeypatch.setattr(attention, "_explicit_attention", explicit)
     core_attention()(*inputs(5, 5, 4, torch.bfloat16), None)
     core_attention()(*inputs(5, 5, 4, torch.float32), None)
-    assert len(used) == native
+    assert explicit.call_count == native
 
 
 def test_dropout_keeps_the_mean_and_ends_with_evaluation(kernel):
@@ -139,4 +140,4 @@ def test_dropout_keeps_the_mean_and_ends_with_evaluation(kernel):
 def test_scale_can_be_given():
     tensors = inputs(5, 5, 4, torch.float32)
     ours = core_attention(softmax_scale=0.3)(*tensors, None)
-    torch.testing.assert_close(ours.double(), naive(*tensors, None, 0.3), rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours.double(), naive(tensors, None, 0.3), rtol=0, atol=2e-6)

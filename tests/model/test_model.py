@@ -24,7 +24,7 @@ def hugging_face(model: ModelConfig) -> Any:
     """transformers' model of the same shape: Llama, or Mistral for the sliding window that Llama lacks."""
     scaling = model.rope_scaling
     rope = {"rope_type": "default"} if scaling is None else {k: v for k, v in vars(scaling).items() if k[0] != "_"}
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
         "num_hidden_layers": model.num_layers,

@@ -1,5 +1,6 @@
 """Packed documents as Transformer Engine takes them: lengths in place of a mask, rows laid end to end."""
 
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,7 @@ def test_bounds_are_those_of_a_loop(steps):
     assert packed.qkv_format == "thd"
     assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == bounds
     assert packed.cu_seqlens_q.dtype == torch.int32
-    longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+    longest = max(end - start for start, end in itertools.pairwise(bounds))
     assert packed.max_seqlen_q == packed.max_seqlen_kv == longest
 
 
@@ -50,7 +51,7 @@ def thd_attention(
     assert bounds[-1] == query.shape[0]
     window = self.config.window_size
     out = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         allowed = (distance >= 0) & (distance <= (window[0] if window else end))

@@ -113,7 +113,10 @@ def test_formulae_are_those_of_the_built_model(workers, name):
 def test_rope_scaling_costs_nothing():
     model = preset("7b")
     scaled = replace(model, rope_scaling=RopeScaling("linear", 2.0))
-    assert (parameter_count(scaled), flops_per_token(scaled, 512)) == (parameter_count(model), flops_per_token(model, 512))
+    assert (parameter_count(scaled), flops_per_token(scaled, 512)) == (
+        parameter_count(model),
+        flops_per_token(model, 512),
+    )
 
 
 def test_planning_imports_no_torch():

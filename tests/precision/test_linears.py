@@ -117,7 +117,7 @@ def sharded(kind: str, dtype: torch.dtype, sequence_parallel: bool) -> tuple[Ten
         if column
         else RowParallelLinear(_IN, _OUT, input_is_parallel=True, **common)
     )
-    with mock.patch.object(linears, "multiplies_natively", lambda dtype: False):
+    with mock.patch.object(linears, "multiplies_natively", return_value=False):
         linears.use_cpu_arithmetic(layer, PrecisionPolicy("bf16", dtype))
     layer.weight.data.copy_(w.chunk(size, 0 if column else 1)[rank])
     if column:
@@ -178,7 +178,9 @@ def test_frozen_weights_get_no_gradient():
     assert torch.equal(x.grad, oracle(torch.bfloat16)[1])
 
 
-@pytest.mark.parametrize(("precision", "dtype", "scales"), [("fp32", torch.float32, False), ("fp16", torch.float16, True)])
+@pytest.mark.parametrize(
+    ("precision", "dtype", "scales"), [("fp32", torch.float32, False), ("fp16", torch.float16, True)]
+)
 def test_policies(precision, dtype, scales):
     policy = PrecisionPolicy.of(precision)
     assert (policy.compute, policy.scales_loss) == (dtype, scales)
@@ -189,7 +191,7 @@ def test_policies(precision, dtype, scales):
 )
 def test_transformer_engine_needs_a_gpu_and_the_package(device, installed, expected):
     with (
-        mock.patch("vishwamai_mp.precision.policy.device", lambda: torch.device(device)),
-        mock.patch("importlib.util.find_spec", lambda name: object() if installed else None),
+        mock.patch("vishwamai_mp.precision.policy.device", return_value=torch.device(device)),
+        mock.patch("importlib.util.find_spec", return_value=object() if installed else None),
     ):
         assert use_transformer_engine() is expected

@@ -65,19 +65,23 @@ def run_folder(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "run"
 
 
-def call(arguments: Sequence[object]) -> str:
-    """Runs in the workers: what the tool prints on this rank; its UserError goes on."""
-    printed = io.StringIO()
-    with mock.patch.object(sys, "argv", [str(TOOL), *map(str, arguments)]), contextlib.redirect_stdout(printed):
+def call(arguments: Sequence[object]) -> tuple[str, str]:
+    """Runs in the workers: what the tool prints on this rank, to both streams; its UserError goes on."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [str(TOOL), *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         assert runpy.run_path(str(TOOL))["main"]() == 0
-    return printed.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 def on(workers: WorkerPool, processes: int, *arguments: object) -> str:
     """What the first of `processes` ranks prints; the others print nothing."""
     first, *others = workers.run(call, processes, arguments)
-    assert not any(others)
-    return first
+    assert not any(out for out, _ in others)
+    return first[0]
 
 
 def run_tool(*arguments: object, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -92,9 +96,7 @@ def test_greedy_text_is_the_same_from_the_command_line_and_under_torchrun(run_fo
     assert alone.returncode == 0, alone.stderr
     assert alone.stdout.startswith(_PROMPT)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    together = run_tool(
-        "--load", run_folder, "--prompt", _PROMPT, "--max-new-tokens", 12, *_TP2_PP2, launcher=torchrun
-    )
+    together = run_tool("--load", run_folder, "--prompt", _PROMPT, "--max-new-tokens", 12, *_TP2_PP2, launcher=torchrun)
     assert together.returncode == 0, together.stderr
     assert together.stdout == alone.stdout
 
@@ -119,9 +121,29 @@ def test_sampling_is_the_same_at_every_layout_and_another_for_each_seed(workers:
 
 
 @pytest.mark.parametrize("part", ["checkpoints", "checkpoints/step_00000008"])
-def test_load_takes_a_folder_of_checkpoints_and_one_checkpoint(workers: WorkerPool, run_folder: Path, part: str) -> None:
+def test_load_takes_a_folder_of_checkpoints_and_one_checkpoint(
+    workers: WorkerPool, run_folder: Path, part: str
+) -> None:
     options = ["--prompt", _PROMPT, "--max-new-tokens", 3]
     assert on(workers, 1, "--load", run_folder / part, *options) == on(workers, 1, "--load", run_folder, *options)
+
+
+def test_a_broken_newer_checkpoint_is_mentioned(
+    workers: WorkerPool, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a relative path does."""
+    other = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    whole = other / "checkpoints/step_00000008"
+    broken = Path(shutil.copytree(whole, other / "checkpoints/step_00000009"))
+    missing = min(path.name for path in broken.glob("*.distcp"))
+    (broken / missing).unlink()
+    monkeypatch.chdir(whole.parent)
+    options = ["--prompt", _PROMPT, "--max-new-tokens", 3]
+    (out, err), (_, err_of_other) = workers.run(call, 2, ["--load", other, *options, _TP2_PP2[0]])
+    lines = [line for line in err.splitlines() if "skipped" in line]
+    assert lines == [f"step_00000009 skipped: {missing} is missing; taking step_00000008"]
+    assert "skipped" not in err_of_other
+    assert on(workers, 1, "--load", whole.name, *options) == out
 
 
 @pytest.mark.parametrize(
@@ -129,7 +151,10 @@ def test_load_takes_a_folder_of_checkpoints_and_one_checkpoint(workers: WorkerPo
     [
         (["--strategy", "beam"], "--strategy beam is not built yet; use greedy or sample"),
         (["--strategy", "tree"], "--strategy tree is not built yet"),
-        (["--strategy", "sample", "--temperature", "0"], "--temperature 0.0: use a number above 0, or --strategy greedy"),
+        (
+            ["--strategy", "sample", "--temperature", "0"],
+            "--temperature 0.0: use a number above 0, or --strategy greedy",
+        ),
         (["--strategy", "sample", "--temperature", "nan"], "temperature=nan"),
         (["--strategy", "sample", "--top-k", "0"], "top_k=0: use 1 or more"),
         (["--top-k", "3"], "--top-k has no effect on --strategy greedy"),

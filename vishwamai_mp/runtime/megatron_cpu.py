@@ -110,7 +110,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
             module._set_cuda_rng_state = _cpu.set_rng_state  # type: ignore[attr-defined]
             logging.getLogger(_RANDOM).setLevel(logging.ERROR)  # it would warn at each use that the CPU's state moved
         elif module.__name__ == _JIT:
-            module.disable_jit_fuser()  # type: ignore[attr-defined]  # seconds at import and first use, no gain here
+            module.disable_jit_fuser()  # seconds at import and first use, no gain here
         elif module.__name__ == _DISTRIBUTED_OPTIMIZER:
             _repair_distributed_optimizer(module.DistributedOptimizer)
 

@@ -1,0 +1,144 @@
+"""A program: builds a small model of Transformer Engine's layers without a GPU and prints, as JSON, what it is.
+
+usage: transformer_engine_build.py FOLDER WORLD_SIZE [section.key=value ...]
+
+FOLDER holds the package's Python files; what it compiles is stood in for, so the model can be built but not run. This
+process is rank 0 of a job whose peers are not there. The same model of torch's layers is built beside it.
+"""
+
+import enum
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+_NOT_INSTALLED = ("transformer_engine_torch", "onnx", "onnxscript", "triton")
+
+
+class _Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Any module of the packages that are not installed, and anything in it."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname.partition(".")[0] in _NOT_INSTALLED:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
+        module = mock.MagicMock(name=spec.name)
+        module.__path__, module.__version__ = [], "3.5.0"
+        if spec.name == "transformer_engine_torch":  # it compares these with its own at import
+            names = {"Byte": 0, "Int32": 2, "Float32": 4, "Float16": 5, "BFloat16": 6}
+            names |= {"Float8E4M3": 7, "Float8E5M2": 8, "Float4E2M1": 10}
+            module.DType = _enum({f"k{name}": value for name, value in names.items()})
+            module.NVTE_Fused_Attn_Backend = _enum(
+                {"NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2, "NVTE_No_Backend": 3}
+            )
+            module.get_cudnn_version = lambda: 92400
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """There is nothing to run."""
+
+
+def _enum(members: dict[str, int]) -> Any:
+    make: Any = enum.IntEnum  # by a call that the type checker does not try to follow
+    return make("Stub", members)
+
+
+def import_transformer_engine(folder: str) -> None:
+    """Import the Python part of the package from `folder`."""
+    import torch._dynamo
+    import torch._inductor.standalone_compile
+    import torch.utils.flop_counter  # noqa: F401  (these look for the real triton)
+
+    # There is no compiled library to look for, and nothing is run that is worth compiling.
+    os.environ |= {"NVTE_PROJECT_BUILDING": "1", "NVTE_FRAMEWORK": "none", "NVTE_TORCH_COMPILE": "0"}
+    sys.path.insert(0, folder)
+    sys.meta_path.append(_Stub())
+    import transformer_engine.common
+
+    transformer_engine.common.load_framework_extension = lambda _: None
+    import transformer_engine.pytorch
+
+
+def main() -> None:
+    folder, world_size, *overrides = sys.argv[1:]
+    import_transformer_engine(folder)
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from tests.model.builds import small_config
+    from vishwamai_mp.config import ConfigError
+    from vishwamai_mp.model import build_model
+    from vishwamai_mp.runtime import initialize
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(world_size))
+    config = small_config(*overrides, world_size=int(world_size))
+    runtime = initialize(config)
+    (plain,) = build_model(config, runtime)
+    ours = [f"vishwamai_mp.model.{name}.use_transformer_engine" for name in ("specs", "transformer_config", "model")]
+    as_if = [mock.patch(name, return_value=True) for name in ours]
+    as_if += [
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch.cuda.current_device", return_value="cpu"),
+        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        mock.patch("torch.cuda.get_device_properties", return_value=types.SimpleNamespace(major=9, minor=0)),
+        mock.patch("torch.cuda.Stream"),
+    ]
+    for patch in as_if:
+        patch.start()
+    try:
+        (fused,) = build_model(config, runtime)
+    except ConfigError as error:
+        print(json.dumps({"refused": str(error)}))
+        return
+    theirs, here = fused.sharded_state_dict(), plain.sharded_state_dict()
+    layer = fused.decoder.layers[0]
+    print(
+        json.dumps(
+            {
+                "classes": sorted({type(m).__name__ for m in layer.modules() if type(m).__name__.startswith("TE")}),
+                "final_norm": type(fused.decoder.final_layernorm).__module__.split(".")[0],
+                "entries": [sorted(entry.key for entry in entries.values()) for entries in (theirs, here)],
+                "equal": sum(torch.equal(_data(theirs[key]), _data(_under(here, theirs[key].key))) for key in theirs),
+                "marks": [sorted(_marks(model.sharded_state_dict())) for model in (fused, plain)],
+                "window": layer.self_attention.core_attention.window_size,
+                "rope_fusion": fused.config.apply_rope_fusion,
+                "cp_comm_type": fused.config.cp_comm_type,
+                "without_mask": [fused.attends_without_mask, plain.attends_without_mask],
+            }
+        )
+    )
+
+
+def _under(entries: dict[str, Any], key: str) -> Any:
+    return next(entry for entry in entries.values() if entry.key == key)
+
+
+def _data(entry: Any) -> Any:
+    return entry.data.detach()
+
+
+def _marks(entries: dict[str, Any]) -> list[list[Any]]:
+    """Of each parameter, what gradient norms and sequence parallelism go by."""
+    return [
+        [
+            entry.key,
+            list(entry.data.shape),
+            str(entry.data.dtype),
+            bool(getattr(entry.data, "tensor_model_parallel", False)),
+            bool(getattr(entry.data, "sequence_parallel", False)),
+        ]
+        for entry in entries.values()
+    ]
+
+
+if __name__ == "__main__":
+    main()
