@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vishwamai_mp.precision import PrecisionPolicy, linears, use_transformer_engine
 from vishwamai_mp.precision.linears import _WidenedLinear
@@ -60,6 +61,25 @@ def test_it_is_within_half_a_last_place_of_the_exact_product(name):
     exact = (x @ w.t(), grad @ w, grad.flatten(0, 1).t() @ x.flatten(0, 1))
     for one, other in zip(ours(dtype), exact, strict=True):
         assert ((one.double() - other).abs() <= torch.finfo(dtype).eps / 2 * other.abs() + 1e-5).all()
+
+
+class _MatrixProducts(TorchDispatchMode):
+    """Notes the data types of what is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.dtypes += [argument.dtype for argument in args if isinstance(argument, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_16_bit_product_is_left_to_the_slow_fallback():
+    with _MatrixProducts() as products:
+        ours(torch.bfloat16)
+    assert products.dtypes == [torch.float32] * 6  # y, dx and dw
 
 
 def layers_with_our_arithmetic(precision: str, native: bool) -> list[str]:
