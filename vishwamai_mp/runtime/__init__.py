@@ -16,6 +16,7 @@ for _message in (
     ".*CUDA_DEVICE_MAX_CONNECTIONS",  # the launch scripts set it
     "The .grad attribute of a Tensor that is not a leaf",  # it looks before it knows
     ".*torch.distributed.*_tensor` is deprecated",
+    "`load_state_dict` is deprecated",  # in its checkpoint reader
 ):
     warnings.filterwarnings("ignore", message=_message)
 
