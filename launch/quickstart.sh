@@ -51,7 +51,7 @@ train() {
     NPROC=2 LOG_DIR="$WORK/logs" bash launch/torchrun_single_node.sh --config tiny \
         parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true \
         data.train="$WORK/train_text_document" data.valid="$WORK/held_out_text_document" \
-        data.tokenizer="$WORK/tokenizer.model" training.output_dir="$RUN" training.max_steps="$STEPS" \
+        data.tokenizer="$WORK/tokenizer.model" training.output_dir="$RUN" training.max_steps="$STEPS" training.micro_batch_size=16 \
         checkpoint.save_every="$((STEPS / 3))" training.exit_after_minutes=7
 }
 
