@@ -1,12 +1,16 @@
 """One readable error from a job of many processes, and a prompt end for all of them."""
 
+import ctypes
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from vishwamai_mp.config import UserError, run_program
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_distributed_program(main: Callable[[], int | None]) -> None:
@@ -18,6 +22,7 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         run_program(main)
     rank = os.environ["RANK"]
+    _die_with_launcher()
     try:
         code = main() or 0
     except KeyboardInterrupt:
@@ -35,6 +40,15 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not sys.exit: process groups of a failed job can hang in their destructors
+
+
+def _die_with_launcher() -> None:
+    """Have the kernel end this process when its parent ends, be it by SIGKILL.
+
+    torchrun's workers would live on, train on, and write into the run folder beside the next attempt.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _first_to_fail() -> bool:
