@@ -155,12 +155,13 @@ def transformers_arm(precision: str) -> Callable[[], object]:
 
 
 def alternate(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each arm's step; two unmeasured rounds first."""
+    """Median seconds of each arm's step; two unmeasured rounds first. Who comes after whom changes every round."""
     times: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
     for number in range(rounds + 2):
-        for name, step in arms.items():
+        for name in names if number % 2 else reversed(names):
             start = time.perf_counter()
-            step()
+            arms[name]()
             if number >= 2:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
