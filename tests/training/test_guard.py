@@ -27,11 +27,11 @@ def corpus(tmp_path_factory) -> str:
 
 
 def good(loss: float) -> StepResult:
-    return StepResult(loss, 1, 1.0, True)
+    return StepResult(loss, 1, 1.0, True, {})
 
 
 def bad(loss: float = NAN) -> StepResult:
-    return StepResult(loss, 1, NAN, False)
+    return StepResult(loss, 1, NAN, False, {})
 
 
 def test_without_a_spike_factor_no_loss_is_too_high():

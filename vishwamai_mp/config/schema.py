@@ -109,6 +109,7 @@ class CacheConfig:
     latents_per_segment: PositiveInt = 8
     retrieve_segments: PositiveInt = 64
     layers: list[NonNegativeInt] | None = None
+    before_memory: bool = False  # where a layer carries both: which of them runs first
     carry_state: bool = False
 
 

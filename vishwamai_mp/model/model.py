@@ -16,16 +16,18 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from vishwamai_mp.config import PretrainConfig, padded_vocab_size
 from vishwamai_mp.model.loss import vocab_parallel_cross_entropy
-from vishwamai_mp.model.masks import attention_mask, local_positions
+from vishwamai_mp.model.masks import attention_mask
 from vishwamai_mp.model.packing import check_packing, packed_documents
 from vishwamai_mp.model.rotary import RotaryEmbedding
 from vishwamai_mp.model.specs import block_spec, spec_provider
 from vishwamai_mp.model.transformer_config import transformer_config
 from vishwamai_mp.precision import PrecisionPolicy, use_cpu_arithmetic, use_transformer_engine
+from vishwamai_mp.runtime.context import local_positions
 
 
 class VishwamAIModel(GPTModel):
@@ -41,10 +43,11 @@ class VishwamAIModel(GPTModel):
         stage, stages = groups.pp.rank(), groups.pp.size()
         chunks = config.parallel.virtual_pipeline_model_parallel_size
         megatron = transformer_config(config)
-        layers = get_num_layers_to_build(megatron, vp_stage=chunk, pp_rank=stage)
+        first = get_transformer_layer_offset(megatron, vp_stage=chunk, pp_rank=stage)
+        layers = range(first, first + get_num_layers_to_build(megatron, vp_stage=chunk, pp_rank=stage))
         super().__init__(
             config=megatron,
-            transformer_layer_spec=block_spec(spec_provider(), layers),
+            transformer_layer_spec=block_spec(spec_provider(), config, layers),
             vocab_size=padded_vocab_size(config),
             max_sequence_length=config.model.max_position_embeddings,
             pre_process=stage == 0 and chunk in (None, 0),
@@ -98,6 +101,7 @@ class VishwamAIModel(GPTModel):
             # megatron-core's cache keeps keys as they were before rotation, so it asks for the angles of all.
             rotary_pos_emb=self.rotary(keys[cp.rank()] if position_ids is None else position_ids[:, local]),
             inference_context=inference_context,
+            context=document_ids,
         )
         return self._head(hidden, labels) if self.post_process else hidden
 
@@ -112,6 +116,7 @@ class VishwamAIModel(GPTModel):
             # Each document is turned from position 0 on: attention sees differences of positions only.
             rotary_pos_emb=self.rotary(torch.arange(length, device=tokens.device)),
             packed_seq_params=packed_documents(document_ids),
+            context=(document_ids + torch.arange(rows, device=tokens.device)[:, None] * length).reshape(1, -1),
         )
         if not self.post_process:
             return hidden.reshape(-1, rows, self.config.hidden_size)

@@ -10,11 +10,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.model.attention import CoreAttention
+from vishwamai_mp.model.components import layer_components
 from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.swiglu import SwiGLU
 from vishwamai_mp.precision import use_transformer_engine
+from vishwamai_mp.precision.modules import Linears
 
 
 class TorchSpecProvider(LocalSpecProvider):
@@ -39,8 +42,8 @@ def spec_provider() -> BackendSpecProvider:
     return TorchSpecProvider()
 
 
-def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
-    """One `VishwamAILayer` of `backend`'s classes.
+def layer_spec(backend: BackendSpecProvider, config: PretrainConfig, layer: int) -> ModuleSpec:
+    """The `VishwamAILayer` number `layer` (from 0 in the whole model) of `backend`'s classes.
 
     Names in sharded checkpoints are those of fused norms whichever backend it is, so checkpoints move between them.
     """
@@ -49,6 +52,7 @@ def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
     linear_qkv = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
     return ModuleSpec(
         module=VishwamAILayer,
+        params={"components": layer_components(config, layer, _linears(backend))},
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(
@@ -76,8 +80,17 @@ def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
     )
 
 
-def block_spec(backend: BackendSpecProvider, num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` layers (those of one pipeline stage) and the norm after the last."""
+def _linears(backend: BackendSpecProvider) -> Linears:
+    return Linears(
+        column=backend.column_parallel_linear(),
+        row=backend.row_parallel_linear(),
+        norm=backend.layer_norm(rms_norm=True),
+    )
+
+
+def block_spec(backend: BackendSpecProvider, config: PretrainConfig, layers: range) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage (numbers in the whole model, from 0) and the norm after the last."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(backend)] * num_layers, layer_norm=backend.layer_norm(rms_norm=True)
+        layer_specs=[layer_spec(backend, config, layer) for layer in layers],
+        layer_norm=backend.layer_norm(rms_norm=True),
     )

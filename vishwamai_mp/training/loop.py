@@ -97,12 +97,13 @@ class Trainer:
         return {
             "consumed_tokens": self.state.consumed_tokens,
             "lm_loss": result.lm_loss,
-            "loss": result.lm_loss,
+            "loss": result.lm_loss + sum(value for name, value in result.measures.items() if name.endswith("_loss")),
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
             "tokens_per_second": tokens / seconds,
             "mfu": tokens / seconds * self._flops_per_token / self._peak_flops,
             "skipped_steps": self.state.skipped_steps,
+            **result.measures,
         }
 
     def _account(self, result: StepResult) -> None:

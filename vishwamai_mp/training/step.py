@@ -4,7 +4,7 @@ Shapes: B micro-batch, T tokens, Q this context parallel rank's tokens.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,17 +19,27 @@ from torch import Tensor
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.data.batches import Batch, context_shard
 from vishwamai_mp.runtime import Runtime, seed_step
+from vishwamai_mp.runtime.measures import all_names, mean_measures, measures_of, scale_attached_losses
 from vishwamai_mp.training.optimizer import clip_and_step, gradient_norm, set_learning_rate
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step yielded. `lm_loss` is the mean over the step's unmasked tokens, nats; equal on all ranks."""
+    """What one step yielded, equal on all ranks.
+
+    Attributes:
+        lm_loss: mean over the step's unmasked tokens, nats.
+        tokens: the number of those.
+        grad_norm: before clipping.
+        updated: False: the step was skipped.
+        measures: of the components (`runtime.measures`), their losses included.
+    """
 
     lm_loss: float
     tokens: int
     grad_norm: float
     updated: bool
+    measures: Mapping[str, float]
 
 
 class TrainStep:
@@ -45,6 +55,8 @@ class TrainStep:
         self.config, self.runtime, self.chunks, self.optimizer = config, runtime, list(chunks), optimizer
         self._forward_backward = get_forward_backward_func()
         self._connect_schedule()
+        self._measures = measures_of(self.chunks)
+        self._measure_names = all_names(self._measures)
 
     def _connect_schedule(self) -> None:
         """Tell megatron-core's schedule how to scale, reduce and gather."""
@@ -74,7 +86,8 @@ class TrainStep:
         if sound:
             set_learning_rate(self.optimizer, learning_rate)
             clip_and_step(self.optimizer, norm, self.config.optimizer.clip_grad_norm)
-        return StepResult(lm_loss, tokens, norm, sound)
+        measures = mean_measures(self._measures, self._measure_names, self.runtime.device)
+        return StepResult(lm_loss, tokens, norm, sound, measures)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
@@ -102,8 +115,11 @@ class TrainStep:
         return all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in buffers)
 
     def _begin(self, step: int) -> None:
-        """Seeds of a step, and gradients of zero."""
+        """Seeds of a step, and gradients and measures of zero."""
         seed_step(self.config.training.seed, step)
+        scale_attached_losses(float(self.optimizer.scale_loss(torch.ones(1))))
+        for measures in self._measures:
+            measures.take()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()

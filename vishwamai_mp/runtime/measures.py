@@ -1,0 +1,90 @@
+"""What a module tells of a training step beside its output: measures for the log, and a loss of its own."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Measures:
+    """Weighted means that a module adds up over the forward passes of a step, over ranks and over layers.
+
+    A module with some keeps them as its attribute `measures`. Names that end in `_loss` are losses, weight included.
+
+    Args:
+        names: all names that will ever be added, equal in every module of a kind.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor, weight: float | Tensor) -> None:
+        """Count `total`, a sum over `weight` items. Call it where gradients are on: recomputed layers run twice."""
+        assert name in self.names, f"{name} is not among {self.names}"
+        entry = torch.stack((total.detach().double(), torch.as_tensor(weight, dtype=torch.float64).to(total.device)))
+        self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def take(self) -> dict[str, Tensor]:
+        """(sum, weight) of each name since the last call."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+
+def measures_of(models: Iterable[nn.Module]) -> list[Measures]:
+    """What the modules of `models` keep."""
+    kept = (getattr(part, "measures", None) for model in models for part in model.modules())
+    return [measures for measures in kept if isinstance(measures, Measures)]
+
+
+def all_names(kept: Sequence[Measures]) -> list[str]:
+    """The names of all ranks, in one order on all of them. A collective over the whole job."""
+    own = {name for measures in kept for name in measures.names}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return sorted(set().union(*gathered))
+
+
+def mean_measures(kept: Sequence[Measures], names: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Means of `names` over all ranks since the last call; those with no weight are left out. A collective."""
+    if not names:
+        return {}
+    table = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    for measures in kept:
+        for name, entry in measures.take().items():
+            table[names.index(name)] += entry
+    dist.all_reduce(table)
+    return {name: total / weight for name, (total, weight) in zip(names, table.tolist(), strict=True) if weight}
+
+
+class _AttachedLoss(torch.autograd.Function):
+    """The identity on `output`; backward gives `loss` the gradient that the model's own loss has."""
+
+    scale = 1.0  # fp16's loss scale
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return gradient, torch.full_like(loss, _AttachedLoss.scale)
+
+
+def attach_loss(output: Tensor, loss: Tensor) -> Tensor:
+    """Add a loss to the model's that only this module knows of.
+
+    Args:
+        output: what the module hands on.
+        loss: scalar: its weight × the sum over this rank's tokens. The step divides gradients by its token count.
+    """
+    return _AttachedLoss.apply(output, loss)
+
+
+def scale_attached_losses(scale: float) -> None:
+    """Set the factor that the model's own loss is multiplied by before backward (fp16)."""
+    _AttachedLoss.scale = scale
