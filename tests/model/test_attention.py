@@ -15,7 +15,7 @@ import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from vishwamai_mp.model import attention
+from vishwamai_mp.model import attention, blocked_attention
 from vishwamai_mp.model.masks import attention_mask
 
 _HEADS, _WIDTH = 4, 8
@@ -65,17 +65,11 @@ def masks(queries: int, keys: int) -> dict[str, Tensor | None]:
     }
 
 
-@pytest.fixture(params=["fused", "explicit"])
+@pytest.fixture(params=["fused", "blocked"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernel 16-bit inputs take, whatever this machine's hardware; fp32 is sent to the explicit one by hand."""
-    explicit = request.param == "explicit"
-    monkeypatch.setattr(attention, "multiplies_natively", lambda dtype: explicit)
-    if explicit:
-
-        def attend(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-            return attention._explicit_attention(q, k, v, mask, mask is None and q.shape[2] > 1, dropout, self.scale)
-
-        monkeypatch.setattr(attention.CoreAttention, "_attend", attend)
+    """Which kernel is taken. Blocks are small, so that there are several."""
+    monkeypatch.setattr(attention, "_LONGEST", 0 if request.param == "fused" else 2048)
+    monkeypatch.setattr(blocked_attention, "_BLOCK", 4)
     return request.param
 
 
@@ -98,28 +92,34 @@ def test_both_kernels_are_softmax_attention(kernel, name, groups, queries, keys)
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["causal", "window", "documents"])
-def test_16_bit_inputs(kernel, name, dtype):
-    """The fused kernel, widened, rounds once; the explicit one rounds scores and weights too, as 16-bit hardware."""
+def test_16_bit_inputs(monkeypatch, kernel, name, dtype, native):
+    """Widened, the kernels round once; with 16-bit hardware they round their weights too."""
+    if native and not attention.multiplies_natively(dtype):
+        pytest.skip(f"this CPU has no {dtype} matrix product")
+    monkeypatch.setattr(attention, "multiplies_natively", lambda dtype: native)
     mask = masks(11, 11)[name]
     tensors = inputs(11, 11, 2, dtype)
     ours = core_attention(2)(*tensors, mask)
     theirs = naive(tensors, mask, 1 / math.sqrt(_WIDTH))
     assert ours.dtype == dtype
     epsilon = torch.finfo(dtype).eps
-    limit = epsilon / 2 * theirs.abs() + 1e-6 if kernel == "fused" else torch.full_like(theirs, 4 * epsilon)
+    limit = torch.full_like(theirs, 4 * epsilon) if native else epsilon / 2 * theirs.abs() + 1e-6
     assert ((ours.double() - theirs).abs() <= limit).all()
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_hardware_decides_the_kernel_of_16_bit_inputs(monkeypatch, native):
-    explicit = mock.Mock(side_effect=attention._explicit_attention)
-    monkeypatch.setattr(attention, "multiplies_natively", lambda dtype: native)
-    monkeypatch.setattr(attention, "_explicit_attention", explicit)
-    core_attention()(*inputs(5, 5, 4, torch.bfloat16), None)
-    core_attention()(*inputs(5, 5, 4, torch.float32), None)
-    assert explicit.call_count == native
+def test_length_and_dropout_decide_the_kernel(monkeypatch):
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True, tp_rank=0, ep_rank=0, etp_rank=0)
+    blocked = mock.Mock(side_effect=blocked_attention.blocked_attention)
+    monkeypatch.setattr(attention, "blocked_attention", blocked)
+    monkeypatch.setattr(attention, "_LONGEST", 8)
+    for length, dropout, calls in [(8, 0.0, 1), (9, 0.0, 1), (1, 0.0, 1), (8, 0.1, 1)]:
+        core_attention(dropout=dropout)(*inputs(length, length, 4, torch.float32), None)
+        assert blocked.call_count == calls
 
 
 def test_dropout_keeps_the_mean_and_ends_with_evaluation(kernel):

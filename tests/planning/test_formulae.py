@@ -80,14 +80,11 @@ def count(overrides: list[str]) -> tuple[int, int, int]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from tests.model.builds import build
-    from vishwamai_mp.model import attention
-
-    def explicit(self, q, k, v, mask, dropout):  # the counter does not know the CPU's fused kernel
-        return attention._explicit_attention(q, k, v, mask, True, dropout, self.scale)
+    from vishwamai_mp.model import blocked_attention
 
     _, _, (model,) = build(*overrides)
     tokens = torch.arange(2 * 16).view(2, 16)
-    with mock.patch.object(attention.CoreAttention, "_attend", explicit):
+    with mock.patch.object(blocked_attention, "_BLOCK", 16):
         with FlopCounterMode(display=False) as forward:
             losses = model(tokens, labels=tokens)
         with FlopCounterMode(display=False) as backward:
@@ -102,7 +99,8 @@ def test_formulae_are_those_of_the_built_model(workers, name):
     config = small_config(*_VARIANTS[name])
     parameters, forward, backward = workers.run(count, 1, _VARIANTS[name])[0]
     assert parameters == parameter_count(config.model, padded_vocab_size(config))
-    # Beyond what the model needs, that kernel multiplies the masked half of the scores and the vocabulary's padding.
+    # Beyond what the model needs, a block of attention multiplies the masked half of its scores, and the output layer
+    # the vocabulary's padding.
     model, length = replace(config.model, vocab_size=padded_vocab_size(config)), 16
     masked = length - (length + 1) / 2
     wasted = 4 * model.num_layers * model.num_attention_heads * (model.head_dim or 0) * masked

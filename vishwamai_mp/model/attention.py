@@ -14,15 +14,17 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from vishwamai_mp.model.blocked_attention import blocked_attention
 from vishwamai_mp.runtime import multiplies_natively
+
+_LONGEST = 2048  # queries: blocked attention keeps weights, of which there are as many as pairs of tokens
 
 
 class CoreAttention(MegatronModule):
     """softmax(QKᵀ/√K + mask)V with grouped queries; under context parallelism keys and values are gathered.
 
-    16-bit inputs go through explicit matrix products where the CPU has 16-bit hardware (torch's fused kernel reaches
-    0.76 of their speed there, at sequence 512), and through the fused kernel in fp32 where it has none. fp32 uses the
-    fused kernel (1.9 × the explicit products).
+    On CPUs by `blocked_attention`, beyond `_LONGEST` queries or with dropout by torch's fused kernel; in fp32 where the
+    CPU cannot multiply 16-bit matrices in hardware.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class CoreAttention(MegatronModule):
             )
         queries, keys = query.shape[0], key.shape[0]
         if attention_mask is None and 1 < queries < keys:
-            attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+            ones = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
+            attention_mask = ones.tril(keys - queries)
         q_BHQK, k_BGSK, v_BGSK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         if dropout and not self.config.sequence_parallel:
@@ -78,33 +81,19 @@ class CoreAttention(MegatronModule):
         return out_BHQK.permute(2, 0, 1, 3).reshape(queries, query.shape[1], -1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        causal = mask is None and q.shape[2] > 1
-        if q.dtype == torch.float32 or q.is_cuda or not multiplies_natively(q.dtype):
-            wide = q.dtype if q.is_cuda else torch.float32
-            return F.scaled_dot_product_attention(
-                q.to(wide),
-                k.to(wide),
-                v.to(wide),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=causal,
-                scale=self.scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            ).to(q.dtype)
-        return _explicit_attention(q, k, v, mask, causal, dropout, self.scale)
-
-
-def _explicit_attention(
-    q_BHQK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float
-) -> Tensor:
-    """Attention as two matrix products with an fp32 softmax between. (B, H, Q, K)."""
-    repeat = q_BHQK.shape[1] // k_BGSK.shape[1]
-    if repeat > 1:
-        k_BGSK, v_BGSK = (x.repeat_interleave(repeat, dim=1) for x in (k_BGSK, v_BGSK))
-    if causal:
-        mask = torch.ones(q_BHQK.shape[2], k_BGSK.shape[2], dtype=torch.bool, device=q_BHQK.device).tril()
-    scores_BHQS = (q_BHQK @ k_BGSK.transpose(-1, -2)).float() * scale
-    if mask is not None:
-        scores_BHQS = scores_BHQS.masked_fill(~mask, -torch.inf)
-    weights_BHQS = F.dropout(scores_BHQS.softmax(dim=-1), dropout)
-    return weights_BHQS.to(v_BGSK.dtype) @ v_BGSK
+        wide = q.dtype if multiplies_natively(q.dtype) else torch.float32
+        q_BHQK, k_BGSK, v_BGSK = (x.to(wide) for x in (q, k, v))
+        if q.is_cpu and 1 < q.shape[2] <= _LONGEST and not dropout:
+            repeat = q.shape[1] // k.shape[1]
+            k_BHSK, v_BHSK = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (k_BGSK, v_BGSK))
+            return blocked_attention(q_BHQK, k_BHSK, v_BHSK, mask, self.scale).to(q.dtype)
+        return F.scaled_dot_product_attention(
+            q_BHQK,
+            k_BGSK,
+            v_BGSK,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None and q.shape[2] > 1,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        ).to(q.dtype)
