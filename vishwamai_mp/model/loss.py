@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vishwamai_mp.model.row_blocks import row_blocks
+
 
 def vocab_parallel_cross_entropy(
     logits_TBV: Tensor, targets_TB: Tensor, vocab_size: int, group: dist.ProcessGroup
@@ -42,7 +44,7 @@ class _CrossEntropy(torch.autograd.Function):
         log_sums = torch.full(local.shape, -torch.inf, device=logits.device)
         own = torch.zeros(local.shape, device=logits.device)
         if real:
-            for block in _blocks(rows):
+            for block in row_blocks(rows):
                 log_sums[block] = rows[block].float().logsumexp(-1)
             own = rows.gather(-1, local[:, None])[:, 0].float().masked_fill(outside, 0.0)
         if group.size() > 1:
@@ -59,17 +61,11 @@ class _CrossEntropy(torch.autograd.Function):
         out = torch.zeros_like(logits) if ctx.real < logits.shape[-1] else torch.empty_like(logits)
         # softmax − onehot(target), times the incoming gradient; padding has none.
         onehot = grad.masked_fill(outside, 0.0)
-        for block in _blocks(rows) if ctx.real else ():
+        for block in row_blocks(rows) if ctx.real else ():
             probs = (rows[block] - log_sums[block, None]).exp_().mul_(grad[block, None])
             probs.scatter_add_(-1, local[block, None], -onehot[block, None])
             out.flatten(0, 1)[block, : ctx.real] = probs
         return out, None, None, None
-
-
-def _blocks(rows_NV: Tensor) -> list[slice]:
-    """Blocks of rows whose fp32 copy takes a megabyte; on GPUs a quarter of a gigabyte."""
-    count = max(1, 2 ** (26 if rows_NV.is_cuda else 18) // rows_NV.shape[-1])
-    return [slice(first, first + count) for first in range(0, len(rows_NV), count)]
 
 
 def _all_log_sums(own: Tensor, group: dist.ProcessGroup) -> Tensor:

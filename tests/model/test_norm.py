@@ -1,0 +1,37 @@
+"""RMSNorm by blocks of rows against torch's in float64: outputs and both gradients."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vishwamai_mp.model import norm as norm_module
+from vishwamai_mp.model.norm import RMSNorm
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(norm_module, "row_blocks", lambda rows: [slice(i, i + 3) for i in range(0, len(rows), 3)])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_it_is_rms_norm(small_blocks, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    module = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=True), 16, eps=1e-3)
+    assert module.weight.sequence_parallel
+    module.weight.data.copy_(torch.randn(16, generator=generator))
+    x = torch.randn(4, 2, 16, generator=generator).to(dtype).transpose(0, 1).requires_grad_()  # not contiguous
+    gradient = torch.randn(2, 4, 16, generator=generator).to(dtype)
+    ours = module(x)
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, module.weight))
+    exact = F.rms_norm(exact_x, (16,), exact_weight, 1e-3)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
+    before = x.detach().clone(), gradient.clone()
+    ours.backward(gradient)
+    exact.backward(gradient.double())
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=2 * tolerance, atol=2 * tolerance)
+    torch.testing.assert_close(module.weight.grad.double(), exact_weight.grad, rtol=2 * tolerance, atol=2 * tolerance)
+    assert torch.equal(x, before[0])  # nothing is overwritten
+    assert torch.equal(gradient, before[1])
