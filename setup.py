@@ -21,6 +21,8 @@ def _readme() -> str:
 
 _HUGGING_FACE = ["transformers>=4.48", "tokenizers>=0.21"]
 _PARQUET = ["pyarrow>=14"]
+_SERVE = ["fastapi>=0.110", "uvicorn>=0.27"]  # examples/serving
+_PLOTS = ["matplotlib>=3.8"]
 
 setup(
     name="vishwamai-mp",
@@ -31,7 +33,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vishwamai_mp", "vishwamai_mp.*"]),
-    package_data={"vishwamai_mp.config": ["presets/*.yaml"]},
+    package_data={
+        "vishwamai_mp.config": ["presets/*.yaml"],
+        "vishwamai_mp.checkpoint.huggingface": ["remote_code/*.py"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
@@ -51,9 +56,13 @@ setup(
         "wandb": ["wandb>=0.17"],
         "hf": _HUGGING_FACE,
         "parquet": _PARQUET,
+        "serve": _SERVE,
+        "plots": _PLOTS,  # of the studies in examples/
         "dev": [
             *_HUGGING_FACE,
             *_PARQUET,
+            *_SERVE,
+            *_PLOTS,
             "hypothesis>=6.100",
             "mypy>=1.13",
             "pytest>=8.2",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a bare checkout to a trained model: environment, corpus, tokenizer, two-process pretraining that is killed and
-# resumed, a look at the held-out loss, generated text.
+# resumed, a look at the held-out loss, generated text, a tree of thoughts, a Hugging Face folder proved by its logits.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/install.sh
@@ -56,7 +56,7 @@ train() {
 }
 
 title "environment"
-install_environment base .
+install_environment base '.[hf]'
 source .venv/bin/activate
 SECONDS=0
 
@@ -101,5 +101,14 @@ python -m torch.distributed.run --nproc-per-node 2 tools/generate.py --load "$RU
     --temperature 0.7 --max-new-tokens 60 --prompt 'class ' --prompt 'The "try" statement' \
     parallel.tensor_model_parallel_size=2
 
+title "a tree of thoughts: a search over continuations, and its picture"
+python tools/generate.py --load "$RUN" --strategy tree --html "$WORK/tree.html" --prompt 'def ' \
+    tree.stop=":" tree.max_thought_tokens=24 tree.logprob_weight=1 tree.value_weight=0
+
+title "export to Hugging Face, logits compared"
+rm -rf "$WORK/hf"
+python tools/convert_checkpoint.py to-hf --load "$RUN" --output "$WORK/hf" --verify
+
 title "done in $((SECONDS / 60)) min $((SECONDS % 60)) s after installation"
 echo "run folder: $RUN (metrics.jsonl, tensorboard/, checkpoints/); curves: tensorboard --logdir $RUN"
+echo "the search: $WORK/tree.html; for transformers and its kin: $WORK/hf"

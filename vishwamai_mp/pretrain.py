@@ -20,12 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vishwamai_mp.data.datasets import build_datasets
     from vishwamai_mp.data.tokenizer import Tokenizer
     from vishwamai_mp.runtime import distributed_session
-    from vishwamai_mp.training.loop import Trainer
+    from vishwamai_mp.training.callbacks.search import with_step_token
+    from vishwamai_mp.training.loop import Trainer, usual_callbacks
 
     with distributed_session(config) as runtime:
         tokenizer = Tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        config = with_step_token(config, tokenizer)
         datasets = build_datasets(config, tokenizer, runtime)
-        trainer = Trainer(config, runtime, datasets)
+        trainer = Trainer(config, runtime, datasets, usual_callbacks(config, tokenizer))
         for note in datasets.notes:
             trainer.say(note)
         trainer.train()

@@ -30,10 +30,20 @@ def _config(*overrides):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["memory.enabled=true"], ["memory.enabled=true", "not built yet", "set memory.enabled=false"]),
-        (["cache.enabled=true"], ["cache.enabled=true", "set cache.enabled=false"]),
-        (["tree.enabled=true"], ["tree.enabled=true", "set tree.enabled=false"]),
-        (["precision=fp8_delayed"], ["precision=fp8_delayed", "use fp32, bf16 or fp16"]),
+        (
+            ["memory.enabled=true", "memory.head_dim=96"],
+            ["memory.memory_size=2048", "memory.head_dim=96"],
+        ),
+        (["memory.enabled=true", "memory.layers=[8]"], ["memory.layers=[8]", "model.num_layers=8", "0 to 7"]),
+        (
+            ["memory.enabled=true", "memory.memory_size=384", f"{_TENSOR}=2"],
+            ["memory.memory_size=384 makes 3 heads", f"{_TENSOR}=2", "a multiple of 256"],
+        ),
+        (["cache.enabled=true", "cache.num_heads=7"], ["cache.num_heads=7", "model.hidden_size=512"]),
+        (["cache.enabled=true", "cache.num_heads=2", f"{_TENSOR}=4"], ["cache.num_heads=2", f"{_TENSOR}=4"]),
+        (["cache.enabled=true", "cache.max_cache_length=12"], ["cache.max_cache_length=12", "use a multiple"]),
+        (["tree.pruning_threshold=2"], ["tree.pruning_threshold=2.0", "0 to 1"]),
+        (["precision=fp8_mx", "training.sequence_length=500"], ["sequence_length=500", "precision=fp8_mx", "bf16"]),
         (["model.hidden_size=100"], ["model.hidden_size=100", "model.num_attention_heads=8", "set model.head_dim"]),
         (["model.num_key_value_heads=3"], ["model.num_key_value_heads=3", "use a divisor of 8"]),
         (["model.num_key_value_heads=16"], ["model.num_key_value_heads=16", "use a divisor of 8"]),

@@ -1,17 +1,18 @@
-"""Generation with a key-value cache against full passes, at every layout."""
+"""Generation with shared key-value blocks against full passes, at every layout."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.model.builds import build, small_config
+from tests.model.builds import build
 from vishwamai_mp.config import UserError
-from vishwamai_mp.inference.generation import Generator, SamplingOptions
+from vishwamai_mp.inference import Completion, Generator, SamplingOptions
+from vishwamai_mp.inference.blocks import CachedSequence
 
-_PROMPTS = torch.randint(1, 250, (2, 9), generator=torch.Generator().manual_seed(2)).tolist()
+_RANDOM = torch.Generator().manual_seed(2)
+_PROMPTS = [torch.randint(1, 250, (length,), generator=_RANDOM).tolist() for length in (9, 1, 21, 16)]
 _LAYOUTS = {
     "one process": (1, []),
     "TP2": (2, ["parallel.tensor_model_parallel_size=2"]),
@@ -23,139 +24,265 @@ _VARIANTS = {
     "grouped": [],
     "window": ["model.sliding_window=5"],
     "tied, one head per group": ["model.tie_word_embeddings=true", "model.num_key_value_heads=8"],
+    "memory and cache": [
+        *("memory.enabled=true", "memory.memory_size=32", "memory.head_dim=8", "memory.layers=[0,2]"),
+        *("memory.chunk_size=8", "memory.num_memory_layers=2"),
+        *("cache.enabled=true", "cache.num_heads=4", "cache.segment_length=8", "cache.latents_per_segment=2"),
+        "cache.layers=[1,2]",
+    ],
 }
 
 
-def generator(*overrides: str) -> Generator:
-    """Runs in a worker."""
+def generator(*overrides: str, **options: Any) -> Generator:
+    """Runs in a worker. As text, tokens are letters."""
     config, runtime, (model,) = build("training.global_batch_size=8", *overrides)
-    return Generator(config, runtime, model)
+    for layer in model.decoder.layers:
+        for name in layer.component_names:  # fresh, they add nothing
+            output = getattr(layer, name).output
+            whole = torch.randn(32, 32, generator=torch.Generator().manual_seed(layer.layer_number)) / 4
+            output.weight.data.copy_(whole.chunk(runtime.groups.tp.size(), 1)[runtime.tensor_rank])
+    return Generator(config, runtime, model, decode=lambda ids: "".join(chr(97 + i % 26) for i in ids), **options)
 
 
-def cached_and_full(overrides: list[str]) -> tuple[Tensor, Tensor] | None:
-    """Runs in a worker: logits (T, B, V local) of a prompt and ten more tokens, with the cache and in one pass."""
-    from megatron.core.inference.contexts import StaticInferenceContext
+def gathered(ours: Generator, work: list, every_token: bool = True) -> Tensor:
+    """Whole rows of logits, on all ranks."""
+    output = ours.engine.run(work, every_token=every_token)
+    vocabulary = torch.arange(250).expand(output.rows, -1)
+    return ours.engine.decide(
+        output, lambda shard, _: shard.log_probs(vocabulary) + shard.log_normaliser()[:, None], 250
+    ).float()
 
+
+@pytest.mark.parametrize("variant", list(_VARIANTS))
+def test_ragged_batches_have_the_logits_of_full_passes(workers, variant):
+    parts, full = workers.run(ragged_logits, 1, _VARIANTS[variant])[0]
+    for ours, whole in zip(parts, full, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
+    for name, (processes, layout) in _LAYOUTS.items():
+        if processes > 1:
+            for found, _ in workers.run(ragged_logits, processes, [*layout, *_VARIANTS[variant]]):
+                for ours, whole in zip(found, full, strict=True):
+                    torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5, msg=f"{name} differs")
+
+
+def ragged_logits(overrides: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """Runs in a worker: logits of four texts read in uneven pieces together, forks included.
+
+    In one process also those of the model's own forward pass.
+    """
     ours = generator(*overrides)
-    tokens = torch.cat((torch.tensor(_PROMPTS), torch.arange(20).view(2, 10)), 1)
-    context = StaticInferenceContext(2, tokens.shape[1])
-    parts = []
-    with torch.no_grad():
-        full = ours._run_stage(tokens, None)
-        for start, end in [(0, 9), *((i, i + 1) for i in range(9, 19))]:
-            parts.append(ours._run_stage(tokens[:, start:end], context))
-            context.sequence_len_offset += end - start
-            context.enable_decode_mode()
-    return (torch.cat(parts), full) if ours.runtime.is_last_stage else None
+    texts = [prompt + list(range(30, 45)) for prompt in _PROMPTS]
+    sequences = [CachedSequence() for _ in texts]
+    parts: list[list[Tensor]] = [[] for _ in texts]
+
+    def read(*pieces: tuple[int, int]) -> None:
+        work, owners = [], []
+        for i, count in pieces:
+            start = sequences[i].length
+            work.append((sequences[i], texts[i][start : start + count]))
+            owners += [i] * count
+        for i, row in zip(owners, gathered(ours, work), strict=True):
+            parts[i].append(row)
+
+    read((0, 9), (1, 1), (2, 21), (3, 16))  # prompts
+    for _ in range(6):
+        read((3, 1), (0, 1), (2, 1), (1, 1))
+    read((1, 1), (0, 4), (2, 1), (3, 2))  # some read one token, some several after others
+    forks = [ours.engine.fork(sequence) for sequence in sequences]
+    for sequence in sequences:  # what a fork's twin reads must not reach it
+        gathered(ours, [(sequence, [7, 8])])
+        ours.engine.release(sequence)
+    sequences[:] = forks
+    for i in range(4):
+        read((i, len(texts[i]) - sequences[i].length))
+    for sequence in sequences:
+        ours.engine.release(sequence)
+    assert ours.engine.pool.used_blocks == 0
+    full = []
+    if ours.engine.runtime.world_size == 1:
+        with torch.no_grad():
+            full = [ours.engine.model(torch.tensor([text]))[:, 0, :250] for text in texts]
+    return [torch.stack(rows) for rows in parts], full
 
 
-@pytest.mark.parametrize("variant", ["grouped", "window", "tied, one head per group"])
-@pytest.mark.parametrize("name", _LAYOUTS)
-def test_the_cache_changes_nothing(workers, name, variant):
-    processes, layout = _LAYOUTS[name]
-    results = [r for r in workers.run(cached_and_full, processes, [*layout, *_VARIANTS[variant]]) if r is not None]
-    cached, full = (torch.cat(shards, -1)[..., :250] for shards in zip(*results, strict=True))
-    alone = workers.run(cached_and_full, 1, _VARIANTS[variant])[0][1][..., :250]
-    assert cached.shape == (19, 2, 250)
-    torch.testing.assert_close(cached, full, rtol=0, atol=1e-5)
-    torch.testing.assert_close(full, alone, rtol=0, atol=1e-5)
+def generated(overrides: list[str], options: Any, prompts: list[list[int]], **more: Any) -> list[Completion]:
+    """Runs in a worker. Different options for each prompt may be given as a list."""
+    ours = generator(*overrides, **more)
+    given = options if isinstance(options, list) else [options] * len(prompts)
+    completions = [ours.submit(prompt, each) for prompt, each in zip(prompts, given, strict=True)]
+    while ours.busy:
+        ours.step()
+    assert ours.engine.pool.used_blocks == 0
+    return completions
 
 
-def generated(
-    overrides: list[str], options: SamplingOptions, prompts: list[list[int]], eod: int = -1
-) -> list[list[int]]:
-    """Runs in a worker."""
-    return generator(*overrides).generate(prompts, options, eod)
+def tokens(completions: list[Completion]) -> list[list[int]]:
+    return [completion.tokens for completion in completions]
 
 
 def step_by_step(overrides: list[str], count: int) -> list[list[int]]:
     """Runs in one worker: greedy generation without a cache."""
-    ours = generator(*overrides)
-    tokens = torch.tensor(_PROMPTS)
+    model = generator(*overrides).engine.model
+    rows = []
     with torch.no_grad():
-        for _ in range(count):
-            logits = ours.model(tokens)[-1, :, :250]
-            tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), 1)
-    return tokens[:, 9:].tolist()
+        for prompt in _PROMPTS:
+            text = torch.tensor([prompt])
+            for _ in range(count):
+                text = torch.cat((text, model(text)[-1, :, :250].argmax(-1, keepdim=True)), 1)
+            rows.append(text[0, len(prompt) :].tolist())
+    return rows
 
 
 @pytest.mark.parametrize("variant", ["grouped", "window"])
 def test_greedy_takes_the_best_token_of_each_full_pass(workers, variant):
     ours = workers.run(generated, 1, _VARIANTS[variant], SamplingOptions(12), _PROMPTS)[0]
-    assert ours == workers.run(step_by_step, 1, _VARIANTS[variant], 12)[0]
+    assert tokens(ours) == workers.run(step_by_step, 1, _VARIANTS[variant], 12)[0]
 
 
-@pytest.mark.parametrize(
-    ("variant", "options"),
-    [
-        ("grouped", SamplingOptions(12)),
-        ("grouped", SamplingOptions(12, 0.8, 20, seed=5)),
-        ("window", SamplingOptions(12, 1.0)),
-    ],
-    ids=["greedy", "top-k", "window, sampled"],
-)
-def test_every_layout_writes_the_same(workers, variant, options):
-    expected = workers.run(generated, 1, _VARIANTS[variant], options, _PROMPTS)[0]
-    assert all(len(row) == 12 and max(row) < 250 for row in expected)
+_MIXED = [
+    SamplingOptions(12),
+    SamplingOptions(17, 0.8, top_k=20, seed=5),
+    SamplingOptions(9, 1.0, repetition_penalty=1.3, log_probs=True),
+    SamplingOptions(12, 1.2, top_p=0.9, min_p=0.01, seed=7),
+]
+
+
+@pytest.mark.parametrize("variant", ["grouped", "window", "memory and cache"])
+def test_every_layout_writes_the_same(workers, variant):
+    expected = workers.run(generated, 1, _VARIANTS[variant], _MIXED, _PROMPTS)[0]
+    assert [len(row) for row in tokens(expected)] == [12, 17, 9, 12]
+    assert all(max(row) < 250 for row in tokens(expected))
     for name in ("TP2", "TP4", "PP2", "TP2 PP2"):
         processes, layout = _LAYOUTS[name]
-        for tokens in workers.run(generated, processes, [*layout, *_VARIANTS[variant]], options, _PROMPTS):
-            assert tokens == expected, name
+        for found in workers.run(generated, processes, [*layout, *_VARIANTS[variant]], _MIXED, _PROMPTS):
+            assert tokens(found) == tokens(expected), name
+
+
+def test_a_text_does_not_depend_on_what_else_is_generated(workers):
+    """Nor on memory so small that requests wait for each other."""
+    together = workers.run(generated, 1, [], _MIXED, _PROMPTS)[0]
+    waiting = workers.run(generated, 1, [], _MIXED, _PROMPTS, kv_tokens=48, max_batch=2)[0]
+    alone = [workers.run(generated, 1, [], [_MIXED[i]], [_PROMPTS[i]])[0][0] for i in range(4)]
+    assert tokens(together) == tokens(waiting) == tokens(alone)
 
 
 def test_16_bit_models_generate_over_pipelines(workers):
     processes, layout = _LAYOUTS["TP2 PP2"]
     results = workers.run(generated, processes, [*layout, "precision=bf16"], SamplingOptions(5), _PROMPTS)
-    assert all(tokens == results[0] for tokens in results)
+    assert all(tokens(found) == tokens(results[0]) for found in results)
 
 
-def test_seeds_differ_and_repeat(workers):
-    first, again, other = (
-        workers.run(generated, 1, [], SamplingOptions(12, 1.0, seed=seed), _PROMPTS)[0] for seed in (1, 1, 2)
-    )
-    assert first == again != other
+def test_seeds_and_samples_differ_and_repeat(workers):
+    options = [SamplingOptions(12, 1.0, seed=seed, sample=number) for seed, number in ((1, 0), (1, 0), (2, 0), (1, 1))]
+    first, again, other_seed, other_sample = tokens(workers.run(generated, 1, [], options, _PROMPTS[:1] * 4)[0])
+    assert first == again
+    assert len({tuple(first), tuple(other_seed), tuple(other_sample)}) == 3
 
 
-def test_rows_do_not_meet(workers):
-    both = workers.run(generated, 1, [], SamplingOptions(8), _PROMPTS)[0]
-    for row in range(2):
-        assert workers.run(generated, 1, [], SamplingOptions(8), _PROMPTS[row : row + 1])[0] == [both[row]]
+def test_stops(workers):
+    free = workers.run(generated, 1, [], SamplingOptions(12), _PROMPTS[:1])[0][0].tokens
+    text = "".join(chr(97 + i % 26) for i in free)
+    by_token, by_string, neither = workers.run(
+        generated,
+        1,
+        [],
+        [
+            SamplingOptions(12, stop_tokens=(free[4], 251)),
+            SamplingOptions(12, stop_strings=("!", text[3:6])),
+            SamplingOptions(12, stop_strings=("!",)),
+        ],
+        _PROMPTS[:1] * 3,
+    )[0]
+    assert (by_token.tokens, by_token.finish) == (free[: free.index(free[4])], "stop")
+    assert (by_string.finish, by_string.stop) == ("stop", text[3:6])
+    assert len(by_string.tokens) == text.index(text[3:6]) + 3
+    assert (neither.tokens, neither.finish) == (free, "length")
 
 
-def test_a_row_ends_at_the_end_of_document(workers):
-    free = workers.run(generated, 1, [], SamplingOptions(12), _PROMPTS)[0]
-    eod = free[0][4]
-    ended = workers.run(generated, 1, [], SamplingOptions(12), _PROMPTS, eod)[0]
-    assert ended == [row[: row.index(eod)] if eod in row else row for row in free]
-    assert len(ended[0]) < 12
+def test_log_probs_are_those_of_scoring(workers):
+    for found in workers.run(generated_and_scored, 2, ["parallel.pipeline_model_parallel_size=2"]):
+        completion, scores = found
+        assert len(completion.log_probs) == 9
+        torch.testing.assert_close(scores[-9:], completion.log_probs, rtol=0, atol=1e-5)
+
+
+def generated_and_scored(overrides: list[str]) -> tuple[Completion, list[float]]:
+    ours = generator(*overrides)
+    (completion,) = ours.generate(_PROMPTS[:1], SamplingOptions(9, 0.9, top_k=9, repetition_penalty=2, log_probs=True))
+    return completion, ours.score([completion.prompt + completion.tokens])[0]
+
+
+def test_scores_are_the_models_log_probabilities(workers):
+    scores, expected = workers.run(scored, 1)[0]
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+
+
+def scored() -> tuple[list[float], list[float]]:
+    ours = generator()
+    text = torch.tensor([_PROMPTS[2]])
+    with torch.no_grad():
+        log_probs = ours.engine.model(text)[:, 0, :250].log_softmax(-1)[:-1]
+    return ours.score([_PROMPTS[2]])[0], log_probs.gather(1, text[0, 1:, None])[:, 0].tolist()
 
 
 def test_the_context_limits_what_is_added(workers):
     limit = ["model.max_position_embeddings=32"]
     ours = workers.run(generated, 1, limit, SamplingOptions(100), _PROMPTS)[0]
-    assert [len(row) for row in ours] == [32 - 9, 32 - 9]
+    assert [len(row) for row in tokens(ours)] == [32 - len(prompt) for prompt in _PROMPTS]
 
 
-def idle_generator() -> Generator:
-    model: Any = SimpleNamespace(eval=lambda: None)
-    runtime: Any = None
-    return Generator(small_config(), runtime, model)
+def test_cancelled_requests_free_their_memory(workers):
+    assert workers.run(cancelled, 1)[0] == (["cancelled", "length", "cancelled"], 0)
+
+
+def cancelled() -> tuple[list[str | None], int]:
+    ours = generator(max_batch=2)
+    requests = [ours.submit(prompt, SamplingOptions(6)) for prompt in _PROMPTS[:3]]
+    ours.step()
+    ours.cancel(requests[0])
+    ours.cancel(requests[2])  # was still waiting
+    while ours.busy:
+        ours.step()
+    return [request.finish for request in requests], ours.engine.pool.used_blocks
+
+
+def refusal(prompts: list[list[int]], options: SamplingOptions, **more: Any) -> str:
+    try:
+        generator(**more).generate(prompts, options)
+    except UserError as error:
+        return str(error)
+    return "nothing"
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"),
+    ("prompts", "more", "message"),
     [
-        ([], "the prompt is empty"),
-        ([[]], "the prompt is empty"),
-        ([[1, 2], []], "the prompt is empty"),
-        ([[1, 2], [1]], "prompts of 1 to 2 tokens"),
-        ([[1] * 64], r"the prompt has 64 tokens, the model's context 64 \(model\.max_position_embeddings\); shorten"),
-        ([[1] * 70], "the prompt has 70 tokens"),
+        ([], {}, "the prompt is empty"),
+        ([[1, 2], []], {}, "the prompt is empty"),
+        ([[1] * 64], {}, "the prompt has 64 tokens, the model's context 64 (model.max_position_embeddings); shorten"),
+        ([[1] * 70], {}, "the prompt has 70 tokens"),
+        ([[1, 250]], {}, "outside the vocabulary of 250"),
+        ([[1] * 30], {"kv_tokens": 32}, "more than the key-value memory of 32 tokens"),
     ],
 )
-def test_impossible_prompts_are_refused(prompts, message):
-    with pytest.raises(UserError, match=message):
-        idle_generator().generate(prompts, SamplingOptions())
+def test_impossible_prompts_are_refused(workers, prompts, more, message):
+    assert message in workers.run(refusal, 1, prompts, SamplingOptions(), **more)[0]
+
+
+def test_a_damaged_model_is_reported_by_all_stages(workers):
+    assert all("not finite" in text for text in workers.run(damaged, 2))
+
+
+def damaged() -> str:
+    ours = generator("parallel.pipeline_model_parallel_size=2")
+    for parameter in ours.engine.model.parameters():
+        parameter.data.fill_(torch.nan)
+    try:
+        ours.generate(_PROMPTS, SamplingOptions())
+    except UserError as error:
+        assert ours.engine.pool.used_blocks == 0
+        return str(error)
+    return "nothing"
 
 
 @pytest.mark.parametrize(
@@ -164,8 +291,13 @@ def test_impossible_prompts_are_refused(prompts, message):
         ({"temperature": -0.1}, r"temperature=-0\.1: use 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
-        ({"top_k": 0}, "top_k=0: use 1 or more"),
-        ({"top_k": -3}, "top_k=-3"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0: use 1 or more"),
+        ({"top_k": 3}, "top_k=3 has no effect at temperature 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0: use a number above 0"),
+        ({"temperature": 1.0, "min_p": 1.5}, "min_p=1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"stop_strings": ("",)}, "stop string is empty"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],
 )

@@ -48,6 +48,35 @@ def test_it_holds_the_same_parameters_under_the_same_names(precision):
     assert model["rope_fusion"]
 
 
+_COMPONENTS = [
+    "model.hidden_size=128",
+    "model.num_key_value_heads=8",
+    "model.intermediate_size=256",
+    "memory.enabled=true",
+    "memory.memory_size=128",
+    "memory.head_dim=16",
+    "cache.enabled=true",
+    "cache.num_heads=8",
+    "cache.segment_length=8",
+]
+_TP8_PP2 = ["parallel.tensor_model_parallel_size=8", "parallel.pipeline_model_parallel_size=2"]
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(1, []), (16, [*_TP8_PP2, "parallel.sequence_parallel=true"])])
+@pytest.mark.parametrize("precision", ["bf16", "fp8_delayed", "fp8_current"])
+def test_with_memory_and_cache_its_tensors_lie_where_the_cpus_do(precision, world_size, layout):
+    """Names, whole shapes and offsets; beside them, only the CPU's has the state of delayed scaling."""
+    model = built(world_size, f"precision={precision}", *_COMPONENTS, *layout)
+    theirs, ours = model["places"]
+    assert theirs == [place for place in ours if not place[0].endswith(("fp8_amax_history", "fp8_scale"))]
+    assert (len(theirs) < len(ours)) == (precision == "fp8_delayed")
+    kinds = {place[0].split(".")[3] for place in theirs if place[0].startswith("decoder.layers")}
+    assert {"memory", "self_attention", "mlp"} <= kinds
+    assert world_size > 1 or "cache" in kinds  # the second stage has it
+    formats = {"bf16": None, "fp8_delayed": "hybrid", "fp8_current": "hybrid"}
+    assert [model["fp8"][0], model["fp8"][2]] == [formats[precision], None]
+
+
 def test_windows_and_context_parallelism_are_its_own():
     model = built(2, "model.sliding_window=7", "parallel.context_parallel_size=2")
     assert model["window"] == [6, 0]

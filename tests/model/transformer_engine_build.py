@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-_NOT_INSTALLED = ("transformer_engine_torch", "onnx", "onnxscript", "triton")
+_NOT_INSTALLED = ("transformer_engine_torch", "einops", "onnx", "onnxscript", "triton")
 
 
 class _Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -39,6 +39,11 @@ class _Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.NVTE_Fused_Attn_Backend = _enum(
                 {"NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2, "NVTE_No_Backend": 3}
             )
+            # These index the quantizers of a module: three forward and two backward for each product.
+            forward = [f"GEMM{i}_{kind}" for i in (1, 2, 3) for kind in ("INPUT", "WEIGHT", "OUTPUT")]
+            backward = [f"GRAD_{kind}{i}" for i in (1, 2, 3) for kind in ("OUTPUT", "INPUT")]
+            module.FP8FwdTensors = _enum({name: index for index, name in enumerate(forward)})
+            module.FP8BwdTensors = _enum({name: index for index, name in enumerate(backward)})
             module.get_cudnn_version = lambda: 92400
         return module
 
@@ -108,6 +113,8 @@ def main() -> None:
                 "final_norm": type(fused.decoder.final_layernorm).__module__.split(".")[0],
                 "entries": [sorted(entry.key for entry in entries.values()) for entries in (theirs, here)],
                 "equal": sum(torch.equal(_data(theirs[key]), _data(_under(here, theirs[key].key))) for key in theirs),
+                "places": [sorted(_places(entries)) for entries in (theirs, here)],
+                "fp8": [fused.config.fp8, fused.config.fp8_recipe, plain.config.fp8],
                 "marks": [sorted(_marks(model.sharded_state_dict())) for model in (fused, plain)],
                 "window": layer.self_attention.core_attention.window_size,
                 "rope_fusion": fused.config.apply_rope_fusion,
@@ -124,6 +131,19 @@ def _under(entries: dict[str, Any], key: str) -> Any:
 
 def _data(entry: Any) -> Any:
     return entry.data.detach()
+
+
+def _places(entries: dict[str, Any]) -> list[list[Any]]:
+    """Of each tensor, or part of a fused one, its name, the whole's shape and where this rank's shard lies in it."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    shards = [
+        shard
+        for entry in entries.values()
+        for shard in (nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry])
+    ]
+    return [[shard.key, list(shard.global_shape), list(shard.global_offset)] for shard in shards]
 
 
 def _marks(entries: dict[str, Any]) -> list[list[Any]]:

@@ -120,6 +120,36 @@ def test_sampling_is_the_same_at_every_layout_and_another_for_each_seed(workers:
     assert on(workers, 1, *options[:4]) != alone
 
 
+def test_beams_write_likelier_text_than_greedy(workers: WorkerPool, run_folder: Path) -> None:
+    options = ["--load", run_folder, "--prompt", _PROMPT, "--max-new-tokens", 8, "--json"]
+    greedy = json.loads(on(workers, 1, *options))
+    beams = json.loads(on(workers, 1, *options, "--strategy", "beam", "--num-beams", 3))
+    assert beams["score"] * 8 >= sum(greedy["log_probs"]) - 1e-3
+    assert [other["score"] for other in beams["others"]] == sorted(
+        (other["score"] for other in beams["others"]), reverse=True
+    )
+    assert on(workers, 4, *options, "--strategy", "beam", "--num-beams", 3, *_TP2_PP2) == json.dumps(beams) + "\n"
+
+
+def test_a_tree_is_the_same_at_every_layout_and_has_a_picture(
+    workers: WorkerPool, run_folder: Path, tmp_path: Path
+) -> None:
+    """The model has no value head, which is said, once; `stop` is no token of this vocabulary."""
+    picture = tmp_path / "tree.html"
+    options = ["--load", run_folder, "--prompt", _PROMPT, "--prompt", "import", "--strategy", "tree", "--json"]
+    options += ["tree.max_thought_tokens=5", "tree.stop=t(", "--html", picture]
+    ((alone, said),) = workers.run(call, 1, options)
+    assert "the model has no value head" in said
+    trees = [json.loads(line) for line in alone.splitlines()]
+    for each in trees:
+        assert each["tree"]["answer_tokens"] == len(each["new_tokens"])
+        assert each["text"].startswith(each["prompt"])
+        assert max(node["depth"] for node in each["tree"]["nodes"]) == 3
+    assert picture.read_text(encoding="utf-8").count("<svg") == 2
+    assert on(workers, 4, *options, *_TP2_PP2) == alone
+    assert on(workers, 1, *options, "--seed", 5) != alone
+
+
 @pytest.mark.parametrize("part", ["checkpoints", "checkpoints/step_00000008"])
 def test_load_takes_a_folder_of_checkpoints_and_one_checkpoint(
     workers: WorkerPool, run_folder: Path, part: str
@@ -149,13 +179,20 @@ def test_a_broken_newer_checkpoint_is_mentioned(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--strategy", "beam"], "--strategy beam is not built yet; use greedy or sample"),
-        (["--strategy", "tree"], "--strategy tree is not built yet"),
+        (["--strategy", "beam", "--num-beams", "0"], "num_beams=0: use 1 or more"),
+        (["--strategy", "beam", "--top-k", "3"], "--top-k has no effect on --strategy beam; it is for sample"),
+        (["--strategy", "tree", "--num-beams", "3"], "--num-beams has no effect on --strategy tree; it is for beam"),
+        (["--strategy", "tree", "tree.beam_width=0"], "tree.beam_width"),
+        (["--strategy", "tree", "tree.pruning_threshold=2"], "tree.pruning_threshold=2.0: a share of the best"),
+        (["--strategy", "tree", "--temperature", "-1"], "--temperature -1.0: use a number above 0"),
+        (["--strategy", "tree", "--max-tokens", "0"], "max_tokens=0: use a positive number"),
+        (["--strategy", "tree", "--max-new-tokens", "9"], "--max-new-tokens has no effect on --strategy tree"),
+        (["--strategy", "sample", "--top-p", "0"], "top_p=0.0: use a number above 0 up to 1"),
         (
             ["--strategy", "sample", "--temperature", "0"],
             "--temperature 0.0: use a number above 0, or --strategy greedy",
         ),
-        (["--strategy", "sample", "--temperature", "nan"], "temperature=nan"),
+        (["--strategy", "sample", "--temperature", "nan"], "--temperature nan: use a number above 0"),
         (["--strategy", "sample", "--top-k", "0"], "top_k=0: use 1 or more"),
         (["--top-k", "3"], "--top-k has no effect on --strategy greedy"),
         (["--temperature", "0.7"], "--temperature has no effect on --strategy greedy"),

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from tests.training.layouts import SMALL
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
-from vishwamai_mp.data.datasets import TokenSamples, build_datasets
+from vishwamai_mp.data.batches import Samples
+from vishwamai_mp.data.datasets import build_datasets
 from vishwamai_mp.runtime import initialize, shutdown
 from vishwamai_mp.training.callbacks import Callback
 from vishwamai_mp.training.loop import Trainer, usual_callbacks
@@ -73,7 +74,7 @@ class _Watch(Callback):
 class _Recorded:
     """Training samples that note which of them were read."""
 
-    def __init__(self, samples: TokenSamples) -> None:
+    def __init__(self, samples: Samples) -> None:
         self.samples = samples
         self.read: list[int] = []
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from vishwamai_mp.checkpoint import guard, manifest, sharded, store
 from vishwamai_mp.checkpoint.collective import Failure, on_all_ranks, on_first_rank
+from vishwamai_mp.checkpoint.components import check_components
 from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.checkpoint.record import manifest_of
 from vishwamai_mp.checkpoint.writer import PlannedWrite, Written, plan_write
@@ -256,6 +257,7 @@ class CheckpointManager:
         different = manifest.differences(found.model, model, _SHAPE_KEYS)
         if different:
             raise UserError(f"{path} is a checkpoint of another model: {'; '.join(different)}")
+        check_components(path, found.tensors, self.config)
         for difference in manifest.differences(found.model, model, _BEHAVIOUR_KEYS):
             _log.warning("%s: %s; the former is used", path, difference)
         if with_optimizer and not found.has_optimizer:
@@ -266,7 +268,8 @@ class CheckpointManager:
         return found, json.loads((path / _TRAINER_FILE).read_bytes())
 
     def _read(self, path: Path, found: Manifest, state: dict[str, Any]) -> dict[str, Any]:
-        request = sharded.split_request(state, set(found.tensors), set(found.objects))
+        shapes = {name: tuple(record.shape) for name, record in found.tensors.items()}
+        request = sharded.split_request(state, shapes, set(found.objects))
         missing = [name for names in _all(on_all_ranks(lambda: request.missing)) for name in names]
         if missing:
             raise UserError(f"{path} lacks {len(set(missing))} tensors that this model has, {missing[0]} for one")

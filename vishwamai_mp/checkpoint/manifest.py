@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.fp8 import SCALING_STATE
 
 NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -86,8 +87,12 @@ class Manifest:
 
     @property
     def parameters(self) -> int:
-        """Elements of the model's tensors, the padding of the vocabulary included."""
-        return sum(record.elements for name, record in self.tensors.items() if not is_optimizer(name))
+        """Elements of the model's parameters, the padding of the vocabulary included."""
+        return sum(
+            record.elements
+            for name, record in self.tensors.items()
+            if not is_optimizer(name) and not name.endswith(SCALING_STATE)
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -6,11 +6,12 @@ fp32 model are its parameters and are not stored twice. The optimizer's step and
 its hyperparameters are not stored: the configuration says them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
+from vishwamai_mp.config.fp8 import SCALING_STATE
 from vishwamai_mp.runtime import Runtime  # before megatron.core
 
 # isort: split
@@ -37,8 +38,8 @@ def load_model(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
     """Put what `model_state` asked for into the model."""
     for i, chunk in enumerate(chunks):
         result = unwrap(chunk).load_state_dict(loaded[f"model{i}"], strict=False)
-        # A checkpoint saved without Transformer Engine lacks its scaling factors; they form anew.
-        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        # A checkpoint of another precision lacks these scaling factors; they form anew.
+        missing = [key for key in result.missing_keys if not key.endswith(("_extra_state", *SCALING_STATE))]
         assert not missing, missing
         assert not result.unexpected_keys, result.unexpected_keys
 
@@ -100,8 +101,8 @@ def without_redundant(state: dict[str, Any], model: dict[str, Any]) -> dict[str,
     return extract_matching_values(state, is_kept)[0]
 
 
-def split_request(state: dict[str, Any], tensors: set[str], objects: set[str]) -> "SplitRequest":
-    """Compare what is wanted with what a checkpoint has (names of its tensors and objects)."""
+def split_request(state: dict[str, Any], tensors: Mapping[str, tuple[int, ...]], objects: set[str]) -> "SplitRequest":
+    """Compare what is wanted with what a checkpoint has (its tensors' shapes by name, names of its objects)."""
     plain, wanted = _split(state, lambda item: not isinstance(item, ShardedBase | LocalNonpersistentObject))
 
     def is_borrowed(item: Any) -> bool:
@@ -112,6 +113,12 @@ def split_request(state: dict[str, Any], tensors: set[str], objects: set[str]) -
     for item in nested_values(borrowed):
         item.key = item.key.removeprefix(_MAIN)
     _, wanted = _split(wanted, lambda item: isinstance(item, ShardedObject) and item.unique_key not in objects)
+
+    def is_new_scaling(item: Any) -> bool:
+        key = getattr(item, "key", "")
+        return key.endswith(SCALING_STATE) and tensors.get(key) != tuple(item.global_shape)
+
+    _, wanted = _split(wanted, is_new_scaling)  # another precision, or another length of history
     named = [item for item in nested_values(wanted) if isinstance(item, ShardedBase)]
     missing = [item.key for item in named if not isinstance(item, ShardedObject) and item.key not in tensors]
     return SplitRequest(wanted, borrowed, plain, sorted(set(missing)))

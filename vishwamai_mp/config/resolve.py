@@ -3,10 +3,12 @@
 import math
 from dataclasses import replace
 
+from vishwamai_mp.config.cache import resolve_cache
 from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.fp8 import resolve_fp8
+from vishwamai_mp.config.memory import resolve_memory
 from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig, ScheduleConfig
-
-_BUILT_LATER = {"memory": "the neural memory", "cache": "cache augmentation", "tree": "tree of thoughts"}
+from vishwamai_mp.config.tree import resolve_tree
 
 
 def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainConfig:
@@ -19,19 +21,18 @@ def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainCo
     Raises:
         ConfigError: names the key, the value and the mend.
     """
-    for section, what in _BUILT_LATER.items():
-        if getattr(config, section).enabled:
-            raise ConfigError(f"{section}.enabled=true: {what} is not built yet; set {section}.enabled=false")
-    if config.precision.startswith("fp8"):
-        raise ConfigError(f"precision={config.precision}: fp8 is not built yet; use fp32, bf16 or fp16")
     minimum = _default(config.optimizer.min_learning_rate, config.optimizer.learning_rate / 10)
     config = replace(
         config,
         model=_resolve_model(config.model),
         optimizer=replace(config.optimizer, min_learning_rate=minimum),
         schedule=_resolve_schedule(config.schedule, config.training.max_steps),
+        tree=resolve_tree(config.tree),
     )
     _check_layout(config)
+    config = replace(config, memory=resolve_memory(config), cache=resolve_cache(config))
+    config = resolve_fp8(config)
+    _check_order(config)
     _check_training(config)
     if world_size is not None:
         data_parallel_size(config, world_size)
@@ -219,6 +220,23 @@ def layers_per_stage(config: PretrainConfig) -> list[int]:
                 f" parallel.virtual_pipeline_model_parallel_size={chunks} chunks; use a divisor of {count}"
             )
     return counts
+
+
+def _check_order(config: PretrainConfig) -> None:
+    """Whether the data come in the order that carried state needs."""
+    data = config.data
+    for section in ("memory", "cache"):
+        options = getattr(config, section)
+        if options.enabled and options.carry_state and not data.consecutive:
+            raise ConfigError(
+                f"{section}.carry_state=true with data.consecutive=false: shuffled rows do not go on where the last"
+                f" ones ended; set data.consecutive=true, or {section}.carry_state=false"
+            )
+    if data.consecutive and not data.reset_attention_mask:
+        raise ConfigError(
+            "data.consecutive=true with data.reset_attention_mask=false: rows must know where a document begins;"
+            " set data.reset_attention_mask=true"
+        )
 
 
 def _check_training(config: PretrainConfig) -> None:

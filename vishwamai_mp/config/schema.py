@@ -90,8 +90,8 @@ class MemoryConfig:
     chunk_size: PositiveInt = 64  # tokens per triangular solve; a performance knob only
     momentum: bool = True
     layers: list[NonNegativeInt] | None = None  # transformer layers (from 0) that carry one; 1 in 8
-    carry_state: bool = False
-    loss_weight: NonNegativeFloat = 0.0
+    carry_state: bool = False  # a row begins with what it remembered at the end of the last micro-batch
+    loss_weight: NonNegativeFloat = 0.0  # of the auxiliary loss: what the mix of levels lacks in entropy, nats
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,16 @@ class CacheConfig:
     __pydantic_config__ = _STRICT
     enabled: bool = False
     hidden_size: PositiveInt | None = None  # the model's
-    num_heads: PositiveInt = 8
-    max_cache_length: PositiveInt = 65536  # latents
+    num_heads: PositiveInt = 8  # of width hidden_size / num_heads
+    max_cache_length: PositiveInt = 65536  # latents that are kept; beyond, the least important × read go
     dropout: NonNegativeFloat = 0.1
-    retrieval_factor: NonNegativeFloat = 1.0
+    retrieval_factor: NonNegativeFloat = 1.0  # what is read is multiplied by it
     segment_length: PositiveInt = 64  # tokens
     latents_per_segment: PositiveInt = 8
-    retrieve_segments: PositiveInt = 64
-    layers: list[NonNegativeInt] | None = None
+    retrieve_segments: PositiveInt = 64  # where more exist, the best are read
+    layers: list[NonNegativeInt] | None = None  # transformer layers (from 0) that carry one; 1 in 8
     before_memory: bool = False  # where a layer carries both: which of them runs first
-    carry_state: bool = False
+    carry_state: bool = False  # a row may read what the last micro-batch's row wrote; a segment cut by its end is lost
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,22 @@ class TreeConfig:
     """Tree of thoughts: search over reasoning steps at inference, and the value head's training signal."""
 
     __pydantic_config__ = _STRICT
-    enabled: bool = False
-    beam_width: PositiveInt = 4
-    max_depth: PositiveInt = 3
+    enabled: bool = False  # the model has a value head, training its loss; each evaluation searches over prompts
+    beam_width: PositiveInt = 4  # nodes kept at each depth
+    max_depth: PositiveInt = 3  # thoughts in a row
     temperature: PositiveFloat = 0.7
-    pruning_threshold: NonNegativeFloat = 0.1
-    branching: PositiveInt | None = None  # beam_width
-    max_thought_tokens: PositiveInt = 64
-    stop: str = "[STEP]"
-    value_weight: NonNegativeFloat = 1.0
-    logprob_weight: NonNegativeFloat = 0.0
+    pruning_threshold: NonNegativeFloat = 0.1  # share of the best sibling's score below which a node is cut
+    branching: PositiveInt | None = None  # children of a node; beam_width
+    max_thought_tokens: PositiveInt = 64  # longest thought; also how far ahead the value head looks in pretraining
+    stop: str = "[STEP]"  # ends a thought: a token's spelling, or any text
+    value_weight: NonNegativeFloat = 1.0  # of the value head in a node's score
+    logprob_weight: NonNegativeFloat = 0.0  # of the probability per token of its path
     strategy: Literal["beam", "best-first", "dfs"] = "beam"
     seed: NonNegativeInt = 0
+    value_loss_weight: NonNegativeFloat = 0.05  # per marked token, beside 1 per token of the language model's loss
+    value_gradient: bool = False  # whether the value loss trains the layers below the head too
+    step_token: NonNegativeInt | None = None  # id where values are learnt; `stop` in data.tokenizer
+    prompts: str | None = None  # text file searched at each evaluation: a prompt a line, or prompt, tab, answer
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ class DataConfig:
     reset_position_ids: bool = False  # positions start anew in each packed document
     reset_attention_mask: bool = False  # packed documents do not see each other
     eod_mask_loss: bool = False  # no loss on the token after a document's end
+    consecutive: bool = False  # not shuffled: a row's segment goes on in the same row of the next micro-batch
     cache_dir: str | None = None  # shuffle indices; None: `cache/` beside the data
     num_workers: NonNegativeInt = 0  # reader processes per rank
 
@@ -239,6 +244,18 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """Options of `precision: fp8_*`; one that the chosen recipe has no use for is refused."""
+
+    __pydantic_config__ = _STRICT
+    amax_history_length: PositiveInt | None = None  # fp8_delayed: passes that a scale follows from; 1024
+    amax_algorithm: Literal["max", "most_recent"] | None = None  # fp8_delayed: which amax of them; max
+    bf16_layers_at_start: NonNegativeInt = 0  # transformer layers that stay in bf16; not with fp8_delayed
+    bf16_layers_at_end: NonNegativeInt = 0
+    report_every: PositiveInt | None = None  # steps between lines of `fp8.jsonl`: amax, scale, what was rounded away
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Everything one training run needs."""
 
@@ -249,6 +266,7 @@ class PretrainConfig:
     tree: TreeConfig = field(default_factory=TreeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Precision = "bf16"
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

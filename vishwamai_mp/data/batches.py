@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.data.consecutive import ConsecutiveSegments
 from vishwamai_mp.data.datasets import Datasets, TokenSamples
 from vishwamai_mp.runtime import Runtime
 
@@ -47,12 +48,15 @@ class DocumentRules:
         reset_position_ids: positions start at 0 in each document.
         eod_mask_loss: no loss where the model reads `eod_id`, that is, on predicting the first token of the next
             document. Predicting `eod_id` itself counts.
+        leading_token: texts begin with the token before the first: where it is not `eod_id`, the row goes on with the
+            document of the same row in the last micro-batch, and its `document_ids` begin with 0, else with 1.
     """
 
     eod_id: int = -1
     reset_attention_mask: bool = False
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
+    leading_token: bool = False
 
 
 def make_batch(text: torch.Tensor, rules: DocumentRules) -> Batch:
@@ -62,9 +66,12 @@ def make_batch(text: torch.Tensor, rules: DocumentRules) -> Batch:
     operations, with the same results.
 
     Args:
-        text: int64 [B, T + 1].
+        text: int64 [B, T + 1], or [B, T + 2] with a leading token.
         rules: what document ends mean.
     """
+    begins = None
+    if rules.leading_token:
+        begins, text = text[:, :1] == rules.eod_id, text[:, 1:]
     tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     ends = tokens == rules.eod_id
     position_ids = torch.arange(tokens.shape[1], device=text.device).expand(tokens.shape)
@@ -76,6 +83,8 @@ def make_batch(text: torch.Tensor, rules: DocumentRules) -> Batch:
     document_ids = None
     if rules.reset_attention_mask:
         document_ids = (ends.cumsum(dim=1) - ends.long()).to(torch.int32)
+        if begins is not None:
+            document_ids += begins
     loss_mask = (~ends).float() if rules.eod_mask_loss else torch.ones(tokens.shape, device=text.device)
     return Batch(tokens, labels, loss_mask, position_ids.contiguous(), document_ids)
 
@@ -219,7 +228,7 @@ def evaluation_batches(config: PretrainConfig, samples: TokenSamples) -> int:
 def _stream(
     config: PretrainConfig,
     datasets: Datasets,
-    samples: TokenSamples,
+    samples: TokenSamples | ConsecutiveSegments,
     runtime: Runtime,
     consumed_samples: int,
     stop_samples: int | None,
@@ -235,7 +244,13 @@ def _stream(
         consumed_samples=consumed_samples,
         stop_samples=stop_samples,
         num_workers=num_workers,
-        rules=DocumentRules(datasets.eod_id, data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss),
+        rules=DocumentRules(
+            datasets.eod_id,
+            data.reset_attention_mask,
+            data.reset_position_ids,
+            data.eod_mask_loss,
+            leading_token=isinstance(samples, ConsecutiveSegments),
+        ),
         vocab_size=config.model.vocab_size,
         device=runtime.device,
     )

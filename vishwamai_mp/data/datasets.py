@@ -16,6 +16,7 @@ import torch.distributed as dist
 from vishwamai_mp.config import ConfigError, PretrainConfig, UserError
 from vishwamai_mp.config.schema import DataConfig
 from vishwamai_mp.data.blends import Source, SourceIdentity, identify, parse_blend, parse_split
+from vishwamai_mp.data.consecutive import ConsecutiveSegments
 from vishwamai_mp.data.indexed import check_indexed
 from vishwamai_mp.data.order import Interleaving, permute
 from vishwamai_mp.data.packing import PackedDocuments
@@ -74,7 +75,7 @@ class TokenSamples(torch.utils.data.Dataset):
 class Datasets:
     """The data of a run. `notes` are sentences for the log; `fingerprint` recognises `train` on resume."""
 
-    train: TokenSamples
+    train: TokenSamples | ConsecutiveSegments
     valid: TokenSamples | None
     test: TokenSamples | None
     eod_id: int
@@ -113,7 +114,9 @@ def build_datasets(
         ConfigError: a setting of `data` cannot work.
     """
     _check_settings(config, tokenizer)
-    return _first_rank_first(runtime, lambda: _build(config, tokenizer))
+    replicas = 1 if runtime is None else runtime.data_parallel_size
+    rows = config.training.micro_batch_size * replicas if config.data.consecutive else None
+    return _first_rank_first(runtime, lambda: _build(config, tokenizer, rows))
 
 
 def _first_rank_first(runtime: Runtime | None, build: Callable[[], _Built]) -> _Built:
@@ -152,7 +155,8 @@ def _check_settings(config: PretrainConfig, tokenizer: Vocabulary | None) -> Non
         raise ConfigError(f"data.{asked[0]}=true needs a tokenizer with an end-of-document token; set data.tokenizer")
 
 
-def _build(config: PretrainConfig, tokenizer: Vocabulary | None) -> Datasets:
+def _build(config: PretrainConfig, tokenizer: Vocabulary | None, rows: int | None) -> Datasets:
+    """`rows` of a micro-batch over all replicas for consecutive training data; None: shuffled."""
     data, seed = config.data, config.training.seed
     assert data.train is not None
     eod_id = -1 if tokenizer is None else tokenizer.eod_id
@@ -160,13 +164,17 @@ def _build(config: PretrainConfig, tokenizer: Vocabulary | None) -> Datasets:
     cache_dir = Path(data.cache_dir) if data.cache_dir else Path(corpora[0].source.prefix).parent / "cache"
     shares = parse_split(data.split)
     notes: list[str] = []
+    train: TokenSamples | ConsecutiveSegments | None
+    share = shares[0] if data.valid is None else (0.0, 1.0)
+    if rows is not None:
+        train = _consecutive(config, corpora, share, rows, eod_id)
+    else:
+        train = _samples(config, Split.train, corpora, share, cache_dir, seed, notes)
     if data.valid is None:
-        train = _samples(config, Split.train, corpora, shares[0], cache_dir, seed, notes)
         valid = _samples(config, Split.valid, corpora, shares[1], cache_dir, _EVALUATION_SEED, notes)
         test = _samples(config, Split.test, corpora, shares[2], cache_dir, _EVALUATION_SEED, notes)
     else:
         held_out = [_open(source, config, eod_id) for source in parse_blend("data.valid", data.valid)]
-        train = _samples(config, Split.train, corpora, (0.0, 1.0), cache_dir, seed, notes)
         valid = _samples(config, Split.valid, held_out, (0.0, 1.0), cache_dir, _EVALUATION_SEED, notes)
         test = None
         if data.split != DataConfig().split:
@@ -182,8 +190,28 @@ def _build(config: PretrainConfig, tokenizer: Vocabulary | None) -> Datasets:
     notes[:0] = _epochs(config, corpora, train)
     split = data.split if data.valid is None else None
     identities = tuple(corpus.identity for corpus in corpora)
-    fingerprint = DataFingerprint(identities, tuple(train.shares), config.training.sequence_length, split, seed)
+    fingerprint = DataFingerprint(identities, tuple(train.shares), config.training.sequence_length, split, seed, rows)
     return Datasets(train, valid, test, eod_id, fingerprint, notes)
+
+
+def _consecutive(
+    config: PretrainConfig, corpora: Sequence[_Corpus], share: tuple[float, float], rows: int, eod_id: int
+) -> ConsecutiveSegments:
+    """Training data in order, `rows` parts of one corpus."""
+    if len(corpora) > 1:
+        raise ConfigError(
+            f"data.consecutive=true with {len(corpora)} sources in data.train: a row reads one corpus from start to"
+            " end; name one prefix"
+        )
+    (corpus,) = corpora
+    return ConsecutiveSegments(
+        corpus.indexed,
+        corpus.part(*share),
+        sequence_length=config.training.sequence_length,
+        rows=rows,
+        eod_id=eod_id,
+        name=corpus.source.prefix,
+    )
 
 
 def _open(source: Source, config: PretrainConfig, eod_id: int) -> _Corpus:
@@ -265,7 +293,7 @@ def _samples(
     return TokenSamples(packed, given or None, seed)
 
 
-def _epochs(config: PretrainConfig, corpora: Sequence[_Corpus], train: TokenSamples) -> list[str]:
+def _epochs(config: PretrainConfig, corpora: Sequence[_Corpus], train: TokenSamples | ConsecutiveSegments) -> list[str]:
     """One sentence per corpus: how much of it the run will read."""
     training = config.training
     needed = training.max_steps * training.global_batch_size

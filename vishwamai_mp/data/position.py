@@ -24,6 +24,7 @@ class DataFingerprint:
         sequence_length: tokens.
         split: `data.split`; None where `data.valid` is given and the split is not used.
         seed: of the shuffle, `training.seed`.
+        rows: of a micro-batch over all replicas, which each read a part of their own (`data.consecutive`); else None.
     """
 
     sources: tuple[SourceIdentity, ...]
@@ -31,6 +32,7 @@ class DataFingerprint:
     sequence_length: int
     split: str | None
     seed: int
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,13 @@ class DataPosition:
                 f" {self.consumed_samples} samples of {stored.sequence_length} tokens, means other samples now;"
                 f" set it back, or start a new training.output_dir from these weights with checkpoint.load"
                 " and checkpoint.load_optimizer=false"
+            )
+        if current.rows != stored.rows:
+            raise ConfigError(
+                f"data.consecutive gave each of {stored.rows} rows a part of the data and now would do so for"
+                f" {current.rows} (None: shuffled), so the position means other samples: keep data.consecutive and"
+                " training.micro_batch_size × data parallel size, or start a new training.output_dir with"
+                " checkpoint.load and checkpoint.load_optimizer=false"
             )
         sentences = _source_changes(stored, current)
         if stored.split != current.split:

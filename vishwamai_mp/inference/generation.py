@@ -1,134 +1,279 @@
-"""Generates text with a tensor- and pipeline-parallel model and a key-value cache.
+"""Text from prompts: requests of unequal lengths and options in one running batch.
 
-Shapes: B prompts, T tokens of this pass, D width.
+Every rank of a replica makes the same calls in the same order.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
-import torch.distributed as dist
-from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
-from vishwamai_mp.inference.sampling import choose
+from vishwamai_mp.inference.blocks import BLOCK_TOKENS, CachedSequence
+from vishwamai_mp.inference.engine import Engine, check_fits
+from vishwamai_mp.inference.noise import NoiseNames
+from vishwamai_mp.inference.options import SamplingOptions
+from vishwamai_mp.inference.vocabulary import Shard, penalise_repetition, sample, sample_among
 from vishwamai_mp.model import VishwamAIModel
-from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime
 
+_PROMPT_TOKENS = 4096  # of prompts in one pass, where more than one is waiting
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen. `temperature` 0 is greedy."""
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int | None = None
-    seed: int = 0
+@dataclass
+class Completion:
+    """A prompt and what has been added to it.
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens}: use 1 or more")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature}: use 0 (greedy) or a positive number")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k}: use 1 or more, or leave it out")
+    Attributes:
+        prompt, options: as given.
+        tokens: added so far, without the stop token.
+        log_probs: of each added token, in nats, where asked for.
+        finish: None while it grows; "stop", "length" (of `max_new_tokens` or the context), or "cancelled".
+        stop: the stop string that ended it.
+    """
+
+    prompt: list[int]
+    options: SamplingOptions
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finish: str | None = None
+    stop: str | None = None
+    _sequence: CachedSequence = field(default_factory=CachedSequence)
+    _limit: int = 0
 
 
 class Generator:
-    """Generates with one model chunk per rank (no interleaving, sequence or context parallelism)."""
+    """Continuous batching: requests join as memory allows and leave when they end.
 
-    def __init__(self, config: PretrainConfig, runtime: Runtime, model: VishwamAIModel) -> None:
-        self.config, self.runtime, self.model = config, runtime, model.eval()
+    Args:
+        config: resolved.
+        runtime: process groups and device.
+        model: this rank's stage.
+        decode: text of token ids; needed for stop strings.
+        kv_tokens: tokens whose keys and values fit at once; None: `Engine`'s default.
+        max_batch: requests that run at once.
+    """
 
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], options: SamplingOptions, eod_id: int = -1) -> list[list[int]]:
-        """Continue prompts of equal length.
+    def __init__(
+        self,
+        config: PretrainConfig,
+        runtime: Runtime,
+        model: VishwamAIModel,
+        decode: Callable[[list[int]], str] | None = None,
+        kv_tokens: int | None = None,
+        max_batch: int = 64,
+    ) -> None:
+        self.engine = Engine(config, runtime, model, kv_tokens)
+        self.decode, self.max_batch = decode, max_batch
+        self._waiting: deque[Completion] = deque()
+        self._running: list[Completion] = []
 
-        Args:
-            prompts: token ids.
-            options: how to choose.
-            eod_id: a sequence ends when this token is chosen; it is not returned.
-
-        Returns:
-            new tokens of each prompt, the same on all ranks.
+    def generate(self, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[Completion]:
+        """Complete all prompts.
 
         Raises:
-            UserError: an empty prompt, prompts of different lengths, or no room in the context.
+            UserError: an empty prompt, or one that leaves no room in the context.
         """
-        length = self._check(prompts)
-        room = self.config.model.max_position_embeddings - length
-        count = min(options.max_new_tokens, room)
-        context = StaticInferenceContext(len(prompts), length + count)
-        tokens = torch.tensor(prompts, device=self.runtime.device)
-        chosen: list[Tensor] = []
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=self.runtime.device)
-        for position in range(length, length + count):
-            tokens = self._next(tokens, context, options, position)[:, None]
-            chosen.append(tokens[:, 0])
-            done |= tokens[:, 0] == eod_id
-            if bool(done.all()):
-                break
-        return [_until(row, eod_id) for row in torch.stack(chosen, 1).tolist()]
-
-    def _check(self, prompts: Sequence[Sequence[int]]) -> int:
-        lengths = {len(prompt) for prompt in prompts}
-        limit = self.config.model.max_position_embeddings
-        if not lengths or 0 in lengths:
+        if not prompts:
             raise UserError("the prompt is empty; give at least one token")
-        if len(lengths) > 1:
-            raise UserError(f"prompts of {min(lengths)} to {max(lengths)} tokens; give prompts of one length at a time")
-        (length,) = lengths
-        if length >= limit:
+        for prompt in prompts:
+            self._check(prompt, options)
+        completions = [self.submit(prompt, options) for prompt in prompts]
+        while any(completion.finish is None for completion in completions):
+            self.step()
+        return completions
+
+    def submit(self, prompt: Sequence[int], options: SamplingOptions) -> Completion:
+        """Queue a prompt; `step` makes it grow. Raises as `generate` does."""
+        self._check(prompt, options)
+        limit = min(options.max_new_tokens, self.engine.context - len(prompt))
+        completion = Completion(list(prompt), options, _limit=limit)
+        self._waiting.append(completion)
+        return completion
+
+    def step(self) -> list[Completion]:
+        """One pass: a token for each running request, those that are admitted now included. Returns these."""
+        admitted = self._admit()
+        batch = self._running + admitted
+        if not batch:
+            return []
+        try:
+            output = self.engine.run(
+                [(c._sequence, c.tokens[-1:]) for c in self._running] + [(c._sequence, c.prompt) for c in admitted]
+            )
+            rows = [_Row(c.options, len(c.prompt) + len(c.tokens), c.prompt + c.tokens) for c in batch]
+            chosen = self.engine.decide(output, lambda shard, _: choose(shard, rows), 2).tolist()
+            _check_finite(chosen)
+        except BaseException:
+            for completion in batch:
+                self._finish(completion, "cancelled")
+            self._running = []
+            raise
+        for completion, (token, log_prob) in zip(batch, chosen, strict=True):
+            self._append(completion, int(token), log_prob)
+        self._running = [completion for completion in batch if completion.finish is None]
+        return batch
+
+    def cancel(self, completion: Completion) -> None:
+        """End a request now and free its memory."""
+        if completion.finish is None:
+            if completion in self._waiting:
+                self._waiting.remove(completion)
+            self._running = [other for other in self._running if other is not completion]
+            self._finish(completion, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting or self._running)
+
+    def text(self, completion: Completion) -> str:
+        """What was added, as text, cut before the stop string."""
+        assert self.decode is not None
+        text = self.decode(completion.tokens)
+        return text if completion.stop is None else text[: text.index(completion.stop)]
+
+    def score(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities in nats of each text's tokens from the second on.
+
+        Raises:
+            UserError: a text of fewer than 2 tokens or longer than the context.
+        """
+        for text in texts:
+            if len(text) < 2:
+                raise UserError(f"a text of {len(text)} tokens has nothing to score; give at least 2 tokens")
+            check_fits(len(text) - 1, self.engine.context)
+        return [self._score(text) for text in texts]
+
+    def _score(self, text: Sequence[int]) -> list[float]:
+        sequence = CachedSequence()
+        try:
+            output = self.engine.run([(sequence, text[:-1])], every_token=True)
+            targets = torch.tensor(text[1:], device=self.engine.runtime.device)[:, None]
+            scores = self.engine.decide(output, lambda shard, _: shard.log_probs(targets), 1)
+        finally:
+            self.engine.release(sequence)
+        return scores[:, 0].tolist()
+
+    def _check(self, prompt: Sequence[int], options: SamplingOptions) -> None:
+        vocabulary, pool = self.engine.config.model.vocab_size, self.engine.pool
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one token")
+        if not all(0 <= token < vocabulary for token in prompt):
+            raise UserError(f"the prompt has a token outside the vocabulary of {vocabulary}; encode it again")
+        check_fits(len(prompt), self.engine.context)
+        if options.stop_strings and self.decode is None:
+            raise UserError("stop_strings need a tokenizer; use stop_tokens")
+        if self._blocks(len(prompt), options) > pool.capacity:
             raise UserError(
-                f"the prompt has {length} tokens, the model's context {limit} (model.max_position_embeddings);"
-                " shorten the prompt"
+                f"the prompt and max_new_tokens need more than the key-value memory of {pool.capacity * BLOCK_TOKENS}"
+                " tokens; raise kv_tokens or lower max_new_tokens"
             )
-        return length
 
-    def _next(
-        self, tokens_BT: Tensor, context: StaticInferenceContext, options: SamplingOptions, position: int
-    ) -> Tensor:
-        """Run `tokens_BT` through all stages and choose the token at `position`, (B,), on all ranks."""
-        group = self.runtime.groups.pp
-        output = self._run_stage(tokens_BT, context)
-        context.sequence_len_offset += tokens_BT.shape[1]
-        context.enable_decode_mode()
-        if self.runtime.is_last_stage:
-            chosen = choose(
-                output[-1],
-                self.config.model.vocab_size,
-                self.runtime.groups.tp,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                seed=options.seed,
-                position=position,
-            )
+    def _blocks(self, prompt_length: int, options: SamplingOptions) -> int:
+        """The most a request can come to use."""
+        return -(-min(prompt_length + options.max_new_tokens, self.engine.context) // BLOCK_TOKENS)
+
+    def _admit(self) -> list[Completion]:
+        """Waiting requests that fit, first come first served."""
+        promised = sum(self._blocks(len(c.prompt), c.options) for c in self._running)
+        admitted: list[Completion] = []
+        tokens = 0
+        while self._waiting and len(self._running) + len(admitted) < self.max_batch:
+            first = self._waiting[0]
+            promised += self._blocks(len(first.prompt), first.options)
+            tokens += len(first.prompt)
+            if promised > self.engine.pool.capacity or (admitted and tokens > _PROMPT_TOKENS):
+                break
+            admitted.append(self._waiting.popleft())
+        return admitted
+
+    def _append(self, completion: Completion, token: int, log_prob: float) -> None:
+        options = completion.options
+        if token in options.stop_tokens:
+            self._finish(completion, "stop")
+            return
+        completion.tokens.append(token)
+        if options.log_probs:
+            completion.log_probs.append(log_prob)
+        completion.stop = self._found_stop(completion)
+        if completion.stop is not None:
+            self._finish(completion, "stop")
+        elif len(completion.tokens) == completion._limit:
+            self._finish(completion, "length")
+
+    def _found_stop(self, completion: Completion) -> str | None:
+        """The stop string that the last token completed, if any: the first in the text."""
+        strings = completion.options.stop_strings
+        if not strings or self.decode is None:
+            return None
+        # A byte of text takes at most a token; a few more, for those that stand for nothing.
+        tail = self.decode(completion.tokens[-max(len(string.encode()) for string in strings) - 4 :])
+        found = [string for string in strings if string in tail]
+        return min(found, key=tail.index) if found else None
+
+    def _finish(self, completion: Completion, reason: str) -> None:
+        completion.finish = reason
+        self.engine.release(completion._sequence)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of logits: how to choose, the new token's position, and the tokens before it."""
+
+    options: SamplingOptions
+    position: int
+    seen: list[int]
+
+
+def choose(shard: Shard, rows: Sequence[_Row]) -> Tensor:
+    """A token for each row and, where asked for, its log-probability, else a number that is finite if logits are."""
+    raw = shard
+    if any(row.options.repetition_penalty != 1 for row in rows):
+        shard = _penalised(shard, rows)
+    chosen = torch.empty(len(rows), 2, dtype=torch.float64, device=shard.values.device)
+    order = sorted(range(len(rows)), key=lambda i: [x or 0 for x in rows[i].options.filters])
+    for filters, group in groupby(order, key=lambda i: rows[i].options.filters):
+        indices = list(group)
+        if len(indices) == len(rows):
+            chosen[:, 0], chosen[:, 1] = _choose_alike(shard, rows, *filters)
         else:
-            chosen = torch.empty(tokens_BT.shape[0], dtype=torch.int64, device=self.runtime.device)
-        if group.size() > 1:
-            dist.broadcast(chosen, dist.get_global_rank(group, group.size() - 1), group=group)
-        return chosen
-
-    def _run_stage(self, tokens_BT: Tensor, context: StaticInferenceContext) -> Tensor:
-        """This stage's output; hidden states travel from stage to stage."""
-        group, stage = self.runtime.groups.pp, self.runtime.pipeline_rank
-        if not self.runtime.is_first_stage:
-            hidden = torch.empty(
-                tokens_BT.shape[1],
-                tokens_BT.shape[0],
-                self.config.model.hidden_size,
-                dtype=PrecisionPolicy.of(self.config.precision).compute,
-                device=self.runtime.device,
+            index = torch.tensor(indices, device=chosen.device)
+            chosen[index, 0], chosen[index, 1] = (
+                x.double() for x in _choose_alike(shard.rows(index), [rows[i] for i in indices], *filters)
             )
-            dist.recv(hidden, dist.get_global_rank(group, stage - 1), group=group)
-            self.model.set_input_tensor(hidden)
-        output = self.model(tokens_BT, inference_context=context)
-        if not self.runtime.is_last_stage:
-            dist.send(output.contiguous(), dist.get_global_rank(group, stage + 1), group=group)
-        return output
+    if any(row.options.log_probs for row in rows):
+        chosen[:, 1] = raw.log_probs(chosen[:, :1].long())[:, 0]
+    return chosen
 
 
-def _until(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
+def _choose_alike(
+    shard: Shard,
+    rows: Sequence[_Row],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+) -> tuple[Tensor, Tensor]:
+    if temperature == 0:
+        values, ids = shard.best()
+        return ids, values
+    names = NoiseNames.of([(r.options.seed, r.options.sample, r.position) for r in rows], shard.values.device)
+    if top_k is None and top_p is None and min_p is None:
+        return sample(shard, temperature, names), shard.highest
+    return sample_among(shard, temperature, names, top_k, top_p, min_p), shard.highest
+
+
+def _penalised(shard: Shard, rows: Sequence[_Row]) -> Shard:
+    device = shard.values.device
+    longest = max(len(row.seen) for row in rows)
+    seen = torch.tensor([row.seen + [-1] * (longest - len(row.seen)) for row in rows], device=device)
+    return penalise_repetition(shard, seen, torch.tensor([row.options.repetition_penalty for row in rows]).to(device))
+
+
+def _check_finite(chosen: Iterable[Sequence[float]]) -> None:
+    if not all(abs(number) < float("inf") for _, number in chosen):
+        raise UserError("the model's logits are not finite; its checkpoint is damaged or its training diverged")

@@ -19,7 +19,9 @@ from vishwamai_mp.model.model import VishwamAIModel
 
 # Parameters whose values are drawn; all others keep the constants that their modules gave them (norms: ones).
 # Outputs into the residual stream are scaled down with depth (GPT-2's rule).
-_DRAWN = re.compile(r"(word_embeddings|output_layer|linear_qkv|linear_fc1)\.weight$")
+_DRAWN = re.compile(
+    r"(word_embeddings|output_layer|linear_qkv|linear_fc1|memory\.projection|cache\.projection)\.weight$"
+)
 _DRAWN_RESIDUAL = re.compile(r"(linear_proj|linear_fc2)\.weight$")
 
 

@@ -26,6 +26,7 @@ from vishwamai_mp.model.packing import check_packing, packed_documents
 from vishwamai_mp.model.rotary import RotaryEmbedding
 from vishwamai_mp.model.specs import block_spec, spec_provider
 from vishwamai_mp.model.transformer_config import transformer_config
+from vishwamai_mp.model.value_head import ValueHead
 from vishwamai_mp.precision import PrecisionPolicy, use_cpu_arithmetic, use_transformer_engine
 from vishwamai_mp.runtime.context import local_positions
 
@@ -63,8 +64,11 @@ class VishwamAIModel(GPTModel):
         self.attends_without_mask = use_transformer_engine()
         if self.attends_without_mask:
             check_packing(config)
+        self.value_head = (
+            ValueHead(config.tree, megatron, groups) if config.tree.enabled and self.post_process else None
+        )
         _mark_sharded_parameters(self)
-        use_cpu_arithmetic(self, PrecisionPolicy.of(config.precision))
+        use_cpu_arithmetic(self, PrecisionPolicy.of(config.precision, config.fp8))
 
     def forward(
         self,
@@ -88,7 +92,7 @@ class VishwamAIModel(GPTModel):
         """
         if document_ids is not None and self.attends_without_mask:
             return self._forward_packed(tokens, labels, document_ids)
-        cp, device = self.pg_collection.cp, tokens.device
+        whole, cp, device = tokens, self.pg_collection.cp, tokens.device
         start = inference_context.sequence_len_offset if inference_context else 0
         keys = [local_positions(start + tokens.shape[1], rank, cp.size(), device) for rank in range(cp.size())]
         local = keys[cp.rank()][start:]
@@ -103,11 +107,12 @@ class VishwamAIModel(GPTModel):
             inference_context=inference_context,
             context=document_ids,
         )
-        return self._head(hidden, labels) if self.post_process else hidden
+        return self._head(hidden, labels, whole, document_ids) if self.post_process else hidden
 
     def _forward_packed(self, tokens: Tensor, labels: Tensor | None, document_ids: Tensor) -> Tensor:
         """`forward` with the rows laid end to end as one. Between stages hidden states keep the schedule's shape."""
         rows, length = tokens.shape
+        documents = (document_ids + torch.arange(rows, device=tokens.device)[:, None] * length).reshape(1, -1)
         if not self.pre_process:
             self.decoder.input_tensor = self.decoder.input_tensor.reshape(-1, 1, self.config.hidden_size)
         hidden = self.decoder(
@@ -116,24 +121,26 @@ class VishwamAIModel(GPTModel):
             # Each document is turned from position 0 on: attention sees differences of positions only.
             rotary_pos_emb=self.rotary(torch.arange(length, device=tokens.device)),
             packed_seq_params=packed_documents(document_ids),
-            context=(document_ids + torch.arange(rows, device=tokens.device)[:, None] * length).reshape(1, -1),
+            context=documents,
         )
         if not self.post_process:
             return hidden.reshape(-1, rows, self.config.hidden_size)
         if labels is None:
-            return self._head(hidden, None).reshape(rows, length, -1).transpose(0, 1)
-        return self._head(hidden, labels.reshape(1, -1)).reshape(rows, length)
+            return self._head(hidden, None, tokens, documents).reshape(rows, length, -1).transpose(0, 1)
+        return self._head(hidden, labels.reshape(1, -1), tokens.reshape(1, -1), documents).reshape(rows, length)
 
-    def _head(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
-        """Losses with labels, else logits."""
+    def _head(self, hidden: Tensor, labels: Tensor | None, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Losses with labels, else logits. Tokens and document ids are the whole sequence's, for the value head."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=tied)
         if labels is None:
             return logits
         losses = vocab_parallel_cross_entropy(
             logits, labels.transpose(0, 1), self.model_config.vocab_size, self.pg_collection.tp
-        )
-        return losses.transpose(0, 1)
+        ).transpose(0, 1)
+        if self.value_head is None or not (self.training and torch.is_grad_enabled()):
+            return losses
+        return self.value_head.add_loss(losses, hidden, tokens, document_ids)
 
     def _mask(self, queries: Tensor, keys: Tensor, document_ids: Tensor | None) -> Tensor | None:
         """None where plain causal order says it all, which attention kernels know by themselves."""

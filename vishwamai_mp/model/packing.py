@@ -15,7 +15,7 @@ def check_packing(config: PretrainConfig) -> None:
     """Refuse what Transformer Engine's packed attention cannot do.
 
     Raises:
-        ConfigError: packed documents under context parallelism.
+        ConfigError: packed documents under context parallelism; rows that are to go on in the next micro-batch.
     """
     context = config.parallel.context_parallel_size
     if config.data.reset_attention_mask and context > 1:
@@ -24,6 +24,13 @@ def check_packing(config: PretrainConfig) -> None:
             " document would have to be a multiple of 2 × context_parallel_size long; use context_parallel_size=1"
             " or data.reset_attention_mask=false"
         )
+    for section in ("memory", "cache"):
+        options = getattr(config, section)
+        if options.enabled and options.carry_state:
+            raise ConfigError(
+                f"{section}.carry_state=true on Transformer Engine: packed attention lays the rows of a micro-batch end"
+                f" to end, so none goes on in its place; set {section}.carry_state=false"
+            )
 
 
 def packed_documents(document_ids_BT: Tensor) -> PackedSeqParams:

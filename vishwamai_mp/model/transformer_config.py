@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from vishwamai_mp.config import PretrainConfig
-from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
+from vishwamai_mp.precision import PrecisionPolicy, check_fp8_hardware, use_transformer_engine
 from vishwamai_mp.runtime import device
 
 
@@ -14,6 +15,8 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
     """megatron-core's view of a resolved configuration."""
     model, parallel = config.model, config.parallel
     fused = use_transformer_engine()
+    policy = PrecisionPolicy.of(config.precision, config.fp8)
+    check_fp8_hardware(policy)
     chunks = parallel.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -56,7 +59,9 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
-        **_precision_fields(PrecisionPolicy.of(config.precision)),
+        **_precision_fields(policy),
+        # Without Transformer Engine megatron-core would call its functions all the same; the emulation needs no field.
+        **(policy.fp8.megatron_fields() if policy.fp8 and fused else {}),
         **_recompute_fields(config),
     )
 
@@ -67,7 +72,7 @@ def _precision_fields(policy: PrecisionPolicy) -> dict[str, Any]:
         "pipeline_dtype": policy.compute,
         "autocast_dtype": policy.compute,
         "fp16": policy.name == "fp16",
-        "bf16": policy.name == "bf16",
+        "bf16": policy.compute == torch.bfloat16,
         "attention_softmax_in_fp32": True,
     }
 

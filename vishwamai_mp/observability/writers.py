@@ -64,6 +64,10 @@ class TensorBoard:
         for key, value in record.items():
             self._writer.add_scalar(key, value, step)
 
+    def write_text(self, step: int, key: str, text: str) -> None:
+        """Show `text` as it is, in the dashboard's text page."""
+        self._writer.add_text(key, "".join(f"    {line}\n" for line in text.splitlines()), step)  # Markdown's code
+
     def close(self) -> None:
         self._writer.close()
 

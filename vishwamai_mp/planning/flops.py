@@ -1,6 +1,8 @@
 """Floating point operations that the model needs, whatever the implementation does beyond them."""
 
-from vishwamai_mp.config import ModelConfig
+from vishwamai_mp.config import ModelConfig, PretrainConfig
+from vishwamai_mp.planning.cache import cache_forward_flops_per_token
+from vishwamai_mp.planning.memory import memory_forward_flops_per_token
 from vishwamai_mp.planning.parameters import attention_matrices, mlp_matrices
 
 
@@ -20,6 +22,13 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """FLOPs of one token's training step: backward costs twice the forward. Recomputation is not counted."""
     return 3 * forward_flops_per_token(model, sequence_length)
+
+
+def training_flops_per_token(config: PretrainConfig) -> float:
+    """`flops_per_token` of the model with its components, at the sequence length that is trained on."""
+    length = config.training.sequence_length
+    components = memory_forward_flops_per_token(config.memory) + cache_forward_flops_per_token(config.cache, length)
+    return flops_per_token(config.model, length) + 3 * components
 
 
 def _mean_keys(length: int, window: int | None) -> float:

@@ -1,6 +1,8 @@
 """How many parameters a model has. A test holds these formulae against the built model."""
 
-from vishwamai_mp.config import ModelConfig
+from vishwamai_mp.config import ModelConfig, PretrainConfig
+from vishwamai_mp.planning.cache import cache_parameters
+from vishwamai_mp.planning.memory import memory_parameters
 
 
 def layer_parameters(model: ModelConfig) -> int:
@@ -36,3 +38,9 @@ def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int:
         vocab_size: rows of the embedding, for instance padded; default: real tokens.
     """
     return embedding_parameters(model, vocab_size) + model.num_layers * layer_parameters(model) + model.hidden_size
+
+
+def total_parameters(config: PretrainConfig, vocab_size: int | None = None) -> int:
+    """`parameter_count` of the model with its components."""
+    components = memory_parameters(config.memory) + cache_parameters(config.cache)
+    return parameter_count(config.model, vocab_size) + components

@@ -1,9 +1,11 @@
-"""16-bit linear layers on CPUs that cannot multiply 16-bit matrices in hardware.
+"""Linear layers as CPUs compute them: FP8 ones emulated, 16-bit ones widened where the hardware has no such product.
 
-The operands are widened to fp32, multiplied there and rounded once: what a tensor core does, and some hundred times
-faster than the scalar fallback. Shapes: T tokens (local under sequence parallelism), B batch, I in, O out (local).
+Widening: the operands are multiplied in fp32 and the product rounded once, what a tensor core does, and some hundred
+times faster than the scalar fallback. Shapes: T tokens (local under sequence parallelism), B batch, I in, O out
+(local).
 """
 
+import logging
 from types import MethodType
 from typing import Any
 
@@ -12,8 +14,20 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from vishwamai_mp.precision.policy import PrecisionPolicy
-from vishwamai_mp.runtime import multiplies_natively
+from vishwamai_mp.precision.collectives import gather_sequence, reduce_input_gradient
+from vishwamai_mp.precision.delayed import DelayedScaling
+from vishwamai_mp.precision.fp8_linear import (
+    BlockScaling,
+    CurrentScaling,
+    DelayedLayerScaling,
+    MXScaling,
+    Scaling,
+    emulate_fp8,
+)
+from vishwamai_mp.precision.policy import Fp8Policy, PrecisionPolicy
+from vishwamai_mp.runtime import device, multiplies_natively
+
+_log = logging.getLogger(__name__)
 
 
 def computes_in_fp32(policy: PrecisionPolicy) -> bool:
@@ -22,11 +36,82 @@ def computes_in_fp32(policy: PrecisionPolicy) -> bool:
 
 
 def use_cpu_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
-    """Give all parallel linear layers of `model` the arithmetic of `policy`. Changes nothing where hardware has it."""
+    """Give all parallel linear layers of `model` the arithmetic of `policy`. Changes nothing where hardware has it.
+
+    With FP8, `model` is a stage or chunk of the whole: the linear layers within its decoder are the ones it is for.
+    """
     if computes_in_fp32(policy):
-        for module in model.modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                module._forward_impl = MethodType(_widened_forward, module)
+        for module in parallel_linears(model):
+            module._forward_impl = MethodType(_widened_forward, module)
+    if policy.fp8 is not None:
+        linears = _fp8_linears(model, policy)
+        if linears and device().type == "cpu" and not hasattr(linears[0], "fp8_meta"):
+            _emulate_fp8(model, linears, policy.fp8)
+
+
+def parallel_linears(module: nn.Module) -> list[Any]:
+    """megatron-core's own parallel linear layers within a module, in order."""
+    return [part for part in module.modules() if isinstance(part, ColumnParallelLinear | RowParallelLinear)]
+
+
+def _fp8_linears(model: Any, policy: PrecisionPolicy) -> list[Any]:
+    """The linear layers that compute in FP8: those of attention, MLP and components of the policy's layers.
+
+    Says which of them are not made of whole blocks, and leaves these in bf16, on a GPU as on a CPU.
+    """
+    fp8, found, left = policy.fp8, [], {}
+    assert fp8 is not None
+    for layer in model.decoder.layers:
+        if not fp8.applies_to(layer.layer_number - 1, model.config.num_layers):
+            continue
+        for name, part in layer.named_modules():
+            if not (isinstance(part, ColumnParallelLinear | RowParallelLinear) or _is_transformer_engine_linear(part)):
+                continue
+            if all(size % fp8.multiple == 0 for size in part.weight.shape):
+                found.append(part)
+            else:
+                left[f"layers.{layer.layer_number - 1}.{name}"] = part
+    for part in left.values():
+        if _is_transformer_engine_linear(part):
+            _leave_in_bf16(part)
+    groups = model.pg_collection
+    if left and groups.tp.rank() == groups.dp_cp.rank() == 0:
+        shapes = ", ".join(f"{name} {' × '.join(map(str, part.weight.shape))}" for name, part in left.items())
+        _log.warning(
+            "precision=%s: widths that are not multiples of %d stay in bf16: %s", policy.name, fp8.multiple, shapes
+        )
+    return found
+
+
+def _is_transformer_engine_linear(part: Any) -> bool:
+    weight = getattr(part, "weight", None)
+    return hasattr(part, "fp8_meta") and isinstance(weight, Tensor) and weight.dim() == 2
+
+
+def _leave_in_bf16(linear: Any) -> None:
+    """Let a layer of Transformer Engine ignore that its surroundings compute in FP8."""
+    from transformer_engine.pytorch import fp8_autocast
+
+    forward = linear.forward
+
+    def forward_in_bf16(*args: Any, **options: Any) -> Any:
+        with fp8_autocast(enabled=False):
+            return forward(*args, **options)
+
+    linear.forward = forward_in_bf16
+
+
+def _emulate_fp8(model: Any, linears: list[Any], fp8: Fp8Policy) -> None:
+    if fp8.recipe == "delayed":
+        length, algorithm = fp8.amax_history_length, fp8.amax_algorithm
+        shared = DelayedScaling(model.decoder, linears, model.pg_collection.tp_dp_cp, length, algorithm)
+        for index, linear in enumerate(linears):
+            emulate_fp8(linear, DelayedLayerScaling(shared, index))
+        return
+    kinds: dict[str, type[Scaling]] = {"tensorwise": CurrentScaling, "blockwise": BlockScaling, "mxfp8": MXScaling}
+    scaling = kinds[fp8.recipe]()
+    for linear in linears:
+        emulate_fp8(linear, scaling)
 
 
 def _widened_forward(
@@ -52,29 +137,17 @@ class _WidenedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TBI, w_OI)
         ctx.reduce, ctx.sequence_parallel, ctx.group = reduce, sequence_parallel, group
-        x = _gather(x_TBI, group) if sequence_parallel else x_TBI
+        x = gather_sequence(x_TBI, group) if sequence_parallel else x_TBI
         return (x.float() @ w_OI.float().t()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TBI, w_OI = ctx.saved_tensors
         grad = grads[0].float()
-        x = _gather(x_TBI, ctx.group) if ctx.sequence_parallel else x_TBI
+        x = gather_sequence(x_TBI, ctx.group) if ctx.sequence_parallel else x_TBI
         dx = (grad @ w_OI.float()).to(x.dtype)
-        pending = None
-        if ctx.sequence_parallel:
-            full, dx = dx, torch.empty_like(x_TBI)
-            pending = dist.reduce_scatter_tensor(dx, full.contiguous(), group=ctx.group, async_op=True)
-        elif ctx.reduce:
-            dx = dx.contiguous()
-            pending = dist.all_reduce(dx, group=ctx.group, async_op=True)
+        dx, pending = reduce_input_gradient(dx, x_TBI.shape, ctx.reduce, ctx.sequence_parallel, ctx.group)
         dw = (grad.flatten(0, -2).t() @ x.float().flatten(0, -2)).to(w_OI.dtype) if ctx.needs_input_grad[1] else None
         if pending:
             pending.wait()
         return dx, dw, None, None, None
-
-
-def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    full = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-    dist.all_gather_into_tensor(full, x.contiguous(), group=group)
-    return full

@@ -2,12 +2,67 @@
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from vishwamai_mp.config import ConfigError, Fp8Config
+from vishwamai_mp.config.fp8 import MULTIPLE
 from vishwamai_mp.runtime import device
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# megatron-core's names of recipe and formats: "hybrid" is E4M3 forward, E5M2 for gradients.
+_RECIPES = {
+    "fp8_delayed": ("delayed", "hybrid"),
+    "fp8_current": ("tensorwise", "hybrid"),
+    "fp8_blockwise": ("blockwise", "e4m3"),
+    "fp8_mx": ("mxfp8", "e4m3"),
+}
+
+
+@dataclass(frozen=True)
+class Fp8Policy:
+    """How the linear layers of the decoder compute in FP8. Embedding, output layer and heads stay in bf16.
+
+    Attributes:
+        recipe: megatron-core's name: delayed, tensorwise, blockwise or mxfp8.
+        format: megatron-core's name: hybrid or e4m3.
+        amax_history_length: passes whose amaxes delayed scaling remembers; 1 where nothing is remembered.
+        amax_algorithm: max or most_recent.
+        bf16_layers_at_start: first layers that stay in bf16.
+        bf16_layers_at_end: last layers that do.
+        multiple: a linear layer whose widths (per rank) are not multiples of it stays in bf16.
+    """
+
+    recipe: str
+    format: str
+    amax_history_length: int
+    amax_algorithm: str
+    bf16_layers_at_start: int
+    bf16_layers_at_end: int
+    multiple: int
+
+    def applies_to(self, layer: int, num_layers: int) -> bool:
+        """Whether transformer layer number `layer` of the whole model, from 0, computes in FP8."""
+        return self.bf16_layers_at_start <= layer < num_layers - self.bf16_layers_at_end
+
+    def megatron_fields(self) -> dict[str, Any]:
+        """All that megatron-core's `TransformerConfig` has to say about FP8; none is left to its defaults."""
+        return {
+            "fp8": self.format,
+            "fp8_recipe": self.recipe,
+            "fp8_param": False,  # parameters are bf16, each product rounds them anew
+            "fp8_margin": 0,
+            "fp8_amax_history_len": self.amax_history_length,
+            "fp8_amax_compute_algo": self.amax_algorithm,
+            "fp8_wgrad": True,
+            "fp8_dot_product_attention": False,
+            "fp8_multi_head_attention": False,
+            "tp_only_amax_red": False,
+            "first_last_layers_bf16": bool(self.bf16_layers_at_start or self.bf16_layers_at_end),
+            "num_layers_at_start_in_bf16": self.bf16_layers_at_start,
+            "num_layers_at_end_in_bf16": self.bf16_layers_at_end,
+        }
 
 
 @dataclass(frozen=True)
@@ -15,16 +70,30 @@ class PrecisionPolicy:
     """Data types of one run.
 
     `compute` is what parameters and activations are; the optimizer keeps fp32 copies of 16-bit parameters and the
-    gradients are accumulated in fp32.
+    gradients are accumulated in fp32. `fp8` says more where matrices are multiplied in 8 bits.
     """
 
     name: str
     compute: torch.dtype
+    fp8: Fp8Policy | None = None
 
     @classmethod
-    def of(cls, precision: str) -> "PrecisionPolicy":
-        """The policy for the setting `precision`."""
-        return cls(precision, _DTYPES[precision])
+    def of(cls, precision: str, options: Fp8Config | None = None) -> "PrecisionPolicy":
+        """The policy for the setting `precision` and the resolved section `fp8` (None: its defaults)."""
+        if precision in _DTYPES:
+            return cls(precision, _DTYPES[precision])
+        options = options or Fp8Config()
+        recipe, formats = _RECIPES[precision]
+        fp8 = Fp8Policy(
+            recipe,
+            formats,
+            options.amax_history_length or 1,
+            options.amax_algorithm or "max",
+            options.bf16_layers_at_start,
+            options.bf16_layers_at_end,
+            MULTIPLE[precision],
+        )
+        return cls(precision, torch.bfloat16, fp8)
 
     @property
     def scales_loss(self) -> bool:
@@ -35,3 +104,26 @@ class PrecisionPolicy:
 def use_transformer_engine() -> bool:
     """Whether the layers are Transformer Engine's: there is a GPU and the package is installed."""
     return device().type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+
+
+def check_fp8_hardware(policy: PrecisionPolicy) -> None:
+    """Refuse FP8 where nothing would act on it. A CPU emulates every recipe; a GPU needs Transformer Engine.
+
+    Raises:
+        ConfigError: there is a GPU, but no Transformer Engine or no hardware for the recipe.
+    """
+    if policy.fp8 is None or device().type != "cuda":
+        return
+    if not use_transformer_engine():
+        raise ConfigError(
+            f"precision={policy.name}: FP8 on a GPU needs Transformer Engine, which is not installed;"
+            " install the extra: pip install vishwamai-mp[te], or use precision=bf16"
+        )
+    from transformer_engine.pytorch import fp8
+
+    checks = {"mxfp8": "check_mxfp8_support", "blockwise": "check_fp8_block_scaling_support"}
+    supported, reason = getattr(fp8, checks.get(policy.fp8.recipe, "check_fp8_support"))()
+    if not supported:
+        raise ConfigError(
+            f"precision={policy.name}: this GPU cannot ({reason.strip().rstrip('.')}); use precision=bf16"
+        )

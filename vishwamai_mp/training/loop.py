@@ -13,12 +13,14 @@ from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.data.batches import BatchStream, evaluation_stream, train_stream
 from vishwamai_mp.data.datasets import Datasets
 from vishwamai_mp.data.position import DataPosition
+from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.model import build_model
-from vishwamai_mp.planning import flops_per_token
+from vishwamai_mp.planning import training_flops_per_token
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.device import peak_flops
-from vishwamai_mp.training.callbacks import Callback, Checkpointing, Evaluation, Metrics, Progress, Stopping
+from vishwamai_mp.training.callbacks import Callback, Checkpointing, Evaluation, Fp8Report, Metrics, Progress, Stopping
+from vishwamai_mp.training.callbacks.search import search_callbacks
 from vishwamai_mp.training.guard import LossGuard, explain
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.schedule import learning_rate
@@ -63,7 +65,7 @@ class Trainer:
         self.state = TrainerState()
         self.stop_reason: str | None = None
         self.callbacks = list(callbacks) if callbacks is not None else usual_callbacks(config)
-        self._flops_per_token = flops_per_token(config.model, config.training.sequence_length)
+        self._flops_per_token = training_flops_per_token(config)
         peak = peak_flops(PrecisionPolicy.of(config.precision).compute, config.logging.hardware_peak_tflops)
         self._peak_flops = peak * runtime.world_size
 
@@ -136,6 +138,10 @@ class Trainer:
         if found.path is not None:
             self._load_state_dict(self.checkpoints.load(found.path, self.chunks, self.optimizer))
             self.say(f"resumed from {found.path.name}, {self.state.consumed_samples:,} samples in")
+            for section in (self.config.memory, self.config.cache):
+                if section.enabled and section.carry_state:
+                    self.say("carry_state: what rows remember is not in a checkpoint; they start empty")
+                    break
         elif self.config.checkpoint.load:
             self._start_from(Path(self.config.checkpoint.load))
 
@@ -162,12 +168,15 @@ class Trainer:
             print(text, file=sys.stderr, flush=True)
 
 
-def usual_callbacks(config: PretrainConfig) -> list[Callback]:
+def usual_callbacks(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> list[Callback]:
     """The usual ones, in order: who stops and who measures comes before who writes.
 
     Metrics before checkpoints: a step that a checkpoint holds is never run again, so it must have been logged.
     """
-    return [Stopping(config.training.exit_after_minutes), Evaluation(), Metrics(), Checkpointing(), Progress()]
+    # The FP8 report comes before evaluation, whose passes it should not see.
+    fp8 = [Fp8Report(config.fp8.report_every)] if config.fp8.report_every else []
+    measuring = [Stopping(config.training.exit_after_minutes), Evaluation(), *search_callbacks(config, tokenizer)]
+    return [*fp8, *measuring, Metrics(), Checkpointing(), Progress()]
 
 
 def _make_folder(folder: Path) -> None:

@@ -60,7 +60,7 @@ def build_optimizer(
             clip_grad=options.clip_grad_norm,
             params_dtype=policy.compute,
             fp16=policy.name == "fp16",
-            bf16=policy.name == "bf16",
+            bf16=policy.compute == torch.bfloat16,
             initial_loss_scale=options.initial_loss_scale,
             loss_scale_window=options.loss_scale_window,
             hysteresis=1,  # an overflow halves the loss scale: the first as well

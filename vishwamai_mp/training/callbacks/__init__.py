@@ -3,8 +3,9 @@
 from vishwamai_mp.training.callbacks.base import Callback
 from vishwamai_mp.training.callbacks.checkpointing import Checkpointing
 from vishwamai_mp.training.callbacks.evaluation import Evaluation
+from vishwamai_mp.training.callbacks.fp8 import Fp8Report
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.training.callbacks.progress import Progress
 from vishwamai_mp.training.callbacks.stopping import Stopping
 
-__all__ = ["Callback", "Checkpointing", "Evaluation", "Metrics", "Progress", "Stopping"]
+__all__ = ["Callback", "Checkpointing", "Evaluation", "Fp8Report", "Metrics", "Progress", "Stopping"]

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""What does FP8 cost where it is emulated? The time of a training step of each recipe beside bf16's.
+
+    python examples/benchmarks/precision.py [--layers 4] [--rounds 6] [--threads 2]
+
+A model 512 wide on random tokens. The settings take turns, one step each, so that a busy machine slows all alike;
+figures are medians over rounds. On a CPU FP8 is slower than bf16, always: it shows what FP8 does to training, not how
+fast a GPU would be. Fails if a recipe's step takes more than `--most` times bf16's.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+
+from vishwamai_mp.config import PretrainConfig, load_config, resolve
+from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.config.schema import Precision
+from vishwamai_mp.runtime import distributed_session, multiplies_natively
+
+# isort: split
+from vishwamai_mp.data.batches import BatchStream, DocumentRules
+from vishwamai_mp.model import build_model
+from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
+from vishwamai_mp.training.step import TrainStep
+
+BATCH, LENGTH, VOCABULARY = 4, 512, 8192
+_SETTINGS = ["bf16", *(precision for precision in get_args(Precision) if precision.startswith("fp8"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="default: 4")
+    parser.add_argument("--rounds", type=int, default=6, help="measured steps of each setting (default: 6)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--most", type=float, default=2.0, help="highest ratio to bf16 (default: 2)")
+    options = parser.parse_args()
+    with distributed_session(configuration("bf16", options.layers, options.threads)) as runtime:
+        arms = {name: arm(configuration(name, options.layers, options.threads), runtime) for name in _SETTINGS}
+        seconds = alternate(arms, options.rounds)
+    how = "in bf16" if multiplies_natively(torch.bfloat16) else "in fp32: this CPU has no bf16 matrix product"
+    print(
+        f"{options.layers} layers of width 512, {BATCH} sequences of {LENGTH} tokens, {options.threads} threads,"
+        f" median of {options.rounds} rounds; matrices are multiplied {how}"
+    )
+    for name in _SETTINGS:
+        print(f"  {name:14} {1e3 * seconds[name]:8.1f} ms/step   {seconds[name] / seconds['bf16']:.2f} × bf16")
+    worst = max(_SETTINGS, key=seconds.__getitem__)
+    if seconds[worst] > options.most * seconds["bf16"]:
+        raise UserError(f"{worst} takes {seconds[worst] / seconds['bf16']:.2f} times bf16's, more than {options.most}")
+
+
+def configuration(precision: str, layers: int, threads: int) -> PretrainConfig:
+    """One process, no evaluation, no files."""
+    recipe = {
+        "model": {
+            "hidden_size": 512,
+            "num_layers": layers,
+            "num_attention_heads": 8,
+            "intermediate_size": 1536,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": LENGTH,
+        },
+        "precision": precision,
+        "training": {
+            "sequence_length": LENGTH,
+            "micro_batch_size": BATCH,
+            "global_batch_size": BATCH,
+            "threads": threads,
+        },
+    }
+    return resolve(load_config(recipe), 1)
+
+
+class _RandomTokens:
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.randint(1, VOCABULARY, (LENGTH + 1,), generator=torch.Generator().manual_seed(index))
+
+
+def arm(config: PretrainConfig, runtime: Runtime) -> Callable[[], object]:
+    """Forward, backward and optimizer on a model of its own."""
+    chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
+    step = TrainStep(config, runtime, chunks, build_optimizer(config, runtime, chunks))
+    stream = BatchStream(
+        _RandomTokens(),
+        micro_batch_size=BATCH,
+        global_batch_size=BATCH,
+        data_rank=0,
+        data_parallel_size=1,
+        rules=DocumentRules(0, False, False, False),
+    )
+    numbers = itertools.count()
+    return lambda: step.train([next(stream)], next(numbers), 1e-4, float("inf"))
+
+
+def alternate(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each arm's step, after two unmeasured rounds. Who comes after whom changes every round."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for number in range(rounds + 2):
+        for name in names if number % 2 else reversed(names):
+            start = time.perf_counter()
+            arms[name]()
+            if number >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    run_program(main)

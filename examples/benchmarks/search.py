@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""What sharing prefixes saves: a tree search against the same search by passes over each path from its prompt.
+
+    python examples/benchmarks/search.py [--prompt-tokens 1024 --thought-tokens 16]
+
+The second computes the same nodes, those of one depth as one batch, but every node reads its prompt and path anew and
+then its own tokens one by one, with a cache of its own. Takes about a minute.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+
+import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
+
+# isort: split
+from vishwamai_mp.config import load_config, resolve
+from vishwamai_mp.inference import Engine
+from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.model import build_model
+from vishwamai_mp.runtime import distributed_session
+from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts
+
+
+def main() -> None:
+    options = parse_arguments()
+    settings = {
+        "precision": "fp32",
+        "model": {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "vocab_size": 8192},
+        # No stop token: every thought is as long as it may be, so the tree has the full shape.
+        "tree": {"enabled": True, "max_thought_tokens": options.thought_tokens, "pruning_threshold": 0.0},
+    }
+    config = resolve(load_config(settings), 1)
+    random = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, 8192, (options.prompt_tokens,), generator=random).tolist()
+    with distributed_session(config) as runtime:
+        (model,) = build_model(config, runtime)
+        engine = Engine(config, runtime, model)
+        trees = TreeOfThoughts(engine, config.tree)
+        trees.search([prompt])  # warms up
+        engine.computed_tokens = 0
+        start = time.perf_counter()
+        (result,) = trees.search([prompt])
+        seconds = time.perf_counter() - start
+        distinct = sum(len(node.tokens) for node in result.nodes)
+        computed = engine.computed_tokens
+        from_prompt = seconds_from_prompt(engine, result)
+    print(
+        json.dumps(
+            {
+                "nodes": len(result.nodes) - 1,
+                "distinct_tokens": distinct,
+                "computed_over_distinct": computed / distinct,
+                "seconds": round(seconds, 2),
+                "seconds_from_prompt": round(from_prompt, 2),
+                "times_faster": round(from_prompt / seconds, 1),
+                "blocks_left": engine.pool.used_blocks,
+            }
+        )
+    )
+
+
+def seconds_from_prompt(engine: Engine, result: SearchResult) -> float:
+    """Time of the same nodes without shared memory."""
+    prompt = result.nodes[0].tokens
+    start = time.perf_counter()
+    for depth in sorted({node.depth for node in result.nodes[1:]}):
+        nodes = [node for node in result.nodes if node.depth == depth]
+        sequences = [CachedSequence() for _ in nodes]
+        above = [prompt + result.answer_to(node.parent or 0) for node in nodes]
+        engine.run(list(zip(sequences, above, strict=True)))
+        for i in range(len(nodes[0].tokens)):
+            engine.run([(s, node.tokens[i : i + 1]) for s, node in zip(sequences, nodes, strict=True)])
+        for sequence in sequences:
+            engine.release(sequence)
+    return time.perf_counter() - start
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--thought-tokens", type=int, default=16)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Whatever is wrong with a folder or a checkpoint is said in one line, and nothing is left that looks like a result."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoint.huggingface import models
+from tests.checkpoint.huggingface.test_third_party import write_folder
+from tests.workers import WorkerPool
+from vishwamai_mp.checkpoint.huggingface import journal
+from vishwamai_mp.checkpoint.huggingface.dtypes import FP16
+from vishwamai_mp.config import UserError
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+LAST = "model-00006-of-00006.safetensors"
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    write_folder(tmp_path / "hf", shard="1GB")
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    write_folder(tmp_path / "hf", shard="70KB")
+    assert (tmp_path / "hf" / LAST).exists()
+    return tmp_path / "hf"
+
+
+@pytest.fixture(scope="module")
+def saved(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, not to be changed."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    workers.run(models.save_run, 1, run, [])
+    return run
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def change(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_a_missing_tensor_is_named_with_the_nearest(hf: Path, tmp_path: Path) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.q_prj.weight"] = tensors.pop(Q)
+
+    change(hf / "model.safetensors", rename)
+    said = refusal(lambda: models.import_(hf, tmp_path / "out"))
+    assert said.endswith(f"lacks {Q} (nearest: model.layers.1.self_attn.q_prj.weight)")
+
+
+def test_extra_tensors_are_named(hf: Path, tmp_path: Path) -> None:
+    change(hf / "model.safetensors", lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(48)}))
+    said = refusal(lambda: models.import_(hf, tmp_path / "out"))
+    assert "has model.layers.1.self_attn.q_proj.bias, which its model has not" in said
+
+
+def test_a_misshapen_tensor_is_named(hf: Path, tmp_path: Path) -> None:
+    change(hf / "model.safetensors", lambda t: t.update({Q: torch.ones(48, 47)}))
+    said = refusal(lambda: models.import_(hf, tmp_path / "out"))
+    assert f"{Q} has the shape [48, 47], config.json says [48, 48]" in said
+
+
+def test_an_integer_weight_is_refused(hf: Path, tmp_path: Path) -> None:
+    change(hf / "model.safetensors", lambda t: t.update({Q: torch.ones(48, 48, dtype=torch.int32)}))
+    assert f"{Q} is stored as I32" in refusal(lambda: models.import_(hf, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kept", [-100, 1000, 4])
+def test_a_truncated_file_is_refused(hf: Path, tmp_path: Path, kept: int) -> None:
+    file = hf / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    said = refusal(lambda: models.import_(hf, tmp_path / "out"))
+    assert str(file) in said
+    assert "is truncated" in said or "no whole safetensors file" in said or "no safetensors file" in said
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        (lambda places: places.update({Q: LAST}), "q_proj.weight"),
+        (lambda places: places.update({"x": LAST}), f"says that x is in {LAST}, which does not have it"),
+        (lambda places: places.pop("model.norm.weight"), "has model.norm.weight, which model.safetensors.index.json"),
+        (lambda places: places.update({Q: "../hf/model.safetensors"}), "which is not a file of the folder"),
+        (lambda places: places.update({Q: "model-9.safetensors"}), "names model-9.safetensors, which is missing"),
+    ],
+)
+def test_an_index_that_lies_is_refused(
+    sharded: Path, tmp_path: Path, lie: Callable[[dict[str, str]], object], message: str
+) -> None:
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    lie(index["weight_map"])
+    path.write_text(json.dumps(index))
+    assert message in refusal(lambda: models.import_(sharded, tmp_path / "out"))
+
+
+def test_pickles_are_refused_with_the_reason(hf: Path, tmp_path: Path) -> None:
+    (hf / "model.safetensors").unlink()
+    (hf / "pytorch_model.bin").write_bytes(b"")
+    said = refusal(lambda: models.import_(hf, tmp_path / "out"))
+    assert "pickles (pytorch_model.bin), and unpickling a file can run any program in it" in said
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    assert "config.json is missing" in refusal(lambda: models.import_(tmp_path, tmp_path / "out"))
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(lambda: models.import_(tmp_path, tmp_path / "out"))
+    (tmp_path / "config.json").write_text("[]")
+    assert "holds no JSON object" in refusal(lambda: models.import_(tmp_path, tmp_path / "out"))
+    assert "neither a checkpoint" in refusal(lambda: models.export(tmp_path, tmp_path / "out"))
+
+
+def test_a_used_output_folder_is_refused(run: Path, hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("precious")
+    for action in (models.export, models.import_):
+        said = refusal(partial(action, run if action is models.export else hf, tmp_path / "out"))
+        assert said.endswith("out is not empty; name a new folder or empty it")
+    assert (tmp_path / "out/mine.txt").read_text() == "precious"
+
+
+def test_a_disk_that_is_too_small_is_refused_before_it_is_full(run: Path, tmp_path: Path) -> None:
+    free = mock.Mock(free=1000)
+    with mock.patch.object(journal.shutil, "disk_usage", return_value=free):
+        assert "needs 0.0 GB, the disk has 0.0 GB free" in refusal(lambda: models.export(run, tmp_path / "out"))
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_next_run_continues(run: Path, hf: Path, tmp_path: Path) -> None:
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with mock.patch.object(os, "fsync", full):
+        said = refusal(lambda: models.export(run, tmp_path / "out", max_shard_size=50_000))
+    assert "no space left on the disk; make room and run the same command again" in said
+    models.export(run, tmp_path / "out", max_shard_size=50_000)
+    models.export(run, tmp_path / "whole", max_shard_size=50_000)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    step = models.step_zero(run)
+    file = max(step.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[2000] ^= 255  # in the numbers of its first tensor
+    file.write_bytes(content)
+    said = refusal(lambda: models.export(run, tmp_path / "out"))
+    assert f"{file.name} is damaged: the checksum of " in said
+    file.write_bytes(content[:-100])
+    assert "bytes of" in refusal(lambda: models.export(step, tmp_path / "out"))
+
+
+def test_a_checkpoint_with_other_tensors_is_refused(run: Path, tmp_path: Path) -> None:
+    path = models.step_zero(run) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tensors"]["decoder.layers.1.mlp.linear_fc9.weight"] = manifest["tensors"].pop(
+        "decoder.layers.1.mlp.linear_fc2.weight"
+    )
+    path.write_text(json.dumps(manifest))
+    said = refusal(lambda: models.export(run, tmp_path / "out"))
+    assert said.endswith(
+        "lacks decoder.layers.1.mlp.linear_fc2.weight (nearest: decoder.layers.1.mlp.linear_fc9.weight)"
+    )
+
+
+def test_metadata_that_could_run_code_is_refused(run: Path, tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("touch " + str(tmp_path / "ran"),)
+
+    path = models.step_zero(run) / ".metadata"
+    size = path.stat().st_size
+    path.write_bytes(pickle.dumps(Attack()).ljust(size, b"."))
+    assert "not plain checkpoint metadata" in refusal(lambda: models.export(run, tmp_path / "out"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_numbers_beyond_fp16_are_refused(hf: Path, tmp_path: Path) -> None:
+    change(hf / "model.safetensors", lambda t: t[Q][5].fill_(1e5))
+    said = refusal(lambda: models.import_(hf, tmp_path / "out", FP16))
+    assert f"{Q} has values beyond the range of fp16" in said

@@ -1,0 +1,143 @@
+"""The completions endpoint over real HTTP: a server on a thread in a worker, and Python's own client."""
+
+import contextlib
+import http.client
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.workers import WorkerPool
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+_FOLDER = Path(__file__).resolve().parents[2] / "examples/serving"
+_PROMPT = "once upon a time"
+
+
+@contextlib.contextmanager
+def server() -> Iterator[tuple[Any, int]]:
+    """Runs in a worker: the service and its port. A token is a letter."""
+    import uvicorn
+
+    sys.path.insert(0, str(_FOLDER))
+    from server import build_app
+    from service import Service
+
+    from tests.model.builds import build
+    from vishwamai_mp.inference import Generator
+
+    config, runtime, (model,) = build("training.global_batch_size=8", "tree.enabled=true", "tree.max_thought_tokens=4")
+    generator = Generator(config, runtime, model, decode=lambda ids: "".join(chr(97 + i % 26) for i in ids))
+    service = Service(generator, lambda text: [ord(c) for c in text], config.tree, {"stop_tokens": (5,)})
+    web = uvicorn.Server(uvicorn.Config(build_app(service, "tiny", None), port=0, log_level="error"))
+    thread = threading.Thread(target=web.run, daemon=True)
+    thread.start()
+    while not web.started:
+        time.sleep(0.02)
+    try:
+        yield service, web.servers[0].sockets[0].getsockname()[1]
+    finally:
+        web.should_exit = True
+        thread.join()
+        service.close()
+
+
+def post(port: int, **body: Any) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def events(text: str) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def conversation() -> dict[str, Any]:
+    """Runs in a worker."""
+    from vishwamai_mp.inference import SamplingOptions
+
+    with server() as (service, port):
+        generator = service.generator
+        (expected,) = generator.generate([service.encode(_PROMPT)], SamplingOptions(9, 0.8, seed=4))
+        body = {"prompt": _PROMPT, "max_tokens": 9, "temperature": 0.8, "seed": 4}
+        found = {
+            "expected": generator.text(expected),
+            "whole": post(port, **body),
+            "stream": post(port, **body, stream=True),
+            "stopped": post(port, **body, stop=generator.text(expected)[3:5]),
+            "tree": post(port, prompt=_PROMPT, strategy="tree", stream=True),
+            "bad": [
+                post(port, prompt=""),
+                post(port, prompt="x" * 64),
+                post(port, prompt="x", top_p=2.0, stream=True),
+                post(port, prompt="x", colour="blue"),
+                post(port, prompt="x", max_tokens=0),
+            ],
+            "parallel": in_parallel(port, body),
+        }
+        # A client that leaves in the middle of its stream.
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request(
+            "POST",
+            "/v1/completions",
+            json.dumps({"prompt": "a", "max_tokens": 60, "stream": True}),
+            {"content-type": "application/json"},
+        )
+        connection.getresponse().read(1)
+        connection.sock.close() if connection.sock else None
+        deadline = time.monotonic() + 20
+        while (generator.busy or generator.engine.pool.used_blocks) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        found["blocks"] = generator.engine.pool.used_blocks
+        return found
+
+
+def in_parallel(port: int, body: dict[str, Any]) -> list[str]:
+    texts = [""] * 4
+
+    def ask(i: int) -> None:
+        texts[i] = json.loads(post(port, **body)[1])["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return texts
+
+
+def test_the_endpoint(workers: WorkerPool) -> None:
+    found = workers.run(conversation, 1)[0]
+    expected = found["expected"]
+    status, text = found["whole"]
+    assert status == 200
+    whole = json.loads(text)
+    assert whole["choices"][0] == {"text": expected, "index": 0, "logprobs": None, "finish_reason": "length"}
+    assert whole["usage"] == {"prompt_tokens": 16, "completion_tokens": 9, "total_tokens": 25}
+    pieces = events(found["stream"][1])
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected
+    assert len(pieces) == 10
+    assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+    stopped = json.loads(found["stopped"][1])["choices"][0]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == expected[: expected.index(expected[3:5])]
+    assert found["parallel"] == [expected] * 4
+    grown = events(found["tree"][1])
+    sizes = [len(event["tree"]["nodes"]) for event in grown]
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) == 3
+    assert all(event["svg"].startswith("<svg") for event in grown)
+    assert len(grown[-1]["choices"][0]["text"]) == grown[-1]["tree"]["answer_tokens"]
+    assert [status for status, _ in found["bad"]] == [400, 400, 400, 422, 422]
+    assert "the prompt is empty" in found["bad"][0][1]
+    assert "top_p=2.0" in found["bad"][2][1]
+    assert found["blocks"] == 0

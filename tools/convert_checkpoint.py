@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Converts checkpoints to Hugging Face folders and back, on the CPU and in bounded memory.
+
+    python tools/convert_checkpoint.py to-hf --load runs/mine --output mine-hf --dtype bf16 --verify
+    python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/llama
+    python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/more memory.enabled=true
+    python tools/convert_checkpoint.py verify --load runs/mine --output mine-hf --prompt "Once upon a time"
+
+Run again, an interrupted conversion continues. Sizes are in bytes: 5GB is 5,000,000,000, 5GiB is 5,368,709,120.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vishwamai_mp.config.errors import UserError, run_program
+
+if TYPE_CHECKING:
+    from vishwamai_mp.checkpoint.huggingface.source import Source
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DTYPES = ("fp32", "bf16", "fp16", "fp8")
+
+
+def main() -> None:
+    options = parse_arguments()
+    {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[options.direction](options)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    directions = parser.add_subparsers(dest="direction", required=True)
+    export = directions.add_parser("to-hf", help="a checkpoint to a Hugging Face folder")
+    load = directions.add_parser("from-hf", help="a Hugging Face folder to a run folder with a checkpoint")
+    check = directions.add_parser("verify", help="compare the logits and greedy tokens of a checkpoint and a folder")
+    for command in (export, check):
+        command.add_argument(
+            "--load", required=True, type=Path, help="a run folder, its checkpoints folder, or one checkpoint"
+        )
+        command.add_argument("--tokenizer", help="SentencePiece .model, or none (default: the run folder's)")
+        command.add_argument("--prompt", action="append", default=[], help="text to compare on; may be repeated")
+        command.add_argument("--tokens", type=int, default=64, help="greedy tokens to compare per prompt (default: 64)")
+        command.add_argument(
+            "--tolerance", type=float, default=1e-5, help="of logits, relative above 1 (default: 1e-5)"
+        )
+    load.add_argument("--load", required=True, type=Path, help="a folder with config.json and safetensors files")
+    export.add_argument("--output", required=True, type=Path, help="a new or empty folder, or an unfinished export")
+    load.add_argument("--output", required=True, type=Path, help="a new or empty folder, or an unfinished import")
+    check.add_argument("--output", required=True, type=Path, help="the Hugging Face folder to compare with")
+    export.add_argument(
+        "--dtype", choices=_DTYPES, help="of the weights; fp8: in blocks of 128 × 128 (default: as stored)"
+    )
+    load.add_argument("--dtype", choices=_DTYPES[:-1], help="of the weights (default: as stored)")
+    load.add_argument(
+        "additions",
+        nargs="*",
+        metavar="section.key=value",
+        help="fresh components that change nothing until trained, such as memory.enabled=true",
+    )
+    export.add_argument(
+        "--max-shard-size", type=size, default=5 * 10**9, help="most bytes of weights in a file (default: 5GB)"
+    )
+    export.add_argument("--chat-template", type=Path, help="a file with a Jinja template for the tokenizer")
+    export.add_argument("--verify", action="store_true", help="compare afterwards; needs the memory of one fp32 model")
+    return parser.parse_args()
+
+
+def size(text: str) -> int:
+    """Bytes, from `500MB` and the like."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+    count = float(match[1]) * _UNITS.get(match[2], 0) if match else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB or 500MB")
+    return int(count)
+
+
+def to_hf(options: argparse.Namespace) -> None:
+    from vishwamai_mp.checkpoint.huggingface.dtypes import by_option
+    from vishwamai_mp.checkpoint.huggingface.to_hf import ExportOptions, export_folder
+
+    source = open_source(options.load)
+    tokenizer = tokenizer_path(options, source)
+    template = read_text(options.chat_template) if options.chat_template else None
+    dtype = by_option(options.dtype) if options.dtype else None
+    export_folder(source, options.output, ExportOptions(dtype, options.max_shard_size, tokenizer, template))
+    print(f"{source.path} → {options.output}")
+    if options.verify:
+        verify(options)
+
+
+def from_hf(options: argparse.Namespace) -> None:
+    from vishwamai_mp.checkpoint.huggingface.dtypes import by_option
+    from vishwamai_mp.checkpoint.huggingface.folder import open_folder
+    from vishwamai_mp.checkpoint.huggingface.from_hf import import_folder
+
+    folder = open_folder(options.load, options.additions)
+    notes = import_folder(folder, options.output, by_option(options.dtype) if options.dtype else None)
+    for note in notes:
+        print(note, file=sys.stderr)
+    checkpoint = options.output / "checkpoints/step_00000000"
+    print(f"{options.load} → {checkpoint}; train on with checkpoint.load={checkpoint} checkpoint.load_optimizer=false")
+
+
+def verify(options: argparse.Namespace) -> None:
+    from vishwamai_mp.checkpoint.huggingface.verify import compare
+
+    if options.tokens < 1:
+        raise UserError(f"--tokens {options.tokens}: use 1 or more")
+    source = open_source(options.load)
+    prompts: list[list[int]] = []
+    if options.prompt:
+        from vishwamai_mp.data.tokenizer import Tokenizer
+
+        path = tokenizer_path(options, source)
+        if path is None:
+            raise UserError(f"{source.run} has no tokenizer.model for --prompt; name one with --tokenizer")
+        tokenizer = Tokenizer(path)
+        prompts = [tokenizer.encode(prompt) for prompt in options.prompt]
+    result = compare(source, options.output, prompts, options.tokens, options.tolerance)
+    if not result.is_equal:
+        raise UserError(f"{options.output} is not the model of {source.path}: {result.describe()}")
+    print(f"equal: {result.describe()}")
+
+
+def open_source(load: Path) -> "Source":
+    from vishwamai_mp.checkpoint.huggingface.source import open_source
+
+    source = open_source(load)
+    for reason in source.skipped:
+        print(f"{reason}; taking {source.path.name}", file=sys.stderr)
+    return source
+
+
+def tokenizer_path(options: argparse.Namespace, source: "Source") -> Path | None:
+    """The tokenizer that is named, or else the run folder's."""
+    if options.tokenizer == "none":
+        return None
+    if options.tokenizer:
+        return Path(options.tokenizer)
+    beside = source.run / "tokenizer.model"
+    return beside if beside.is_file() else None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {path} cannot be read ({' '.join(str(error).split())})") from None
+
+
+if __name__ == "__main__":
+    run_program(main)

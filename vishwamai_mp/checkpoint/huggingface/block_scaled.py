@@ -1,0 +1,36 @@
+"""FP8 weights in blocks of 128 × 128 with a scale each, as transformers' fine-grained FP8 reads them.
+
+The numbers are those that `precision: fp8_blockwise` multiplies with: E4M3, the scale a power of two.
+Shapes: M rows, N columns.
+"""
+
+import torch
+from torch import Tensor
+
+from vishwamai_mp.checkpoint.huggingface.mapping import Part
+
+BLOCK = 128
+_ROWS_AT_ONCE = 8 * BLOCK
+
+
+def is_block_scaled(part: Part) -> bool:
+    """Whether a tensor is a layer's matrix that whole blocks make up; embeddings and the output layer are none."""
+    return part.name.endswith("_proj.weight") and all(length % BLOCK == 0 for length in part.shape)
+
+
+def quantized(matrix_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 numbers (M, N), and fp32 (M / 128, N / 128) what to multiply those of a block with."""
+    from vishwamai_mp.precision.formats import E4M3  # here: the room imports megatron-core, which takes seconds
+    from vishwamai_mp.precision.scaling import quantize_blocks
+
+    numbers, scales = [], []
+    for rows in matrix_MN.split(_ROWS_AT_ONCE):
+        blocks = quantize_blocks(rows, E4M3, BLOCK, BLOCK)
+        numbers.append(blocks.codes.view(rows.shape).to(E4M3.dtype))
+        scales.append(blocks.scale_inverse[:, 0, :, 0])
+    return torch.cat(numbers), torch.cat(scales)
+
+
+def dequantized(numbers_MN: Tensor, scales: Tensor) -> Tensor:
+    """The matrix that they mean, fp32 (M, N)."""
+    return numbers_MN.float() * scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)

@@ -1,0 +1,98 @@
+"""A Hugging Face folder that is to be imported: its tensors, checked against the table of tensors."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vishwamai_mp.checkpoint.huggingface import components, model_config, safetensors_files
+from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, nearest, plain_mapping
+from vishwamai_mp.checkpoint.huggingface.safetensors_files import Entry
+from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve, to_dict
+
+_BUFFERS = (".rotary_emb.inv_freq",)  # not parameters; early Llamas' folders have them
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder with all tensors that its `config.json` asks for.
+
+    Attributes:
+        path: of the folder.
+        config: ours, of its model.
+        mapping: the checkpoint's tensors and what of the folder makes them up.
+        entries: the folder's tensors by name.
+        added: names of the components' tensors that are to be made, in Hugging Face's spelling; the folder lacks them.
+        digest: names the folder's content.
+    """
+
+    path: Path
+    config: PretrainConfig
+    mapping: list[Mapped]
+    entries: Mapping[str, Entry]
+    added: frozenset[str]
+    digest: str
+
+
+def open_folder(path: Path, additions: Sequence[str] = ()) -> Folder:
+    """Check a folder.
+
+    Args:
+        path: of the folder.
+        additions: `memory.key=value` and `cache.key=value`: components that the model is to have besides.
+
+    Raises:
+        UserError: not a model that can be converted, or tensors missing, left over or of another shape.
+    """
+    original = model_config.from_hf(model_config.read_config(path), path / "config.json")
+    config = _with_additions(original, additions, path)
+    entries = {
+        name: entry for name, entry in safetensors_files.read_folder(path).items() if not name.endswith(_BUFFERS)
+    }
+    if config.model.tie_word_embeddings:
+        entries.pop("lm_head.weight", None)  # some tools write it beside the embedding that it is
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    value_head = components.has_value_head(shapes)
+    expected = [*plain_mapping(config.model), *components.component_mapping(original, value_head)]
+    _check(path, shapes, expected)
+    table = [*plain_mapping(config.model), *components.component_mapping(config, value_head)]
+    added = frozenset(part.name for mapped in table for part in mapped.parts if part.name not in entries)
+    return Folder(path, config, table, entries, added, _digest({entry.path for entry in entries.values()}))
+
+
+def _with_additions(config: PretrainConfig, additions: Sequence[str], path: Path) -> PretrainConfig:
+    """The configuration with more components."""
+    for addition in additions:
+        section = addition.partition("=")[0].partition(".")[0]
+        if section not in ("memory", "cache"):
+            raise UserError(f"{addition}: only memory.* and cache.* can be added to an imported model")
+        if getattr(config, section).enabled:
+            raise UserError(f"{addition}: the model of {path} has a {section} already")
+    return resolve(load_config(to_dict(config), additions)) if additions else config
+
+
+def _check(path: Path, shapes: Mapping[str, tuple[int, ...]], table: list[Mapped]) -> None:
+    expected = {part.name: part.shape for mapped in table for part in mapped.parts}
+    missing = [name for name in expected if name not in shapes]
+    extra = sorted(shapes.keys() - expected.keys())
+    if missing:
+        raise UserError(f"{path} lacks {missing[0]}{_more(missing)}{nearest(missing[0], extra)}")
+    if extra:
+        hint = nearest(extra[0], expected)
+        raise UserError(f"{path} has {extra[0]}{_more(extra)}, which its model has not{hint}")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise UserError(f"{path}: {name} has the shape {list(shapes[name])}, config.json says {list(shape)}")
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """By names, sizes and times, not by content: a folder is not read twice."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,273 @@
+"""Imports a Llama-family Hugging Face folder as a checkpoint that training loads at any layout, in bounded memory.
+
+The output is a run folder: `config.yaml`, the tokenizer where the folder has a SentencePiece model, and
+`checkpoints/step_00000000` with weights only.
+"""
+
+import json
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
+
+# isort: split
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from vishwamai_mp import __version__
+from vishwamai_mp.checkpoint import manifest, store
+from vishwamai_mp.checkpoint.huggingface import dtypes
+from vishwamai_mp.checkpoint.huggingface.dtypes import FP8, FP32, DType
+from vishwamai_mp.checkpoint.huggingface.folder import Folder
+from vishwamai_mp.checkpoint.huggingface.journal import Files, Journal, check_space, disk_errors
+from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, padded_rows
+from vishwamai_mp.checkpoint.huggingface.pieces import bytes_of
+from vishwamai_mp.checkpoint.huggingface.progress import Progress
+from vishwamai_mp.checkpoint.huggingface.safetensors_files import Entry
+from vishwamai_mp.checkpoint.huggingface.to_hf import ahead
+from vishwamai_mp.checkpoint.huggingface.tokenizer import import_tokenizer
+from vishwamai_mp.checkpoint.manifest import FileRecord, Manifest, TensorRecord
+from vishwamai_mp.checkpoint.writer import _ChecksummedFile
+from vishwamai_mp.config import PretrainConfig, UserError, to_yaml
+
+_PIECE_BYTES = 64 << 20  # a tensor is stored in pieces of rows of about this size: so much is held at once
+_FILE_BYTES = 2 << 30
+_STEP = 0
+_ADDED = "added"  # holds fresh components meanwhile
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a checkpoint tensor, stored together."""
+
+    mapped: Mapped
+    dtype: DType
+    first: int
+    last: int
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return (self.first, *[0] * (len(self.mapped.shape) - 1))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.last - self.first, *self.mapped.shape[1:])
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.size
+
+
+def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str]:
+    """Write the run folder `output`, or continue where an interrupted import of the same stopped.
+
+    Args:
+        folder: checked.
+        output: a new or empty folder.
+        dtype: of the weights; None: as they are stored.
+
+    Returns:
+        what the user should know.
+
+    Raises:
+        UserError: the output holds something else, the disk is full, a file is damaged.
+    """
+    pieces = [piece for mapped in folder.mapping for piece in _pieces(mapped, dtype or _stored(folder, mapped))]
+    files = {f"__0_{number}.distcp": group for number, group in enumerate(_files(pieces))}
+    config = _with_precision(folder.config, pieces[0].dtype)
+    job = {
+        "from": "hf",
+        "folder": folder.digest,
+        "dtype": dtype.option if dtype else None,
+        "components": [asdict(config.memory), asdict(config.cache)],
+    }
+    with disk_errors(output):
+        journal = Journal(output, job)
+        partial = output / "checkpoints" / f"{store.name_of(_STEP)}.converting"
+        published = partial.with_name(store.name_of(_STEP))
+        if published.exists():  # killed just before the end
+            published.rename(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        todo = {name: group for name, group in files.items() if not _is_finished(partial / name, journal)}
+        sizes = {name: sum(piece.bytes for piece in group) for name, group in files.items()}
+        check_space(output, sum(sizes[name] for name in todo), f"--output {output}")
+        done = sum(sizes.values()) - sum(sizes[name] for name in todo)
+        if folder.added:
+            from vishwamai_mp.checkpoint.huggingface.added import write_components  # builds modules: rarely needed
+
+            fresh = write_components(config, output / _ADDED)
+            folder = replace(folder, entries={**folder.entries, **fresh})
+        with Progress("import", sum(sizes.values()), done) as progress:
+            _write_files(folder, partial, todo, journal, progress)
+        note = import_tokenizer(folder.path, output, config.model.vocab_size)
+        store.write_file(output / "config.yaml", to_yaml(config).encode())
+        _complete(partial, config, files, journal)
+        store.publish(partial, _STEP)
+        shutil.rmtree(output / _ADDED, ignore_errors=True)
+        journal.close()
+    return [f"{folder.path}: {note}"] if note else []
+
+
+def _stored(folder: Folder, mapped: Mapped) -> DType:
+    """The type of a tensor's parts, fp32 where they differ; that of the embedding for what the folder lacks."""
+    names = [part.name for part in mapped.parts if part.name not in folder.added]
+    names = names or [folder.mapping[0].parts[0].name]
+    kinds = [dtypes.of_safetensors(folder.entries[name].tag, name) for name in names]
+    if FP8 in kinds:
+        raise UserError(f"{mapped.parts[0].name} is quantized; give the folder with the original weights")
+    return kinds[0] if len(set(kinds)) == 1 else FP32
+
+
+def _with_precision(config: PretrainConfig, dtype: DType) -> PretrainConfig:
+    return replace(config, precision=dtype.option)  # type: ignore[arg-type]
+
+
+def _pieces(mapped: Mapped, dtype: DType) -> Iterator[_Piece]:
+    rows = padded_rows(mapped) if mapped.shape else 1
+    step = max(1, _PIECE_BYTES // (math.prod(mapped.shape[1:]) * dtype.size))
+    for first in range(0, rows, step):
+        yield _Piece(mapped, dtype, first, min(first + step, rows))
+
+
+def _files(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+    files: list[list[_Piece]] = [[]]
+    filled = 0
+    for piece in pieces:
+        if files[-1] and filled + piece.bytes > _FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append(piece)
+        filled += piece.bytes
+    return files
+
+
+def _is_finished(path: Path, journal: Journal) -> bool:
+    facts = journal.facts(path.name)
+    return facts is not None and path.is_file() and path.stat().st_size == facts["file"]["size"]
+
+
+def _write_files(
+    folder: Folder, partial: Path, groups: dict[str, list[_Piece]], journal: Journal, progress: Progress
+) -> None:
+    reader = _RowReader(folder)
+    tensors = ahead(reader.read, [piece for group in groups.values() for piece in group], 2)
+    with Files(journal) as files:
+        for name, group in groups.items():
+            raw, places = files.begin(partial / name), []
+            file = _ChecksummedFile(raw)
+            for piece in group:
+                start = file.size
+                file.save(next(tensors))
+                places.append([start, file.size - start])
+                progress.update(piece.bytes)
+            facts = {"file": asdict(FileRecord(file.size, file.crc32)), "places": places}
+            files.finish(raw, partial / name, facts)
+    reader.close()
+
+
+class _RowReader:
+    """Reads pieces of checkpoint tensors from the rows of safetensors files."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._files: dict[Path, int] = {}
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def read(self, piece: _Piece) -> Tensor:
+        """The piece; rows that belong to no token are zero."""
+        out = torch.zeros(piece.sizes, dtype=piece.dtype.torch)
+        for part in piece.mapped.parts:
+            entry, row = self._folder.entries[part.name], 0  # row: of the Hugging Face tensor
+            for first, last in part.rows:
+                low, high = max(first, piece.first), min(last, piece.last)
+                if low < high:
+                    self._fill(out[low - piece.first : high - piece.first], entry, row + low - first, piece.dtype)
+                row += last - first
+        return out
+
+    def _fill(self, target: Tensor, entry: Entry, row: int, dtype: DType) -> None:
+        stored = dtypes.of_safetensors(entry.tag, entry.name)
+        place = target if stored == dtype else torch.empty(target.shape, dtype=stored.torch)
+        start = entry.start + row * math.prod(entry.shape[1:]) * stored.size
+        view, done = bytes_of(place), 0
+        while done < len(view):
+            count = os.preadv(self._descriptor(entry.path), [view[done:]], start + done)
+            if count == 0:
+                raise UserError(f"{entry.path} is truncated within {entry.name}; copy it again")
+            done += count
+        if place is not target:
+            target.copy_(dtypes.cast(place, dtype, entry.name))
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+
+def _complete(partial: Path, config: PretrainConfig, files: dict[str, list[_Piece]], journal: Journal) -> None:
+    """Everything of a checkpoint but its tensors' files."""
+    metadata = _metadata(files, journal)
+    store.write_file(partial / ".metadata", pickle.dumps(metadata))
+    torch.save({}, partial / "common.pt")  # megatron-core wants one
+    save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+    store.write_file(partial / "trainer.json", json.dumps({"optimizer": [], "trainer": {}}, indent=1).encode())
+    records = {name: FileRecord(**journal.facts(name)["file"]) for name in files}
+    for path in partial.iterdir():
+        if path.name not in records and path.name != manifest.NAME:
+            records[path.name] = manifest.record_of(path)
+    described = Manifest(
+        step=_STEP,
+        model=asdict(config.model),
+        layout={
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "virtual_pipeline_model_parallel_size": 1,
+            "context_parallel_size": 1,
+            "data_parallel_size": 1,
+        },
+        precision=config.precision,
+        versions={"vishwamai_mp": __version__, "megatron-core": version("megatron-core"), "torch": torch.__version__},
+        tensors={
+            name: TensorRecord(list(record.size), str(record.properties.dtype).removeprefix("torch."))
+            for name, record in sorted(metadata.state_dict_metadata.items())
+            if isinstance(record, TensorStorageMetadata)
+        },
+        objects=[],
+        files=dict(sorted(records.items())),
+    )
+    store.write_file(partial / manifest.NAME, described.to_json().encode())
+
+
+def _metadata(files: dict[str, list[_Piece]], journal: Journal) -> Metadata:
+    """torch's description of where each piece lies."""
+    tensors: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for name, group in files.items():
+        for piece, (start, length) in zip(group, journal.facts(name)["places"], strict=True):
+            offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
+            key = piece.mapped.name
+            if key not in tensors:
+                size = torch.Size((padded_rows(piece.mapped), *piece.mapped.shape[1:]))
+                tensors[key] = TensorStorageMetadata(TensorProperties(dtype=piece.dtype.torch), size, [])
+            places[MetadataIndex(key, offsets, len(tensors[key].chunks))] = _StorageInfo(name, start, length)
+            tensors[key].chunks.append(ChunkStorageMetadata(offsets, sizes))
+    return Metadata(tensors, storage_data=places)

@@ -1,0 +1,91 @@
+"""The exported folder's README.md: what the model is and how it was trained, from the run folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vishwamai_mp import __version__
+from vishwamai_mp.checkpoint.huggingface.dtypes import DType
+from vishwamai_mp.checkpoint.huggingface.source import Source
+
+
+def model_card(source: Source, config: Mapping[str, Any], dtype: DType) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads.
+
+    Args:
+        source: the checkpoint.
+        config: what goes into `config.json`.
+        dtype: of the exported weights.
+    """
+    model, manifest = source.config.model, source.manifest
+    padding = sum(
+        (manifest.tensors[mapped.name].shape[0] - mapped.shape[0]) * mapped.shape[1]
+        for mapped in source.mapping
+        if mapped.is_vocabulary
+    )
+    facts = {
+        "Architecture": f"{config['architectures'][0]}, {model.num_layers} layers × {model.hidden_size}",
+        "Parameters": f"{manifest.parameters - padding:,}",
+        "Weights": f"{dtype.name}, exported from a checkpoint trained in {manifest.precision}",
+        "Vocabulary": f"{model.vocab_size:,} tokens",
+        "Context": f"{model.max_position_embeddings:,} tokens",
+        **_training_facts(source.run, manifest.step),
+        "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["vishwamai"]}
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(header, sort_keys=False).strip(),
+            "---",
+            f"# {source.run.name}",
+            "",
+            f"Converted from `{source.path.name}` by vishwamai_mp {__version__}.",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _training_facts(run: Path, step: int) -> dict[str, str]:
+    facts = {"Trained for": f"{step:,} steps"}
+    record = _last_record(run / "metrics.jsonl", step)
+    if "consumed_tokens" in record:
+        facts["Trained for"] += f", {record['consumed_tokens']:,.0f} tokens"
+    if "lm_loss" in record:
+        facts["Training loss"] = f"{record['lm_loss']:.4f} nats per token at the last step logged"
+    environment = _json(run / "environment.json")
+    if environment.get("git_revision"):
+        facts["Source revision"] = f"`{environment['git_revision']}`"
+    if environment.get("device"):
+        facts["Trained on"] = f"{environment.get('world_size', 1)} × {environment['device']}"
+    return facts
+
+
+def _last_record(path: Path, step: int) -> dict[str, Any]:
+    """The logged step nearest to the checkpoint's, from before it."""
+    last: dict[str, Any] = {}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                if record.get("step", 0) > step:
+                    break
+                last = record
+    except (OSError, ValueError):
+        pass  # a run may have logged nothing
+    return last
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}

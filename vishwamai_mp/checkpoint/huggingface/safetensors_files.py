@@ -1,0 +1,173 @@
+"""Safetensors files read and written as streams: a header in JSON, then the tensors one after another.
+
+The format (huggingface.co/docs/safetensors): 8 bytes, the header's length; the header, `{name: {dtype, shape,
+data_offsets}}`; the data. The package of that name maps whole files into memory, or holds what it writes; here
+a tensor is a place in a file. Needs no torch.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vishwamai_mp.config import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_SIZES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: `start` counts bytes from the file's beginning."""
+
+    name: str
+    tag: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return _bytes(self.tag, self.shape)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is to be written."""
+
+    name: str
+    tag: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return _bytes(self.tag, self.shape)
+
+
+def read_folder(folder: Path) -> dict[str, Entry]:
+    """The tensors of a folder, from one file or from those that its index names.
+
+    Raises:
+        UserError: no safetensors files, a damaged one, or an index that says what the files do not.
+    """
+    if (folder / INDEX).is_file():
+        return _read_indexed(folder)
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise UserError(
+            f"{folder} has its weights as pickles ({pickled[0]}), and unpickling a file can run any program in it;"
+            " convert it to safetensors where you trust it (transformers' save_pretrained writes them)"
+        )
+    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of one file.
+
+    Raises:
+        UserError: it is no whole safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= _MOST_HEADER_BYTES:
+                raise UserError(f"{path} is no safetensors file (its header would have {length} bytes)")
+            raw, size = file.read(length), os.fstat(file.fileno()).st_size
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(name, record, path, 8 + length) for name, record in header.items()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is no whole safetensors file (its header cannot be read)") from None
+    needed = max((entry.start + entry.size for entry in entries.values()), default=8 + length)
+    if size < needed:
+        raise UserError(f"{path} is truncated: {size} bytes of {needed}; copy it again")
+    return entries
+
+
+def _entry(name: str, record: dict[str, Any], path: Path, data: int) -> Entry:
+    first, last = record["data_offsets"]
+    entry = Entry(name, record["dtype"], tuple(int(length) for length in record["shape"]), path, data + int(first))
+    if entry.tag in _SIZES and (first < 0 or last - first != entry.size):
+        raise UserError(f"{path}: {name} has {last - first} bytes, its shape and type say {entry.size}")
+    return entry
+
+
+def _read_indexed(folder: Path) -> dict[str, Entry]:
+    path = folder / INDEX
+    try:
+        places = {str(name): str(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} cannot be read, or has no weight_map") from None
+    files: dict[str, dict[str, Entry]] = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise UserError(f"{path} names {file!r}, which is not a file of the folder")
+        if not (folder / file).is_file():
+            raise UserError(f"{path} names {file}, which is missing; copy it again")
+        files[file] = read_header(folder / file)
+    for name, file in places.items():
+        if name not in files[file]:
+            raise UserError(f"{path} says that {name} is in {file}, which does not have it")
+    for file, entries in files.items():
+        for name in entries:
+            if places.get(name) != file:
+                raise UserError(f"{folder / file} has {name}, which {path.name} does not place there")
+    return {name: files[file][name] for name, file in places.items()}
+
+
+def plan_shards(tensors: Sequence[Planned], most_bytes: int) -> list[list[Planned]]:
+    """Cut a list of tensors, in order, into files of at most `most_bytes` of data, or one tensor where that is more."""
+    shards: list[list[Planned]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.size > most_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.size
+    return shards
+
+
+def shard_name(index: int, count: int) -> str:
+    """The file's name, as transformers has it."""
+    return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def header_of(tensors: Sequence[Planned]) -> bytes:
+    """The beginning of a file that holds these tensors in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        ends = [offset, offset + tensor.size]
+        header[tensor.name] = {"dtype": tensor.tag, "shape": list(tensor.shape), "data_offsets": ends}
+        offset += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def index_of(shards: Sequence[Sequence[Planned]]) -> bytes:
+    """The content of the index of several files."""
+    places = {tensor.name: shard_name(number, len(shards)) for number, shard in enumerate(shards) for tensor in shard}
+    total = sum(tensor.size for shard in shards for tensor in shard)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2).encode() + b"\n"
+
+
+def _bytes(tag: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * _SIZES.get(tag, 0)

@@ -1,0 +1,96 @@
+"""A checkpoint that is to be exported: what it holds, checked against the table of tensors."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vishwamai_mp.checkpoint.huggingface import components
+from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, nearest, plain_mapping
+from vishwamai_mp.checkpoint.manifest import NAME, Manifest, check_files, is_optimizer, read_manifest
+from vishwamai_mp.checkpoint.store import locate
+from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve
+from vishwamai_mp.config.fp8 import SCALING_STATE
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole checkpoint.
+
+    Attributes:
+        path: its folder.
+        run: the run folder that it lies in.
+        manifest: its.
+        config: of its model, on one process.
+        value_head: whether it has one.
+        mapping: its tensors, in the order of the export.
+        skipped: newer checkpoints that are not whole.
+        digest: names this checkpoint's content.
+    """
+
+    path: Path
+    run: Path
+    manifest: Manifest
+    config: PretrainConfig
+    value_head: bool
+    mapping: list[Mapped]
+    skipped: list[str]
+    digest: str
+
+
+def open_source(load: Path) -> Source:
+    """The checkpoint that `load` means: a run folder, its checkpoints folder, or one checkpoint.
+
+    Raises:
+        UserError: none, not whole, or its tensors are not those of its model.
+    """
+    found = locate(load.resolve())  # absolute, for the run folder is two levels up
+    path = found.path
+    assert path is not None
+    manifest = read_manifest(path)
+    problems = check_files(path, manifest.files, checksums=False)
+    if problems:
+        raise UserError(f"{path} is not whole: {problems[0]}")
+    config = _config(path, manifest)
+    tensors = {
+        name: tuple(record.shape)
+        for name, record in manifest.tensors.items()
+        if not is_optimizer(name) and not name.endswith(SCALING_STATE)
+    }
+    value_head = components.has_value_head(tensors)
+    table = [*plain_mapping(config.model), *components.component_mapping(config, value_head)]
+    _check(path, tensors, table)
+    digest = hashlib.sha256((path / NAME).read_bytes()).hexdigest()
+    return Source(path, path.parent.parent, manifest, config, value_head, table, found.skipped, digest)
+
+
+def _config(path: Path, manifest: Manifest) -> PretrainConfig:
+    """The run's sections that make up the model; the model itself from the checkpoint's manifest."""
+    recipe = path.parent.parent / "config.yaml"
+    sections: dict[str, Any] = {}
+    if recipe.is_file():
+        saved = load_config(recipe)
+        # State that is carried from batch to batch is training's, and asks for a certain length of sequence.
+        sections = {name: {**asdict(getattr(saved, name)), "carry_state": False} for name in ("memory", "cache")}
+    elif any(".memory." in name or ".cache." in name for name in manifest.tensors):
+        raise UserError(f"{recipe} is missing; without it the components of {path} cannot be told")
+    length = manifest.model["max_position_embeddings"]
+    tree = {"model": manifest.model, "training": {"sequence_length": length}}
+    precision = manifest.precision if manifest.precision in ("fp32", "fp16") else "bf16"
+    return resolve(load_config({**tree, "precision": precision, **sections}))
+
+
+def _check(path: Path, tensors: dict[str, tuple[int, ...]], table: list[Mapped]) -> None:
+    expected = {mapped.name: mapped for mapped in table}
+    for name, mapped in expected.items():
+        if name not in tensors:
+            raise UserError(f"{path} lacks {name}{nearest(name, tensors.keys() - expected.keys())}")
+        shape = tensors[name]
+        padded = mapped.is_vocabulary and shape[0] >= mapped.shape[0] and shape[1:] == mapped.shape[1:]
+        if shape != mapped.shape and not padded:
+            raise UserError(f"{path}: {name} has the shape {shape}, the model's is {mapped.shape}")
+    # The state of FP8's delayed scaling is left behind: it forms anew.
+    extra = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith(SCALING_STATE))
+    if extra:
+        hint = nearest(extra[0], expected)
+        raise UserError(f"{path} has {extra[0]}, which has no place in a Hugging Face model{hint}")

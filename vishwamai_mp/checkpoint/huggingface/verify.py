@@ -1,0 +1,255 @@
+"""Are a checkpoint and a Hugging Face folder the same model? Both compute logits and greedy tokens, in fp32.
+
+One model is held at a time. Shapes: T tokens, V vocabulary.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vishwamai_mp.checkpoint import CheckpointManager
+from vishwamai_mp.checkpoint.huggingface import block_scaled, components, dtypes, model_config
+from vishwamai_mp.checkpoint.huggingface.dtypes import BF16, FP8, DType
+from vishwamai_mp.checkpoint.huggingface.source import Source
+from vishwamai_mp.config import UserError, resolve
+from vishwamai_mp.model import VishwamAIModel, build_model
+from vishwamai_mp.runtime import distributed_session
+
+_PROMPT_LENGTHS = (3, 17, 40)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of it.
+
+    Attributes:
+        difference: largest between two logits.
+        largest_logit: in absolute value, of the checkpoint's model.
+        tokens: chosen greedily on both sides.
+        different_tokens: those that differ though their logits are not equal within the tolerance.
+        tolerance: of a difference, times the largest logit where that exceeds 1.
+        worst: the part whose own output differs most from the same part's on the other side, fed the same; told only
+            if the comparison fails.
+    """
+
+    difference: float
+    largest_logit: float
+    tokens: int
+    different_tokens: int
+    tolerance: float
+    worst: str | None = None
+
+    @property
+    def is_equal(self) -> bool:
+        return self.difference <= self.limit and not self.different_tokens
+
+    @property
+    def limit(self) -> float:
+        """What the difference may be."""
+        return self.tolerance * max(1.0, self.largest_logit)
+
+    def describe(self) -> str:
+        text = (
+            f"logits differ by {self.difference:.2e} at most (allowed: {self.limit:.2e}),"
+            f" {self.different_tokens} of {self.tokens} greedy tokens differ"
+        )
+        return f"{text}; worst: {self.worst}" if self.worst else text
+
+
+def compare(
+    source: Source, folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int, tolerance: float = 1e-5
+) -> Comparison:
+    """Run both models on the prompts and on what they continue them with.
+
+    The checkpoint's weights are rounded first as the folder's are. Its greedy tokens are read off one forward pass
+    over the folder's model's: they are the same exactly if its choice at every place is.
+
+    Args:
+        source: the checkpoint.
+        folder: the Hugging Face folder.
+        prompts: token ids; none: some drawn at random.
+        new_tokens: to generate for each.
+        tolerance: of logits, see `Comparison`.
+
+    Raises:
+        UserError: a prompt that the model has no room for, or a folder with code that is not ours.
+    """
+    config = model_config.read_config(folder)
+    prompts = prompts or random_prompts(source, new_tokens)
+    _check(source, prompts, new_tokens)
+    with _hugging_face(folder, config) as model:
+        rows = [_greedy(model, prompt, new_tokens) for prompt in prompts]
+        theirs = [model(row[None]).logits[0] for row in rows]
+    rounding = FP8 if config.get("quantization_config") else _dtype_of(config)
+    with _checkpoint(source, rounding) as ours_model:
+        ours = [_logits(ours_model, row, source.config.model.vocab_size) for row in rows]
+        result = _compare(ours, theirs, rows, [len(prompt) for prompt in prompts], tolerance)
+        if result.is_equal:
+            return result
+        outputs = _layer_outputs(ours_model, rows[-1])
+    with _hugging_face(folder, config) as model:
+        return replace(result, worst=_worst(model, rows[-1], outputs, ours[-1]))
+
+
+def random_prompts(source: Source, new_tokens: int) -> list[list[int]]:
+    """A few short prompts, the same at every call."""
+    model = source.config.model
+    generator = torch.Generator().manual_seed(0)
+    room = max(1, model.max_position_embeddings - new_tokens)
+    return [
+        torch.randint(model.vocab_size, (min(length, room),), generator=generator).tolist()
+        for length in _PROMPT_LENGTHS
+    ]
+
+
+def _check(source: Source, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    model, cache = source.config.model, source.config.cache
+    held = cache.max_cache_length // cache.latents_per_segment * cache.segment_length
+    for prompt in prompts:
+        if not prompt:
+            raise UserError("a prompt is empty; give at least one token")
+        if len(prompt) + new_tokens > model.max_position_embeddings:
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and {new_tokens} new ones exceed the model's context of"
+                f" {model.max_position_embeddings}; shorten the prompt or lower --tokens"
+            )
+        if cache.enabled and len(prompt) + new_tokens > held:
+            # What generation has dropped by then, one pass over the whole text still reads.
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and {new_tokens} new ones exceed the {held} that the model's cache"
+                " holds; shorten the prompt or lower --tokens"
+            )
+
+
+def _dtype_of(config: dict[str, Any]) -> DType:
+    name = config.get("torch_dtype") or config.get("dtype") or "float32"
+    return dtypes.of_manifest(name, "config.json")
+
+
+def _compare(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], rows: Sequence[Tensor], starts: Sequence[int], tolerance: float
+) -> Comparison:
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    largest = max(float(a.abs().max()) for a in ours)
+    limit = tolerance * max(1.0, largest)
+    different = count = 0
+    for logits, row, start in zip(ours, rows, starts, strict=True):
+        chosen = logits[start - 1 : -1]
+        gaps = chosen.amax(-1) - chosen.gather(-1, row[start:, None])[:, 0]
+        different += int((gaps > limit).sum())
+        count += len(gaps)
+    difference = float("inf") if difference != difference else difference  # NaN is never equal
+    return Comparison(difference, largest, count, different, tolerance)
+
+
+@contextmanager
+def _hugging_face(folder: Path, config: dict[str, Any]) -> Iterator[Any]:
+    try:
+        import transformers
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UserError("verifying needs transformers; pip install 'vishwamai-mp[hf]'") from None
+    transformers.utils.logging.disable_progress_bar()
+    options = {"dtype": torch.float32, "trust_remote_code": _has_our_code(folder, config)}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).float().eval()  # quantized ones come as bf16
+    with torch.no_grad():
+        yield model
+    del model
+    gc.collect()
+
+
+def _has_our_code(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the folder brings code that is to run: only ours may."""
+    if "auto_map" not in config:
+        return False
+    for name, content in components.code_files().items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            raise UserError(f"{folder / name} is not the code of this version of vishwamai_mp; it is not run")
+    return True
+
+
+@contextmanager
+def _checkpoint(source: Source, rounding: DType) -> Iterator[VishwamAIModel]:
+    config = resolve(replace(source.config, precision="fp32"), 1)
+    with distributed_session(config) as runtime:
+        (model,) = build_model(config, runtime, initialize=False)
+        CheckpointManager(source.path.parent, config, runtime).load(source.path, [model])
+        with torch.no_grad():
+            _round(source, model, rounding)
+            yield model.eval()
+
+
+def _round(source: Source, model: nn.Module, dtype: DType) -> None:
+    """Give the parameters the values that they have in a folder of this type."""
+    table = {mapped.name: mapped for mapped in source.mapping}
+    for name, parameter in model.named_parameters():
+        parts = table[name].parts if name in table and dtype is FP8 else ()
+        if not any(block_scaled.is_block_scaled(part) for part in parts):
+            kind = BF16 if dtype is FP8 else dtype
+            parameter.copy_(parameter.to(kind.torch))
+        for part in parts:
+            if block_scaled.is_block_scaled(part):
+                rows = torch.cat([torch.arange(first, last) for first, last in part.rows])
+                parameter[rows] = block_scaled.dequantized(*block_scaled.quantized(parameter[rows]))
+
+
+def _greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> Tensor:
+    """The prompt and its continuation, (T,)."""
+    model.generation_config.eos_token_id = None  # a comparison does not stop at the end of a document
+    ids = torch.tensor([list(prompt)])
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
+
+
+def _logits(model: VishwamAIModel, row: Tensor, vocab_size: int) -> Tensor:
+    return model(row[None])[:, 0, :vocab_size].float()
+
+
+def _layer_outputs(model: Any, row: Tensor) -> list[Tensor]:
+    """What the embedding and each layer of the checkpoint's model put out, (1, T, D) each."""
+    outputs: list[Tensor] = []
+
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        outputs.append(hidden.transpose(0, 1))
+
+    with _hooks(part.register_forward_hook(record) for part in (model.embedding, *model.decoder.layers)):
+        model(row[None])
+    return outputs
+
+
+def _worst(model: Any, row: Tensor, outputs: Sequence[Tensor], logits: Tensor) -> str:
+    """Feed each of the folder's layers what the checkpoint's layer was fed, and compare what they make of it."""
+    own: list[Tensor] = []
+    layers = list(model.model.layers)
+
+    def feed(hidden: Tensor) -> Callable[..., Any]:
+        return lambda module, inputs: (hidden, *inputs[1:])
+
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        own.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [part.register_forward_hook(record) for part in (model.model.embed_tokens, *layers)]
+    handles += [layer.register_forward_pre_hook(feed(x)) for layer, x in zip(layers, outputs, strict=False)]
+    handles.append(model.model.norm.register_forward_pre_hook(feed(outputs[-1])))
+    with _hooks(handles):
+        own.append(model(row[None]).logits)
+    names = ["embedding", *(f"layer {number}" for number in range(len(layers))), "final norm and output layer"]
+    expected = [*outputs, logits[None]]
+    relative = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(own, expected, strict=True)]
+    worst = max(range(len(names)), key=relative.__getitem__)
+    return f"{names[worst]} (relative difference {relative[worst]:.1e})"
+
+
+@contextmanager
+def _hooks(handles: Any) -> Iterator[None]:
+    installed = list(handles)
+    yield
+    for handle in installed:
+        handle.remove()

@@ -1,0 +1,96 @@
+"""The section `fp8`: what its options default to, and what FP8 cannot do."""
+
+from dataclasses import fields, replace
+
+from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.schema import Fp8Config, PretrainConfig
+
+# Widths and token counts must be multiples of this: of a block of numbers that share a scale, or of the 16 bytes that
+# a GPU's FP8 product reads at once.
+MULTIPLE = {"fp8_delayed": 16, "fp8_current": 16, "fp8_blockwise": 128, "fp8_mx": 32}
+# Buffers of a linear layer under delayed scaling: amaxes of its operands in past passes, and their scales.
+SCALING_STATE = ("fp8_amax_history", "fp8_scale")
+_DELAYED_ONLY = ("amax_history_length", "amax_algorithm")
+
+
+def resolve_fp8(config: PretrainConfig) -> PretrainConfig:
+    """Fill in the section `fp8` of a configuration whose model and layout are resolved.
+
+    Raises:
+        ConfigError: an option without effect, or sizes that the recipe cannot take.
+    """
+    options = config.fp8
+    if config.precision not in MULTIPLE:
+        for option in fields(Fp8Config):
+            if getattr(options, option.name) != option.default:
+                raise ConfigError(
+                    f"fp8.{option.name}={getattr(options, option.name)} has no effect at precision={config.precision};"
+                    " leave it out or use an fp8 precision"
+                )
+        return config
+    _check_layers(config)
+    _check_sizes(config)
+    if config.precision == "fp8_delayed":
+        length, algorithm = options.amax_history_length or 1024, options.amax_algorithm or "max"
+        return replace(config, fp8=replace(options, amax_history_length=length, amax_algorithm=algorithm))
+    for name in _DELAYED_ONLY:
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"fp8.{name}={getattr(options, name)} has no effect at precision={config.precision}, which remembers"
+                " nothing; leave it out or use precision=fp8_delayed"
+            )
+    return config
+
+
+def _check_layers(config: PretrainConfig) -> None:
+    layers, options = config.model.num_layers, config.fp8
+    per_stage = layers // config.parallel.pipeline_model_parallel_size
+    for name in ("bf16_layers_at_start", "bf16_layers_at_end"):
+        count = getattr(options, name)
+        if count and config.precision == "fp8_delayed":
+            raise ConfigError(
+                f"fp8.{name}={count}: delayed scaling counts whole passes, so it takes all layers; use 0 or another"
+                " precision"
+            )
+        if count > per_stage:
+            raise ConfigError(
+                f"fp8.{name}={count} exceeds the {per_stage} layers of a pipeline stage; use at most {per_stage}"
+            )
+    if options.bf16_layers_at_start + options.bf16_layers_at_end >= layers:
+        raise ConfigError(
+            f"fp8.bf16_layers_at_start={options.bf16_layers_at_start} and"
+            f" bf16_layers_at_end={options.bf16_layers_at_end} leave none of the {layers} layers in FP8; lower them"
+        )
+
+
+def _check_sizes(config: PretrainConfig) -> None:
+    """All that FP8 products read or write, per rank, must be whole blocks."""
+    model, training, parallel = config.model, config.training, config.parallel
+    multiple, tensor = MULTIPLE[config.precision], parallel.tensor_model_parallel_size
+    assert model.head_dim is not None
+    assert model.num_key_value_heads is not None
+    assert model.intermediate_size is not None
+    heads, head_dim = model.num_attention_heads // tensor, model.head_dim
+    groups = model.num_key_value_heads // tensor
+    shard = f" per rank at parallel.tensor_model_parallel_size={tensor}" if tensor > 1 else ""
+    sizes = {
+        f"model.hidden_size={model.hidden_size}": model.hidden_size,
+        f"model.num_attention_heads={model.num_attention_heads} × head_dim={head_dim}: {heads * head_dim}{shard}": (
+            heads * head_dim
+        ),
+        f"model.num_attention_heads={model.num_attention_heads} + 2 × num_key_value_heads={model.num_key_value_heads},"
+        f" × head_dim={head_dim}: {(heads + 2 * groups) * head_dim}{shard}": (heads + 2 * groups) * head_dim,
+        f"model.intermediate_size={model.intermediate_size}: {model.intermediate_size // tensor}{shard}": (
+            model.intermediate_size // tensor
+        ),
+        f"training.micro_batch_size={training.micro_batch_size} × sequence_length={training.sequence_length}"
+        f" / parallel.context_parallel_size={parallel.context_parallel_size} tokens": (
+            training.micro_batch_size * training.sequence_length // parallel.context_parallel_size
+        ),
+    }
+    for what, size in sizes.items():
+        if size % multiple:
+            raise ConfigError(
+                f"{what} is not a multiple of {multiple}, which precision={config.precision} needs;"
+                " change it or use precision=bf16"
+            )

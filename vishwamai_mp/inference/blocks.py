@@ -1,0 +1,118 @@
+"""Key-value memory in reference-counted blocks, shared between sequences that start alike.
+
+Shapes: L layers of this stage, S slots (one per token), G key-value heads (local), K head width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vishwamai_mp.config import UserError
+
+BLOCK_TOKENS = 16
+
+
+@dataclass
+class CachedSequence:
+    """What the model has read of one sequence.
+
+    Attributes:
+        length: tokens read.
+        blocks: where their keys and values are, in order.
+        states: of components, by (layer, name): immutable values, shared by forks.
+    """
+
+    length: int = 0
+    blocks: list[int] = field(default_factory=list)
+    states: dict[tuple[int, str], Any] = field(default_factory=dict)
+
+
+class BlockPool:
+    """Blocks of 16 tokens for the layers of this stage.
+
+    Args:
+        tokens: capacity.
+        layers, heads, width: L, G and K.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(
+        self, tokens: int, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.capacity = -(-tokens // BLOCK_TOKENS)
+        # Memory that no block uses yet is not touched, so on a CPU it costs nothing.
+        self.keys_and_values = torch.empty(
+            layers, self.capacity * BLOCK_TOKENS, heads, 2, width, dtype=dtype, device=device
+        )
+        self._references = [0] * self.capacity
+        self._free: list[int] = []
+        self._touched = 0
+
+    @property
+    def used_blocks(self) -> int:
+        return self._touched - len(self._free)
+
+    @property
+    def free_blocks(self) -> int:
+        return self.capacity - self.used_blocks
+
+    @property
+    def used_bytes(self) -> int:
+        """2 · layers · heads · width · bytes per number, for 16 tokens of each block in use."""
+        return self.used_blocks * self._slots(0).nbytes
+
+    def extend(self, sequence: CachedSequence, count: int) -> list[int]:
+        """Make room for `count` more tokens and return their slots. A partly filled block that is shared is copied.
+
+        Raises:
+            UserError: no block is free. The sequence then is as before.
+        """
+        end = sequence.length + count
+        needed = -(-end // BLOCK_TOKENS) - len(sequence.blocks)
+        last = sequence.blocks[sequence.length // BLOCK_TOKENS] if sequence.length % BLOCK_TOKENS else None
+        copies = last is not None and self._references[last] > 1
+        if needed + copies > self.free_blocks:
+            raise UserError(
+                f"the key-value memory of {self.capacity * BLOCK_TOKENS} tokens is full; raise kv_tokens, or generate"
+                " fewer or shorter sequences at a time"
+            )
+        if last is not None and copies:
+            own = self._take()
+            self._slots(own).copy_(self._slots(last))
+            self._drop(last)
+            sequence.blocks[-1] = own
+        sequence.blocks.extend(self._take() for _ in range(needed))
+        blocks = sequence.blocks
+        return [blocks[i // BLOCK_TOKENS] * BLOCK_TOKENS + i % BLOCK_TOKENS for i in range(sequence.length, end)]
+
+    def fork(self, sequence: CachedSequence) -> CachedSequence:
+        """Another sequence that starts with the same tokens. Nothing is copied until one of them writes."""
+        for block in sequence.blocks:
+            self._references[block] += 1
+        return CachedSequence(sequence.length, list(sequence.blocks), dict(sequence.states))
+
+    def release(self, sequence: CachedSequence) -> None:
+        """Give back what only this sequence used. It is empty then."""
+        for block in reversed(sequence.blocks):  # so that the next sequence takes them in order
+            self._drop(block)
+        sequence.length, sequence.blocks, sequence.states = 0, [], {}
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block = self._touched
+            self._touched += 1
+            self._slots(block).zero_()  # attention gives unwritten slots no weight, and 0 · NaN would be NaN
+        self._references[block] = 1
+        return block
+
+    def _drop(self, block: int) -> None:
+        self._references[block] -= 1
+        if self._references[block] == 0:
+            self._free.append(block)
+
+    def _slots(self, block: int) -> Tensor:
+        return self.keys_and_values[:, block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]

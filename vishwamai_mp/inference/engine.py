@@ -1,0 +1,123 @@
+"""Runs ragged batches of tokens through all stages, and lets all ranks know what was chosen from the logits.
+
+Every rank of a replica calls the same methods with the same arguments. Shapes: N rows of logits, V vocabulary (local),
+D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.stage import Batch, Stage, Work
+from vishwamai_mp.inference.vocabulary import Shard
+from vishwamai_mp.model import VishwamAIModel
+from vishwamai_mp.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the last stage computed; `logits` and `hidden` are None on other stages.
+
+    Attributes:
+        rows: N.
+        logits: this rank's vocabulary, −∞ at padding.
+        hidden: normed, (N, D): what the logits come from.
+    """
+
+    rows: int
+    logits: Shard | None = None
+    hidden: Tensor | None = None
+
+
+class Engine:
+    """Key-value memory and the passes through the model. One model chunk per rank.
+
+    Args:
+        config: resolved.
+        runtime: process groups and device.
+        model: this rank's stage. Its weights are read at every pass, so it may be trained on between passes.
+        kv_tokens: tokens whose keys and values fit at once; None: 65,536, or one full context where that is more.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, runtime: Runtime, model: VishwamAIModel, kv_tokens: int | None = None
+    ) -> None:
+        self.config, self.runtime, self.model = config, runtime, model
+        self.stage = Stage(config, runtime, model)
+        self.pool = self.stage.pool(kv_tokens or max(65536, config.model.max_position_embeddings))
+        self.computed_tokens = 0
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.config.model.max_position_embeddings
+
+    @torch.inference_mode()
+    def run(self, work: Work, every_token: bool = False) -> Output:
+        """Let sequences read tokens.
+
+        Args:
+            work: sequences, each once, with at least one token each.
+            every_token: logits after every token, not only after the last of each sequence.
+
+        Raises:
+            UserError: a sequence would outgrow the context, or key-value memory is full.
+        """
+        for sequence, tokens in work:
+            check_fits(sequence.length + len(tokens) - 1, self.context)
+        if self.model.training:
+            self.model.eval()
+        batch = Batch(work, self.pool, self.config.model.sliding_window, self.runtime.device)
+        self.computed_tokens += len(batch.tokens)
+        hidden = self.stage.run(batch, self.pool, self._receive(len(batch.tokens)))
+        if not self.runtime.is_last_stage:
+            dist.send(hidden, self._neighbour(1), group=self.runtime.groups.pp)
+            return Output(len(batch.tokens) if every_token else len(batch.counts))
+        if not every_token and len(batch.tokens) > len(batch.counts):
+            hidden = hidden[batch.last]
+        logits, normed = self.stage.head(hidden)
+        shard = Shard.of(logits, self.config.model.vocab_size, self.runtime.groups.tp)
+        return Output(logits.shape[0], shard, normed)
+
+    @torch.inference_mode()
+    def decide(self, output: Output, choose: Callable[[Shard, Tensor], Tensor], columns: int) -> Tensor:
+        """What `choose` makes of the last stage's logits and hidden states, on all ranks, as float64 (N, columns)."""
+        if output.logits is not None:
+            assert output.hidden is not None
+            chosen = choose(output.logits, output.hidden).double().view(output.rows, columns)
+        else:
+            chosen = torch.empty(output.rows, columns, dtype=torch.float64, device=self.runtime.device)
+        group = self.runtime.groups.pp
+        if group.size() > 1:
+            dist.broadcast(chosen, dist.get_global_rank(group, group.size() - 1), group=group)
+        return chosen
+
+    def fork(self, sequence: CachedSequence) -> CachedSequence:
+        return self.pool.fork(sequence)
+
+    def release(self, sequence: CachedSequence) -> None:
+        self.pool.release(sequence)
+
+    def _receive(self, tokens: int) -> Tensor | None:
+        if self.runtime.is_first_stage:
+            return None
+        hidden = torch.empty(tokens, self.config.model.hidden_size, dtype=self.stage.dtype, device=self.runtime.device)
+        dist.recv(hidden, self._neighbour(-1), group=self.runtime.groups.pp)
+        return hidden
+
+    def _neighbour(self, step: int) -> int:
+        return dist.get_global_rank(self.runtime.groups.pp, self.runtime.pipeline_rank + step)
+
+
+def check_fits(length: int, context: int) -> None:
+    """Raises `UserError` where a text leaves no room for one more token."""
+    if length >= context:
+        raise UserError(
+            f"the prompt has {length} tokens, the model's context {context} (model.max_position_embeddings);"
+            " shorten the prompt"
+        )

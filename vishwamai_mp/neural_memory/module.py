@@ -1,0 +1,266 @@
+"""The neural memory inside a layer: x + dropout(W_o(gate ⊙ norm(read))), identity at initialisation.
+
+Shapes: S tokens of this rank (after sequence and context parallelism), Q after context parallelism, T tokens of whole
+rows, B rows, D width, H heads (of this tensor parallel rank; under context parallelism T goes with H / ranks), K head
+width, L levels, G gates of a level, J taps of the convolution.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
+
+# isort: split
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from torch import Tensor, nn
+
+from vishwamai_mp.config import MemoryConfig
+from vishwamai_mp.neural_memory.carry import CarriedState
+from vishwamai_mp.neural_memory.context import gather_tokens, scatter_tokens
+from vishwamai_mp.neural_memory.convolution import causal_convolution
+from vishwamai_mp.neural_memory.gates import gate_count, initial_biases
+from vishwamai_mp.neural_memory.levels import LevelReport, LevelState, run_levels
+from vishwamai_mp.precision.modules import Linears
+from vishwamai_mp.runtime.measures import Measures, attach_loss
+
+TAPS = 4  # of the convolution
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """What the memory knows after some tokens: an immutable value, so keeping it is a snapshot.
+
+    Attributes:
+        recent: (J − 1, B, H, 3·L·K) the last tokens' projections, for the convolution.
+        levels: of each level.
+    """
+
+    recent: Tensor
+    levels: tuple[LevelState, ...]
+
+    def detached(self) -> "MemoryState":
+        """The same values without their history. Rows that are not finite (a step that is skipped) begin empty."""
+        finite = self.recent.isfinite().flatten(2).all(2).all(0)
+        for level in self.levels:
+            finite = finite & level.memory.isfinite().flatten(1).all(1)
+
+        def keep(x: Tensor, rows: Tensor) -> Tensor:
+            return x.detach().where(rows, 0)
+
+        levels = tuple(
+            LevelState(
+                keep(level.memory, finite[:, None, None, None, None]),
+                None if level.ratio is None else keep(level.ratio, finite[:, None]),
+            )
+            for level in self.levels
+        )
+        return MemoryState(keep(self.recent, finite[:, None, None]), levels)
+
+
+class ReasoningMemoryTransformer(MegatronModule):
+    """Levels of fast weights, written by gradient descent at every token and read after it.
+
+    The projection's features are ordered by head (for each: query, key and value of each level, read gate, gates), so
+    tensor parallel ranks hold whole heads, and a checkpoint's rows fall to any number of ranks.
+
+    Args:
+        config: resolved.
+        megatron: megatron-core's configuration.
+        groups: process groups; heads are split over `tp` and again over `cp`.
+        layer_number: from 1.
+        linears: classes of the backend.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        megatron: TransformerConfig,
+        groups: ProcessGroupCollection,
+        layer_number: int,
+        *,
+        linears: Linears,
+    ) -> None:
+        super().__init__(megatron)
+        self.memory_config, self.groups, self.layer_number = config, groups, layer_number
+        assert config.hidden_size is not None
+        width, self.levels, self.head_dim = config.hidden_size, config.num_memory_layers, config.head_dim
+        heads = config.memory_size // config.head_dim
+        self.heads = heads // groups.tp.size()
+        self.gates = gate_count(config.momentum)
+        self.convolved = 3 * self.levels * self.head_dim  # features per head that the convolution sees
+        per_head = self.convolved + self.head_dim + self.levels * self.gates
+        # init_method: never called, initial values are model/initialization.py's.
+        options: dict[str, Any] = {
+            "config": megatron,
+            "init_method": nn.init.zeros_,
+            "bias": False,
+            "skip_bias_add": False,
+            "is_expert": False,
+            "tp_group": groups.tp,
+        }
+        self.norm = linears.norm(config=megatron, hidden_size=width, eps=megatron.layernorm_epsilon)
+        self.projection = linears.column(width, heads * per_head, gather_output=False, **options)
+        self.output = linears.row(config.memory_size, width, input_is_parallel=True, **options)
+        nn.init.zeros_(self.output.weight)
+        self.taps = self._of_heads(self._initial_taps())
+        self.gate_bias = self._of_heads(torch.tensor(initial_biases(self.levels, config.momentum)))
+        self.read_norm = self._of_heads(torch.ones(self.head_dim))
+        self.level_mix = self._of_heads(torch.zeros(self.levels)) if self.levels > 1 else None
+        self.measures = Measures(*self._measure_names())
+        self.carried = CarriedState(megatron) if config.carry_state else None
+
+    def _of_heads(self, one_head: Tensor) -> nn.Parameter:
+        """A vector for each head of this rank, end to end: one dimension, so that weight decay leaves it alone."""
+        parameter = nn.Parameter(one_head.repeat(self.heads).to(self.config.params_dtype))
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        return parameter
+
+    def _initial_taps(self) -> Tensor:
+        """Of one head, (3·L·K·J,): queries and values are those of their token, keys the mean of it and the one before.
+
+        So a value is found by the token that it follows from the first step on, and recall is learned soon.
+        """
+        taps = torch.zeros(self.levels, 3, self.head_dim, TAPS)
+        taps[..., -1] = 1.0
+        taps[:, 1, :, -2:] = 0.5
+        return taps.flatten()
+
+    def _own_heads(self, parameter: Tensor) -> Tensor:
+        """(H, ·) of the heads whose tokens this context parallel rank works on."""
+        by_head = parameter.view(self.heads, -1)
+        return by_head.chunk(self.groups.cp.size())[self.groups.cp.rank()]
+
+    def forward(
+        self, hidden: Tensor, documents: Tensor | None = None, state: MemoryState | None = None
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Add what the memory answers to each token.
+
+        Args:
+            hidden: (S, B, D).
+            documents: (B, T) ids of whole rows, constant inside a document and different between neighbours; None:
+                each row is one document. With `carry_state`, 0 in a row's first place says that it goes on where the
+                last row of its place in the batch ended.
+            state: decoding: what `forward` returned for the tokens before.
+
+        Returns:
+            (S, B, D) and the state after these tokens.
+        """
+        projected, _ = self.projection(self.norm(hidden))
+        projected = projected.unflatten(-1, (self.heads, -1))
+        inputs, read_gate, logits = projected.split([self.convolved, self.head_dim, self.levels * self.gates], dim=-1)
+        inputs, logits = (gather_tokens(x, self.groups.cp) for x in (inputs, logits))
+        starts = None if documents is None else _document_starts(documents)
+        carrying = self.carried is not None and self.training
+        if self.carried is not None and carrying:
+            state = self.carried.before(inputs.shape[1])
+        read, after, reports = self._remember(inputs, logits, starts, state)
+        if self.carried is not None and carrying:
+            self.carried.keep(after)
+        read = scatter_tokens(read, self.groups.cp)
+        weight = self.read_norm.view(self.heads, self.head_dim)
+        normed = F.rms_norm(read, (self.head_dim,), eps=self.config.layernorm_epsilon) * weight
+        gate = read_gate.sigmoid()
+        out, _ = self.output((gate * normed).flatten(-2))
+        if self.training and torch.is_grad_enabled():
+            self._measure(reports, logits.shape[:3].numel(), gate)
+            out = self._attach_loss(out, tokens=logits.shape[:2].numel())
+        return hidden + F.dropout(out, self.memory_config.dropout, self.training), after
+
+    def _remember(
+        self, inputs: Tensor, logits: Tensor, starts: Tensor | None, state: MemoryState | None
+    ) -> tuple[Tensor, MemoryState, list[LevelReport]]:
+        """Convolve, write and read: (T, B, H, 3·L·K) and (T, B, H, L·G) → (T, B, H, K)."""
+        heads = inputs.shape[2]
+        flat = inputs.flatten(2)
+        before = None if state is None else state.recent.flatten(2)
+        taps = self._own_heads(self.taps).unflatten(-1, (-1, TAPS)).flatten(0, 1).t().contiguous()
+        documents = None if starts is None else F.pad(starts.cumsum(0), (0, 0, TAPS - 1, 0))
+        mixed = causal_convolution(flat, taps, before, documents)
+        parts = mixed.unflatten(-1, (heads, 3 * self.levels, self.head_dim)).unbind(3)
+        bias = self._own_heads(self.gate_bias)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        opened = (logits.to(wide) + bias.to(wide)).unflatten(-1, (self.levels, self.gates))
+        outputs, levels, reports = run_levels(
+            parts, opened, starts, state.levels if state else None, self.memory_config.chunk_size
+        )
+        read = outputs[0]
+        if self.level_mix is not None:
+            mix = self._own_heads(self.level_mix).softmax(-1)[..., None].unbind(1)
+            read = outputs[0] * mix[0]
+            for out, share in zip(outputs[1:], mix[1:], strict=True):
+                read = read + out * share
+        recent = _last_tokens(flat, before, documents).unflatten(-1, (heads, -1))
+        return read, MemoryState(recent, tuple(levels)), reports
+
+    def reset_memory(self) -> None:
+        """Forget what is carried from micro-batch to micro-batch (`carry_state`)."""
+        if self.carried is not None:
+            self.carried.reset()
+
+    def _measure_names(self) -> list[str]:
+        each = [
+            f"memory_{name}_{level + 1}" for name in ("surprise", "retention", "write") for level in range(self.levels)
+        ]
+        return [*each, "memory_read", "memory_mix_loss"]
+
+    @torch.no_grad()
+    def _measure(self, reports: list[LevelReport], count: int, gate: Tensor) -> None:
+        for level, report in enumerate(reports):
+            for name in ("surprise", "retention", "write"):
+                self.measures.add(f"memory_{name}_{level + 1}", getattr(report, name), count)
+        self.measures.add("memory_read", gate.sum(dtype=torch.float32), gate.numel())
+
+    def _attach_loss(self, out: Tensor, tokens: int) -> Tensor:
+        """Add `loss_weight` × (ln L − entropy of the level mix), a mean over heads: least where all levels are used."""
+        weight = self.memory_config.loss_weight
+        if self.level_mix is None or weight == 0:
+            return out
+        mix = self._own_heads(self.level_mix).float().softmax(-1)
+        shortfall = (mix * (mix * self.levels).log()).sum()
+        total = self.memory_config.memory_size // self.head_dim
+        self.measures.add("memory_mix_loss", weight * shortfall * tokens, len(mix) * tokens)
+        return attach_loss(out, weight * shortfall * tokens / total)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Parameters by head, so that a checkpoint loads at any tensor parallel size."""
+        own: dict[str, Any] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        dp_cp = (metadata or {}).get("dp_cp_group", self.groups.dp_cp)
+        entries = make_sharded_tensors_for_checkpoint(
+            own, prefix, dict.fromkeys(own, 0), sharded_offsets, tp_group=self.groups.tp, dp_cp_group=dp_cp
+        )
+        for name, module in self.named_children():
+            entries |= sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.groups.tp
+            )
+        return entries
+
+
+@torch.no_grad()
+def _last_tokens(inputs: Tensor, before: Tensor | None, documents: Tensor | None) -> Tensor:
+    """What the convolution of later tokens sees: the last J − 1, zeros where they are of another document."""
+    recent = inputs[-(TAPS - 1) :]
+    missing = TAPS - 1 - len(recent)
+    if missing:
+        earlier = inputs.new_zeros(missing, *inputs.shape[1:]) if before is None else before[-missing:]
+        recent = torch.cat((earlier, recent))
+    if documents is None:
+        return recent.clone()  # a view would keep all tokens
+    last = documents[-(TAPS - 1) :]
+    return recent * (last == last[-1])[..., None]
+
+
+def _document_starts(documents: Tensor) -> Tensor:
+    """(B, T) ids → (T, B) True at the first token of each document, except where a row goes on (id 0)."""
+    starts = torch.empty_like(documents, dtype=torch.bool)
+    starts[:, 0] = documents[:, 0] != 0
+    torch.ne(documents[:, 1:], documents[:, :-1], out=starts[:, 1:])
+    return starts.t()

@@ -1,0 +1,120 @@
+"""Searches over a few prompts at each evaluation, so that one sees the model reason while it trains."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vishwamai_mp.config import ConfigError, PretrainConfig
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.inference import Engine
+from vishwamai_mp.observability.writers import TensorBoard
+from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.metrics import Metrics
+from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts, ending_of_thoughts
+from vishwamai_mp.tree_of_thoughts.picture import to_html
+from vishwamai_mp.tree_of_thoughts.text import to_text
+
+if TYPE_CHECKING:
+    from vishwamai_mp.training.loop import Trainer
+
+
+class Search(Callback):
+    """Adds `search_score`, `search_tokens` and, where answers are given, `search_solve_rate` to evaluated steps.
+
+    Writes `search/step_00000100.html` to the run folder, and the first tree as text to TensorBoard.
+
+    Args:
+        prompts: lines of `tree.prompts`: a prompt, or a prompt, a tab and what a right answer contains.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, prompts: list[str], tokenizer: Tokenizer) -> None:
+        pairs = [line.partition("\t") for line in prompts]
+        self.prompts = [prompt for prompt, _, _ in pairs]
+        self.answers = [answer for _, _, answer in pairs if answer]
+        self.tokenizer = tokenizer
+        if self.answers and len(self.answers) < len(pairs):
+            raise ConfigError(
+                "tree.prompts: some lines have an answer behind a tab and some have none; make them alike"
+            )
+
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        config = trainer.config
+        parallel, components = config.parallel, config.memory.enabled or config.cache.enabled
+        if (
+            parallel.virtual_pipeline_model_parallel_size
+            or parallel.context_parallel_size > 1
+            or (parallel.sequence_parallel and components)
+        ):
+            raise ConfigError(
+                "tree.prompts cannot be searched in this layout (virtual pipeline stages, context parallelism, or"
+                " sequence parallelism with memory or cache); leave tree.prompts out"
+            )
+
+    def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
+        if "validation_loss" not in record:
+            return
+        results = self._search(trainer)
+        record["search_score"] = sum(result.nodes[result.best].score for result in results) / len(results)
+        record["search_tokens"] = sum(result.generated_tokens for result in results)
+        if self.answers:
+            texts = [self.tokenizer.decode(result.answer) for result in results]
+            solved = [answer in text for answer, text in zip(self.answers, texts, strict=True)]
+            record["search_solve_rate"] = sum(solved) / len(solved)
+        if trainer.runtime.reports:
+            self._write(trainer, results)
+
+    def _search(self, trainer: "Trainer") -> list[SearchResult]:
+        config = trainer.config
+        tree, prompts = config.tree, [self.tokenizer.encode(prompt) for prompt in self.prompts]
+        assert tree.branching is not None
+        # A block of slack for each sequence; kept nodes and their children are in memory together.
+        nodes = tree.beam_width * (tree.max_depth * tree.branching + 1)
+        room = sum(len(prompt) + 32 + nodes * (tree.max_thought_tokens + 32) for prompt in prompts)
+        model = trainer.chunks[0].module
+        engine = Engine(config, trainer.runtime, getattr(model, "module", model), kv_tokens=room)
+        ending = ending_of_thoughts(self.tokenizer, tree.stop)
+        return TreeOfThoughts(engine, tree, decode=self.tokenizer.decode, **ending).search(prompts)
+
+    def _write(self, trainer: "Trainer", results: list[SearchResult]) -> None:
+        step = trainer.state.step
+        folder = trainer.folder / "search"
+        folder.mkdir(exist_ok=True)
+        page = folder / f"step_{step:08d}.html"
+        aside = page.with_suffix(".partial")
+        aside.write_text(to_html(results, f"Step {step}"), encoding="utf-8")
+        aside.replace(page)
+        for callback in trainer.callbacks:
+            for writer in callback.writers if isinstance(callback, Metrics) else []:
+                if isinstance(writer, TensorBoard):
+                    writer.write_text(step, "search", to_text(results[0]))
+
+
+def search_callbacks(config: PretrainConfig, tokenizer: Tokenizer | None) -> list[Callback]:
+    """A `Search` where the configuration asks for one.
+
+    Raises:
+        ConfigError: no tokenizer, or a file that cannot be read or is empty.
+    """
+    path = config.tree.prompts
+    if not config.tree.enabled or path is None:
+        return []
+    if tokenizer is None:
+        raise ConfigError("tree.prompts needs a tokenizer; set data.tokenizer")
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tree.prompts={path}: cannot be read ({error})") from None
+    if not lines:
+        raise ConfigError(f"tree.prompts={path}: has no prompts; write one a line")
+    return [Search(lines, tokenizer)]
+
+
+def with_step_token(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainConfig:
+    """The configuration with `tree.step_token` as the tokenizer has it; without a tokenizer, or one without that
+    token, values are learnt at the starts of documents alone."""
+    tree = config.tree
+    if not tree.enabled or tree.step_token is not None or tokenizer is None:
+        return config
+    (step_token,) = ending_of_thoughts(tokenizer, tree.stop).get("stop_tokens", (None,))
+    return replace(config, tree=replace(tree, step_token=step_token))
