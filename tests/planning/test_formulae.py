@@ -84,7 +84,10 @@ def count(overrides: list[str]) -> tuple[int, int, int]:
 
     _, _, (model,) = build(*overrides)
     tokens = torch.arange(2 * 16).view(2, 16)
-    with mock.patch.object(blocked_attention, "_BLOCK", 16):
+    with (
+        mock.patch.object(blocked_attention, "_BLOCK", 16),
+        torch.backends.mkldnn.flags(enabled=False),  # the counter does not know oneDNN's products
+    ):
         with FlopCounterMode(display=False) as forward:
             losses = model(tokens, labels=tokens)
         with FlopCounterMode(display=False) as backward:

@@ -59,7 +59,10 @@ def built(overrides: list[str]) -> tuple[int, int, int]:
         """FLOPs of `baddbmm_`, which torch's counter does not know."""
         return 2 * a[0] * a[1] * a[2] * b[2]
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: added_in_place}) as counter:
+    with (
+        torch.backends.mkldnn.flags(enabled=False),  # the counter does not know oneDNN's products
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: added_in_place}) as counter,
+    ):
         memory(hidden)
     numbers = sum(level.memory[0].numel() for level in state.levels)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops(), numbers

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vishwamai_mp.precision import PrecisionPolicy, linears, use_transformer_engine
-from vishwamai_mp.precision.linears import _WidenedLinear
+from vishwamai_mp.precision.linears import _Fp32Linear
 
 _16_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKENS, _ROWS, _IN, _OUT = 6, 3, 40, 24
@@ -39,7 +39,7 @@ def oracle(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def ours(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     x, w, grad = operands(dtype)
     x.requires_grad_(), w.requires_grad_()
-    y = _WidenedLinear.apply(x, w, False, False, None)
+    y = _Fp32Linear.apply(x, w, False, False, None)
     y.backward(grad)
     assert x.grad is not None
     assert w.grad is not None
@@ -71,7 +71,8 @@ class _MatrixProducts(TorchDispatchMode):
         self.dtypes: list[torch.dtype] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+        products = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise)
+        if func.overloadpacket in products:
             self.dtypes += [argument.dtype for argument in args if isinstance(argument, Tensor)]
         return func(*args, **(kwargs or {}))
 
@@ -93,7 +94,7 @@ def layers_with_our_arithmetic(precision: str, native: bool) -> list[str]:
         {
             name.split(".")[-1]
             for name, implementation in implementations.items()
-            if getattr(implementation, "__func__", None) is linears._widened_forward
+            if getattr(implementation, "__func__", None) is linears._fp32_forward
         }
     )
 
@@ -103,9 +104,9 @@ _ALL = ["linear_fc1", "linear_fc2", "linear_proj", "linear_qkv", "output_layer"]
 
 @pytest.mark.parametrize(
     ("precision", "native", "widened"),
-    [("bf16", False, _ALL), ("fp16", False, _ALL), ("fp32", False, []), ("bf16", True, []), ("fp16", True, [])],
+    [("bf16", False, _ALL), ("fp16", False, _ALL), ("fp32", True, _ALL), ("bf16", True, []), ("fp16", True, [])],
 )
-def test_all_linears_have_it_exactly_where_the_hardware_does_not(workers, precision, native, widened):
+def test_all_linears_multiply_in_fp32_exactly_where_the_hardware_does_not_in_less(workers, precision, native, widened):
     assert workers.run(layers_with_our_arithmetic, 1, precision, native)[0] == widened
 
 
@@ -192,7 +193,7 @@ def assert_sum_of_two_roundings(ours: Tensor, exact: Tensor) -> None:
 def test_frozen_weights_get_no_gradient():
     x, w, grad = operands(torch.bfloat16)
     x.requires_grad_()
-    _WidenedLinear.apply(x, w, False, False, None).backward(grad)
+    _Fp32Linear.apply(x, w, False, False, None).backward(grad)
     assert w.grad is None
     assert x.grad is not None
     assert torch.equal(x.grad, oracle(torch.bfloat16)[1])

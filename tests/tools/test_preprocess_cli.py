@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def test_interrupt_leaves_nothing(folder, tmp_path, sent, workers):
     command += ["--tokenizer", str(folder / "small.model"), "--workers", str(workers)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs' shells ignore it
     with (
         subprocess.Popen(command, start_new_session=True, **options) as process,
         open(tmp_path / "in.jsonl", "w") as pipe,
@@ -115,6 +117,8 @@ def test_interrupt_leaves_nothing(folder, tmp_path, sent, workers):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=1)
                 break
+        else:
+            process.kill()
         assert process.stderr
         errors = process.stderr.read()
     assert process.returncode == 1

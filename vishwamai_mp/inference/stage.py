@@ -23,6 +23,7 @@ from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, CachedSequenc
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime, multiplies_natively
+from vishwamai_mp.runtime.products import linear_fp32
 
 Work = Sequence[tuple[CachedSequence, Sequence[int]]]
 
@@ -126,10 +127,7 @@ class Stage:
         self.repeat = config.model.num_attention_heads // config.model.num_key_value_heads
         self.width = config.model.head_dim
         self._group = runtime.groups.tp if tensor > 1 else None
-        self._widens = not multiplies_natively(self.dtype)
-        # torch gives fp32 matrices to MKL, which on the few rows of a decoding step reaches half of oneDNN's speed.
-        cpu = runtime.device.type == "cpu"
-        self._through_onednn = cpu and self.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        self._in_fp32 = self.dtype == torch.float32 or not multiplies_natively(self.dtype)
         angles = model.rotary(torch.arange(config.model.max_position_embeddings, device=runtime.device))[:, 0, 0]
         sine = angles.sin()
         sine[:, : self.width // 2].neg_()  # so that a turn is x · cos + (x with its halves exchanged) · sin
@@ -184,10 +182,8 @@ class Stage:
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         """x Wᵀ."""
-        if self._widens:
-            return (x.float() @ weight.float().t()).to(x.dtype)
-        if self._through_onednn:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        if self._in_fp32:
+            return linear_fp32(x.float(), weight.float()).to(x.dtype)
         return F.linear(x, weight)
 
     def _sum(self, partial: Tensor) -> Tensor:
@@ -246,7 +242,7 @@ class Stage:
         return out[0].transpose(0, 1).reshape(new, self.heads, self.repeat, self.width)
 
     def _softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-        wide = torch.float32 if self._widens else self.dtype
+        wide = torch.float32 if self._in_fp32 else self.dtype
         return F.scaled_dot_product_attention(
             q.to(wide),
             k.to(wide),

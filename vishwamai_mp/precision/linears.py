@@ -1,4 +1,4 @@
-"""Linear layers as CPUs compute them: FP8 ones emulated, 16-bit ones widened where the hardware has no such product.
+"""Linear layers as CPUs compute them: FP8 emulated, fp32 by the faster library, 16 bits widened without the hardware.
 
 Widening: the operands are multiplied in fp32 and the product rounded once, what a tensor core does, and some hundred
 times faster than the scalar fallback. Shapes: T tokens (local under sequence parallelism), B batch, I in, O out
@@ -26,13 +26,14 @@ from vishwamai_mp.precision.fp8_linear import (
 )
 from vishwamai_mp.precision.policy import Fp8Policy, PrecisionPolicy
 from vishwamai_mp.runtime import device, multiplies_natively
+from vishwamai_mp.runtime.products import linear_fp32
 
 _log = logging.getLogger(__name__)
 
 
 def computes_in_fp32(policy: PrecisionPolicy) -> bool:
-    """Whether matrices of this policy are multiplied faster after widening to fp32 (a CPU without the hardware)."""
-    return not multiplies_natively(policy.compute)
+    """Whether a CPU multiplies matrices of this policy in fp32: they are, or it has no hardware for what they are."""
+    return device().type == "cpu" and (policy.compute == torch.float32 or not multiplies_natively(policy.compute))
 
 
 def use_cpu_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
@@ -42,7 +43,7 @@ def use_cpu_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
     """
     if computes_in_fp32(policy):
         for module in parallel_linears(model):
-            module._forward_impl = MethodType(_widened_forward, module)
+            module._forward_impl = MethodType(_fp32_forward, module)
     if policy.fp8 is not None:
         linears = _fp8_linears(model, policy)
         if linears and device().type == "cpu" and not hasattr(linears[0], "fp8_meta"):
@@ -114,7 +115,7 @@ def _emulate_fp8(model: Any, linears: list[Any], fp8: Fp8Policy) -> None:
         emulate_fp8(linear, scaling)
 
 
-def _widened_forward(
+def _fp32_forward(
     _: nn.Module,
     input: Tensor,
     weight: Tensor,
@@ -124,11 +125,11 @@ def _widened_forward(
     tp_group: dist.ProcessGroup | None = None,
     **__: Any,
 ) -> Tensor:
-    output = _WidenedLinear.apply(input, weight, allreduce_dgrad, sequence_parallel, tp_group)
+    output = _Fp32Linear.apply(input, weight, allreduce_dgrad, sequence_parallel, tp_group)
     return output if bias is None else output + bias
 
 
-class _WidenedLinear(torch.autograd.Function):
+class _Fp32Linear(torch.autograd.Function):
     """y = x Wᵀ, with megatron-core's collectives: gather the sequence, reduce (or reduce-scatter) the gradient."""
 
     @staticmethod
@@ -138,16 +139,23 @@ class _WidenedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_TBI, w_OI)
         ctx.reduce, ctx.sequence_parallel, ctx.group = reduce, sequence_parallel, group
         x = gather_sequence(x_TBI, group) if sequence_parallel else x_TBI
-        return (x.float() @ w_OI.float().t()).to(x.dtype)
+        return linear_fp32(_wide(x), _wide(w_OI)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TBI, w_OI = ctx.saved_tensors
-        grad = grads[0].float()
+        grad = _wide(grads[0])
         x = gather_sequence(x_TBI, ctx.group) if ctx.sequence_parallel else x_TBI
-        dx = (grad @ w_OI.float()).to(x.dtype)
+        dx = linear_fp32(grad, _wide(w_OI).t()).to(x.dtype)
         dx, pending = reduce_input_gradient(dx, x_TBI.shape, ctx.reduce, ctx.sequence_parallel, ctx.group)
-        dw = (grad.flatten(0, -2).t() @ x.float().flatten(0, -2)).to(w_OI.dtype) if ctx.needs_input_grad[1] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = linear_fp32(grad.flatten(0, -2).t(), _wide(x).flatten(0, -2).t()).to(w_OI.dtype)
         if pending:
             pending.wait()
         return dx, dw, None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32; fp64, which tests use, stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from vishwamai_mp.runtime.products import linear_fp32
+
 # Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets; the longest matching name wins.
 _GPU_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H100 PCIe": 756.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0}
 
@@ -65,7 +67,7 @@ def _measured_matmul_flops(dtype: torch.dtype, threads: int, size: int = 1024) -
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        left @ right
+        linear_fp32(left, right) if dtype == torch.float32 else left @ right
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
