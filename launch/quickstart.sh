@@ -81,10 +81,11 @@ until [[ -f "$RUN/checkpoints/latest" ]]; do
 done
 sleep 3 # some steps further, which no checkpoint has
 python - "$job" <<'PY'
-import psutil, sys
+import contextlib, psutil, sys
 job = psutil.Process(int(sys.argv[1]))
 for process in [*job.children(recursive=True), job]:
-    process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):  # workers end with their launcher
+        process.kill()
 PY
 wait "$job" 2>/dev/null || true
 echo "killed (SIGKILL) at $SECONDS s; the same command goes on from the last checkpoint"
