@@ -104,7 +104,7 @@ python -m torch.distributed.run --nproc-per-node 2 tools/generate.py --load "$RU
 
 title "a tree of thoughts: a search over continuations, and its picture"
 python tools/generate.py --load "$RUN" --strategy tree --html "$WORK/tree.html" --prompt 'def ' \
-    tree.stop=":" tree.max_thought_tokens=24 tree.logprob_weight=1 tree.value_weight=0
+    tree.max_thought_tokens=12 tree.logprob_weight=1 tree.value_weight=0
 
 title "export to Hugging Face, logits compared"
 rm -rf "$WORK/hf"
