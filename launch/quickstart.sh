@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a bare checkout to a trained model: environment, corpus, tokenizer, two-process pretraining that is killed and
-# resumed, a look at the held-out loss, generated text, a tree of thoughts, a Hugging Face folder proved by its logits.
+# From a bare checkout to a trained model: environment, corpus, tokenizer, two-process pretraining with neural memory and
+# cache, killed and resumed, a look at the held-out loss, generated text, a tree of thoughts, a Hugging Face folder
+# proved by its logits.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/install.sh
@@ -8,7 +9,8 @@ source launch/install.sh
 
 usage() {
     cat <<'TEXT'
-Train a small model on this machine's CPU with two processes (tensor and sequence parallel), from nothing.
+Train a small model with neural memory and cache on this machine's CPU with two processes (tensor and sequence
+parallel), from nothing.
 
 usage: bash launch/quickstart.sh [--work-dir DIR] [--steps N]
 
@@ -50,9 +52,12 @@ title() { printf '\n== %s\n' "$*"; }
 train() {
     NPROC=2 LOG_DIR="$WORK/logs" bash launch/torchrun_single_node.sh --config tiny \
         parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true \
+        memory.enabled=true memory.memory_size=128 memory.head_dim=32 memory.num_memory_layers=2 memory.dropout=0 \
+        cache.enabled=true cache.num_heads=4 cache.segment_length=32 cache.latents_per_segment=4 cache.dropout=0 \
         data.train="$WORK/train_text_document" data.valid="$WORK/held_out_text_document" \
         data.tokenizer="$WORK/tokenizer.model" training.output_dir="$RUN" training.max_steps="$STEPS" \
-        training.evaluate_every="$((STEPS / 3))" training.micro_batch_size=16 checkpoint.save_every="$((STEPS / 3))" training.exit_after_minutes=7
+        training.evaluate_every="$((STEPS / 3))" checkpoint.save_every="$((STEPS / 3))" \
+        training.micro_batch_size=16 training.exit_after_minutes=7
 }
 
 title "environment"

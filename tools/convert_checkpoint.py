@@ -4,9 +4,11 @@
     python tools/convert_checkpoint.py to-hf --load runs/mine --output mine-hf --dtype bf16 --verify
     python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/llama
     python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/more memory.enabled=true
+    python tools/convert_checkpoint.py to-peft --load runs/adapted --output adapters --base Llama-3.2-1B
     python tools/convert_checkpoint.py verify --load runs/mine --output mine-hf --prompt "Once upon a time"
 
-Run again, an interrupted conversion continues. Sizes are in bytes: 5GB is 5,000,000,000, 5GiB is 5,368,709,120.
+to-hf merges adapters (LoRA) into the weights, to-peft writes them alone. Run again, an interrupted to-hf or from-hf
+continues. Sizes are in bytes: 5GB is 5,000,000,000, 5GiB is 5,368,709,120.
 """
 
 import argparse
@@ -26,19 +28,23 @@ _DTYPES = ("fp32", "bf16", "fp16", "fp8")
 
 def main() -> None:
     options = parse_arguments()
-    {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[options.direction](options)
+    {"to-hf": to_hf, "to-peft": to_peft, "from-hf": from_hf, "verify": verify}[options.direction](options)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     directions = parser.add_subparsers(dest="direction", required=True)
     export = directions.add_parser("to-hf", help="a checkpoint to a Hugging Face folder")
+    adapters = directions.add_parser("to-peft", help="a checkpoint's adapters (LoRA) to a folder that peft loads")
     load = directions.add_parser("from-hf", help="a Hugging Face folder to a run folder with a checkpoint")
     check = directions.add_parser("verify", help="compare the logits and greedy tokens of a checkpoint and a folder")
-    for command in (export, check):
+    for command in (export, adapters, check):
         command.add_argument(
             "--load", required=True, type=Path, help="a run folder, its checkpoints folder, or one checkpoint"
         )
+    adapters.add_argument("--output", required=True, type=Path, help="a new or empty folder")
+    adapters.add_argument("--base", default="", help="name or path of the Hugging Face model they were trained on")
+    for command in (export, check):
         command.add_argument("--tokenizer", help="SentencePiece .model, or none (default: the run folder's)")
         command.add_argument("--prompt", action="append", default=[], help="text to compare on; may be repeated")
         command.add_argument("--tokens", type=int, default=64, help="greedy tokens to compare per prompt (default: 64)")
@@ -88,6 +94,14 @@ def to_hf(options: argparse.Namespace) -> None:
     print(f"{source.path} → {options.output}")
     if options.verify:
         verify(options)
+
+
+def to_peft(options: argparse.Namespace) -> None:
+    from vishwamai_mp.checkpoint.huggingface.adapters import export_adapters
+
+    source = open_source(options.load)
+    export_adapters(source, options.output, options.base)
+    print(f"adapters of {source.path} → {options.output}")
 
 
 def from_hf(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ _SHOWN = ("amax", "smallest_scale", "largest_scale", "underflow", "overflow")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--step", type=int, help="which reported step (default: the last)")
+    parser.add_argument("--step", type=int, metavar="N", help="which reported step (default: the last)")
     parser.add_argument("--sort", choices=("layer", *_SHOWN), default="layer", help="by layer, or largest first")
     return parser.parse_args()
 

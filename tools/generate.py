@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Generates text from a checkpoint.
 
-    python tools/generate.py --load runs/tiny --prompt "def main(" --strategy greedy
+    python tools/generate.py --load runs/tiny --prompt "def main(" --max-new-tokens 40
     python tools/generate.py --load runs/tiny --prompt "3 4 5 = 17" --strategy tree --html tree.html tree.max_depth=4
     torchrun --nproc-per-node 2 tools/generate.py --load runs/tiny --prompt "import" --strategy sample \\
         parallel.tensor_model_parallel_size=2
+
+Lengths are in tokens, times in seconds. An option that the strategy has no use for is refused.
 """
 
 import argparse
@@ -123,8 +125,8 @@ def tree(
 ) -> Iterator[dict[str, Any]]:
     """The chosen path of a search over thoughts, with the whole tree; `--html` gets a picture."""
     from vishwamai_mp.inference import Engine
+    from vishwamai_mp.observability.tree_page import to_html
     from vishwamai_mp.tree_of_thoughts import TreeOfThoughts, ending_of_thoughts
-    from vishwamai_mp.tree_of_thoughts.picture import to_html
 
     settings = replace(config.tree, **given(options, "temperature", "seed"))
     if not config.tree.enabled and settings.value_weight and not settings.logprob_weight:
@@ -166,25 +168,73 @@ def write_aside(path: Path, text: str) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", required=True, help="a run folder, its checkpoints folder, or one checkpoint")
-    parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be given repeatedly")
-    parser.add_argument("--strategy", choices=["greedy", "sample", "beam", "tree"], default="greedy")
-    parser.add_argument("--max-new-tokens", type=int, help="tokens to add at most (default: 64; tree: see tree.*)")
-    parser.add_argument("--stop", action="append", help="end before this text; may be given repeatedly")
-    parser.add_argument("--repetition-penalty", type=float, help="above 1: avoid tokens that are there already")
-    parser.add_argument("--temperature", type=float, help="of `sample` and `tree`, above 0 (default: 1.0; tree: 0.7)")
-    parser.add_argument("--top-k", type=int, help="of `sample`: choose among this many likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="of `sample`: among the likeliest with this probability together")
-    parser.add_argument("--min-p", type=float, help="of `sample`: among those this fraction as likely as the likeliest")
-    parser.add_argument("--seed", type=int, help="of `sample` and `tree` (default: 0)")
-    parser.add_argument("--num-beams", type=int, help="of `beam` (default: 4)")
-    parser.add_argument("--length-penalty", type=float, help="of `beam`: above 0 favours longer texts (default: 1)")
-    parser.add_argument("--early-stopping", choices=["true", "false", "never"], help="of `beam` (default: false)")
-    parser.add_argument("--max-tokens", type=int, help="of `tree`: generated per prompt at most, over all branches")
-    parser.add_argument("--max-seconds", type=float, help="of `tree`: for the whole search")
-    parser.add_argument("--html", metavar="FILE", help="of `tree`: write a picture of the search")
+    parser.add_argument(
+        "--load", required=True, metavar="PATH", help="a run folder, its checkpoints folder, or one checkpoint"
+    )
+    parser.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="text to continue; may be given repeatedly"
+    )
+    parser.add_argument(
+        "--strategy",
+        choices=["greedy", "sample", "beam", "tree"],
+        default="greedy",
+        help="greedy (default): the likeliest token each time; sample: by chance; beam: the likeliest of several texts;"
+        " tree: a search over thoughts",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="tokens to add at most (default: 64); of all but `tree`"
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="of `greedy` and `sample`: end before this text; may be given repeatedly",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="of `greedy` and `sample`: above 1, avoid tokens that are there already",
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", help="of `sample` and `tree`, above 0 (default: 1.0; tree: 0.7)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="N", help="of `sample`: choose among this many likeliest tokens")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="SHARE",
+        help="of `sample`: among the likeliest with this probability together, in (0, 1]",
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="SHARE", help="of `sample`: among those this fraction as likely as the likeliest"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of `sample` and `tree` (default: 0)")
+    parser.add_argument("--num-beams", type=int, metavar="N", help="of `beam`: texts kept at a time (default: 4)")
+    parser.add_argument(
+        "--length-penalty", type=float, metavar="X", help="of `beam`: above 0 favours longer texts (default: 1)"
+    )
+    parser.add_argument(
+        "--early-stopping",
+        choices=["true", "false", "never"],
+        help="of `beam`: whether to stop at --num-beams complete texts; as Hugging Face has it (default: false)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of `tree`: tokens generated per prompt at most, over all branches"
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, metavar="S", help="of `tree`: the whole search takes at most this long, seconds"
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", help="of `tree`: write a picture of the search, a page that needs no network"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt; with `tree`, the whole tree")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings: the layout, tree.*")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings: the layout (parallel.*), the search (tree.*)",
+    )
     options = parser.parse_intermixed_args()
     for name, strategies in _OWN_OPTIONS.items():
         if getattr(options, name) is not None and options.strategy not in strategies:
@@ -202,14 +252,22 @@ def generation_config(checkpoint: Path, overrides: list[str]) -> PretrainConfig:
     recipe = checkpoint.parent.parent / "config.yaml"
     if not recipe.is_file():
         raise UserError(f"{recipe} is missing; --load takes a run folder as training wrote it")
-    trained = replace(load_config(recipe), parallel=ParallelConfig(), training=load_config({}).training)
-    training = {"sequence_length": 2, "output_dir": str(checkpoint.parent.parent)}
+    trained, plain = load_config(recipe), load_config({})
+    # What only concerns training would be checked against the rest of it. Components are checked against the length.
+    training = {
+        "sequence_length": trained.training.sequence_length,
+        "output_dir": str(checkpoint.parent.parent),
+    }
+    trained = replace(
+        trained, parallel=ParallelConfig(), training=plain.training, checkpoint=plain.checkpoint, logging=plain.logging
+    )
     config = load_config({**to_dict(trained), "training": training}, overrides)
     parallel = config.parallel
     for name, neutral in (
         ("context_parallel_size", 1),
         ("sequence_parallel", False),
         ("virtual_pipeline_model_parallel_size", None),
+        ("fully_sharded", False),
     ):
         if getattr(parallel, name) != neutral:
             raise UserError(f"parallel.{name} has no use in generation; leave it out")

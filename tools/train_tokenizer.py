@@ -28,7 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="TOKENS", help="tokens in all, at least 400")
     parser.add_argument("--output-prefix", required=True, metavar="PATH", help="the file is PATH.model")
-    parser.add_argument("--json-key", default="text", help="key or column that holds the text (default: %(default)s)")
+    parser.add_argument(
+        "--json-key", default="text", metavar="KEY", help="key or column that holds the text (default: text)"
+    )
     parser.add_argument(
         "--character-coverage",
         type=float,
@@ -38,7 +40,12 @@ def parse_arguments() -> argparse.Namespace:
         "(default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads (default: %(default)s)")
-    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a malformed document")
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a malformed document: stop with its file:line, or leave it out and count it (default: stop)",
+    )
     return parser.parse_args()
 
 

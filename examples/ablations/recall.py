@@ -1,6 +1,6 @@
 """Does the neural memory help? Recall beyond the window of attention, at equal FLOPs.
 
-    OMP_NUM_THREADS=1 python examples/ablations/recall.py                 # 20 minutes on one core
+    OMP_NUM_THREADS=1 python examples/ablations/recall.py                 # 30 minutes on one core
     OMP_NUM_THREADS=1 python examples/ablations/recall.py --tasks overwrite --seeds 1
 
 Three arms of the same two-layer model, each trained on the same stream of rows until it has spent the same FLOPs:
@@ -93,12 +93,12 @@ STUDIES = {
         figures={"accuracy": _score(tasks.associative_recall()), "leak": _score(tasks.leak())},
     ),
     "overwrite": Study(
-        tasks.overwrite_recall(), length=56, steps=1200, figures={"accuracy": _score(tasks.overwrite_recall())}
+        tasks.overwrite_recall(), length=56, steps=1800, figures={"accuracy": _score(tasks.overwrite_recall())}
     ),
     "passkey": Study(
         tasks.passkey(PASSKEY_LENGTHS[0]),
         length=PASSKEY_LENGTHS[0],
-        steps=500,
+        steps=1000,
         figures={
             str(length): _score(tasks.passkey(length), rows=32, batch=8, whole=True) for length in PASSKEY_LENGTHS
         },

@@ -82,7 +82,7 @@ def _rule_inputs(heads: int, batch_first: bool) -> list:
     import torch
 
     shape = (BATCH, LENGTH, heads) if batch_first else (LENGTH, BATCH, heads)
-    q, k, v = (torch.randn(*shape, WIDTH // heads) for _ in range(3))
+    q, k, v = (torch.nn.functional.normalize(torch.randn(*shape, WIDTH // heads), dim=-1) for _ in range(3))
     gates = [torch.rand(shape).log() * 0.1, torch.rand(shape).log(), torch.rand(shape)]
     return [x.requires_grad_() for x in (q, k, v, *gates)]
 
@@ -96,7 +96,7 @@ def megatron_rule(heads: int) -> Callable[[], None]:
     q, k, v, forget, _, rate = _rule_inputs(heads, batch_first=True)
 
     def step() -> None:
-        out, _ = torch_chunk_gated_delta_rule(q, k, v, g=forget, beta=rate, use_qk_l2norm_in_kernel=True)
+        out, _ = torch_chunk_gated_delta_rule(q, k, v, g=forget, beta=rate)  # unit queries and keys are given
         out.sum().backward()
 
     return step
@@ -153,7 +153,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self._peak, self._on = 0.0, True
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)  # an error ends the process all the same
         self._thread.start()
 
     def _run(self) -> None:

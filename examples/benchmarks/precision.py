@@ -10,12 +10,11 @@ fast a GPU would be. Fails if a recipe's step takes more than `--most` times bf1
 
 import argparse
 import itertools
-import statistics
-import time
 from collections.abc import Callable
 from typing import get_args
 
 import torch
+from turns import alternate
 
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.config.errors import UserError, run_program
@@ -96,19 +95,6 @@ def arm(config: PretrainConfig, runtime: Runtime) -> Callable[[], object]:
     )
     numbers = itertools.count()
     return lambda: step.train([next(stream)], next(numbers), 1e-4, float("inf"))
-
-
-def alternate(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each arm's step, after two unmeasured rounds. Who comes after whom changes every round."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for number in range(rounds + 2):
-        for name in names if number % 2 else reversed(names):
-            start = time.perf_counter()
-            arms[name]()
-            if number >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ LlamaForCausalLM of the same size with torch's AdamW, under bf16 autocast for bf
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from turns import alternate
 
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.planning import flops_per_token
@@ -152,19 +151,6 @@ def transformers_arm(precision: str) -> Callable[[], object]:
         optimizer.step()
 
     return step
-
-
-def alternate(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each arm's step; two unmeasured rounds first. Who comes after whom changes every round."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for number in range(rounds + 2):
-        for name in names if number % 2 else reversed(names):
-            start = time.perf_counter()
-            arms[name]()
-            if number >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, plain_mapping
 from vishwamai_mp.checkpoint.manifest import NAME, FileRecord, Manifest, TensorRecord, record_of
 from vishwamai_mp.checkpoint.store import publish, write_file
-from vishwamai_mp.checkpoint.writer import _ChecksummedFile
+from vishwamai_mp.checkpoint.writer import ChecksummedFile
 from vishwamai_mp.config import PretrainConfig, load_config, padded_vocab_size, resolve, to_yaml
 
 TENSOR, STAGES, FILES_PER_RANK = 4, 2, 2
@@ -99,7 +99,7 @@ def write(run: Path, size: str) -> None:
         for number in range(FILES_PER_RANK):
             name = f"__{rank}_{number}.distcp"
             with (partial / name).open("wb") as raw:
-                file = _ChecksummedFile(raw)
+                file = ChecksummedFile(raw)
                 for mapped in mine[number::FILES_PER_RANK]:
                     rows = padded_vocab_size(config) if mapped.is_vocabulary else mapped.shape[0]
                     record = tensors.setdefault(

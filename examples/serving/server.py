@@ -26,10 +26,12 @@ from service import Service
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.inference import Completion, SamplingOptions
+from vishwamai_mp.observability.page import page as html_page
+from vishwamai_mp.observability.tree_page import SCRIPT, STYLE
 from vishwamai_mp.tree_of_thoughts import SearchResult
 from vishwamai_mp.tree_of_thoughts.picture import to_svg
 
-_PAGE = Path(__file__).with_name("page.html")
+_PAGE = Path(__file__).with_name("page.html")  # what is within <main>
 
 
 class Body(BaseModel):
@@ -68,7 +70,7 @@ def build_app(service: Service, name: str, end_token: int | None) -> FastAPI:
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
-        return _PAGE.read_text(encoding="utf-8")
+        return html_page("Watch a tree of thoughts grow", _PAGE.read_text(encoding="utf-8"), STYLE, SCRIPT)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -98,10 +100,13 @@ def build_app(service: Service, name: str, end_token: int | None) -> FastAPI:
 async def server_sent(
     head: dict[str, Any], first: dict[str, Any], events: AsyncIterator[dict[str, Any]]
 ) -> AsyncIterator[str]:
-    """Server-sent events, as OpenAI's clients read them."""
+    """Server-sent events, as OpenAI's clients read them. What goes wrong on the way is the last but one of them."""
     yield f"data: {json.dumps({**head, **first})}\n\n"
-    async for event in events:
-        yield f"data: {json.dumps({**head, **event})}\n\n"
+    try:
+        async for event in events:
+            yield f"data: {json.dumps({**head, **event})}\n\n"
+    except (UserError, RuntimeError) as error:
+        yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'server_error'}})}\n\n"
     yield "data: [DONE]\n\n"
 
 

@@ -72,7 +72,11 @@ class TinyJob:
         for _ in range(steps):
             for chunk in self.chunks:
                 for param in chunk.parameters():
-                    param.main_grad.copy_(torch.sin(50 * param.detach().float()))
+                    gradient = torch.sin(50 * param.detach().float())
+                    if hasattr(param, "main_grad"):
+                        param.main_grad.copy_(gradient)
+                    else:
+                        param.grad = gradient  # fully sharded, as the parameter is
             self.optimizer.step()
             self.step += 1
 
@@ -229,7 +233,7 @@ def _fault(place: str, rank: int, effect: Callable[..., Any]) -> AbstractContext
     target, name = {
         "folder": (Path, "mkdir"),
         "data": (torch, "save"),
-        "data of rank 1": (writer._ChecksummedFile, "write"),
+        "data of rank 1": (writer.ChecksummedFile, "write"),
         "metadata": (pickle, "dump"),
         "common": (manager, "save_config"),
         "manifest": (manifest.Manifest, "to_json"),

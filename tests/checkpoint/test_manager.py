@@ -23,6 +23,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     "cp2": (2, {"context_parallel_size": 2}),
+    "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "fsdp2": (2, {"fully_sharded": True}),
+    "fsdp4": (4, {"fully_sharded": True}),
 }
 
 
@@ -53,6 +56,8 @@ def assert_equal(left: Path, right: Path) -> None:
         ("tp2", "fp32", True),
         ("pp2", "bf16", False),
         ("vpp2", "fp32", False),
+        ("fsdp2", "fp32", True),
+        ("fsdp2", "bf16", False),
     ],
 )
 def test_resume_in_the_same_layout_is_exact(
@@ -83,6 +88,8 @@ def test_resume_in_the_same_layout_is_exact(
         ("vpp2", "tp2"),
         ("tp2", "vpp2"),
         ("pp2", "cp2"),
+        ("fsdp2", "tp2 pp2"),
+        ("tp2 pp2", "fsdp4"),
     ],
 )
 def test_resume_in_another_layout_is_equal(workers: WorkerPool, tmp_path: Path, source: str, target: str) -> None:
@@ -129,6 +136,19 @@ def test_an_fp32_checkpoint_becomes_main_parameters_of_a_bf16_run(workers: Worke
     assert torch.equal(fp32[weight].bfloat16(), bf16[weight])
 
 
+@pytest.mark.parametrize(("source", "target"), [("fsdp2", "tp2 pp2"), ("tp2 pp2", "fsdp4"), ("fsdp4", "dp2")])
+def test_main_parameters_of_bf16_move_to_another_layout(
+    workers: WorkerPool, tmp_path: Path, source: str, target: str
+) -> None:
+    world, parallel = LAYOUTS[source]
+    workers.run(jobs.train_and_save, world, tmp_path / "whole", jobs.config("bf16", **parallel), 2)
+    world, parallel = LAYOUTS[target]
+    path = tmp_path / "whole/step_00000002"
+    workers.run(jobs.resume_and_save, world, path, tmp_path / "moved", jobs.config("bf16", **parallel), 0)
+    assert_equal(path, tmp_path / "moved/step_00000002")
+    assert "optimizer.state.fp32_param.output_layer.weight" in jobs.tensors_of(path)
+
+
 def test_weights_only_starts_the_optimizer_afresh(workers: WorkerPool, tmp_path: Path) -> None:
     workers.run(jobs.train_and_save, 1, tmp_path / "whole", jobs.config("bf16"), 2)
     path = tmp_path / "whole/step_00000002"
@@ -139,6 +159,14 @@ def test_weights_only_starts_the_optimizer_afresh(workers: WorkerPool, tmp_path:
     assert torch.equal(old[weight].float(), fresh[f"optimizer.state.fp32_param.{weight}"])
     assert old[f"optimizer.state.exp_avg.{weight}"].abs().max() > 0
     assert fresh[f"optimizer.state.exp_avg.{weight}"].abs().max() == 0
+
+
+def test_weights_only_fills_a_fully_sharded_model(workers: WorkerPool, tmp_path: Path) -> None:
+    workers.run(jobs.train_and_save, 1, tmp_path / "whole", jobs.config("bf16"), 2)
+    path, fully_sharded = tmp_path / "whole/step_00000002", jobs.config("bf16", fully_sharded=True)
+    for world, name in ((1, "one"), (2, "split")):
+        workers.run(jobs.load_weights_and_save, world, path, tmp_path / name, fully_sharded)
+    assert_equal(tmp_path / "one/step_00000002", tmp_path / "split/step_00000002")
 
 
 @pytest.mark.parametrize(

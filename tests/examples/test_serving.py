@@ -2,7 +2,9 @@
 
 import contextlib
 import http.client
+import itertools
 import json
+import re
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import browser_window, why_no_browser
 from tests.workers import WorkerPool
 
 pytest.importorskip("fastapi")
@@ -141,3 +144,74 @@ def test_the_endpoint(workers: WorkerPool) -> None:
     assert "the prompt is empty" in found["bad"][0][1]
     assert "top_p=2.0" in found["bad"][2][1]
     assert found["blocks"] == 0
+
+
+def seen_in_a_browser() -> dict[str, Any]:
+    """Runs in a worker: what the page shows when text is streamed, a tree grows, a reader stops, and of mistakes."""
+    with server() as (service, port), browser_window() as browser:
+        generator = service.generator
+        step = generator.step
+
+        def slow_step() -> None:
+            time.sleep(0.03)
+            step()
+
+        generator.step = slow_step
+        browser.resize(1280)
+        browser.open(f"http://127.0.0.1:{port}/")
+
+        def idle() -> bool:
+            return not browser.run("return document.querySelector('#ask button').disabled")
+
+        def watch(what: Any, button: str) -> list[Any]:
+            browser.click(button)
+            states = [what()]
+            while not idle():
+                if (state := what()) != states[-1]:
+                    states.append(state)
+            return [*states, what()]
+
+        def free() -> bool:
+            return not (generator.busy or generator.engine.pool.used_blocks)
+
+        browser.type("#prompt", _PROMPT)
+        found: dict[str, Any] = {"texts": watch(lambda: browser.text("#answer"), "button[value=sample]")}
+        found["tree"] = watch(lambda: browser.count("#tree .node"), "button[value=tree]")
+        found["state"] = browser.text("#state")
+        browser.hover("#tree .node")
+        found["tip"] = browser.text("#tip")
+        found["prompt"] = generator.decode(service.encode(_PROMPT))
+        # A reader who stops, and one who goes away.
+        for leave in (lambda: browser.click("#stop"), lambda: browser.open("about:blank")):
+            browser.type("#prompt", "a")
+            browser.click("button[value=sample]")
+            browser.wait(lambda: browser.text("#answer"))
+            found["used"] = generator.engine.pool.used_blocks
+            leave()
+            browser.wait(free)
+        browser.open(f"http://127.0.0.1:{port}/")
+        browser.type("#prompt", "x" * 80)
+        browser.click("button[value=sample]")
+        browser.wait(idle)
+        found["mistake"] = browser.text("#state")
+        browser.resize(480)
+        found["fits"] = browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        # The browser tells of the refused request, and of a picture for its tab that is not there.
+        found["complaints"] = [text for text in browser.complaints() if "400" not in text and "favicon" not in text]
+        return found
+
+
+@pytest.mark.skipif(bool(why_no_browser()), reason=why_no_browser())
+def test_the_page_in_a_browser(workers: WorkerPool) -> None:
+    found = workers.run(seen_in_a_browser, 1)[0]
+    texts = found["texts"]
+    assert len(texts) > 3  # it was seen to grow
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert found["tree"] == sorted(found["tree"])
+    assert found["tree"][-1] > 4
+    assert re.fullmatch(r"\d+ thoughts, \d+ tokens", found["state"])
+    assert found["tip"].startswith(found["prompt"])
+    assert found["used"] > 0
+    assert "context" in found["mistake"]
+    assert found["fits"]
+    assert found["complaints"] == []

@@ -105,6 +105,38 @@ def ragged_logits(overrides: list[str]) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.stack(rows) for rows in parts], full
 
 
+@pytest.mark.parametrize("variant", ["grouped", "window"])
+@pytest.mark.parametrize("layout", ["one process", "TP2"])
+def test_texts_that_begin_alike_read_their_beginning_together(workers, layout, variant):
+    processes, overrides = _LAYOUTS[layout]
+    for parts, full in workers.run(branched_logits, processes, [*overrides, *_VARIANTS[variant]]):
+        torch.testing.assert_close(parts, full, rtol=0, atol=1e-5)
+
+
+def branched_logits(overrides: list[str]) -> tuple[Tensor, Tensor]:
+    """Runs in a worker: logits of texts of two families and of one of its own, read token by token in one batch.
+
+    And the same of each text read at once.
+    """
+    ours = generator("model.max_position_embeddings=128", *overrides)
+    beginnings = [[(7 * family + 3 * i) % 250 for i in range(length)] for family, length in ((1, 70), (2, 83), (3, 5))]
+    owners = [0, 1, 0, 2, 1, 0]  # families lie in each other's way
+    endings = [[11 + 5 * i, 20 + i, 90 - i] for i in range(len(owners))]
+    roots = [CachedSequence() for _ in beginnings]
+    for root, beginning in zip(roots, beginnings, strict=True):
+        gathered(ours, [(root, beginning)])
+    branches = [ours.engine.fork(roots[owner]) for owner in owners]
+    parts = [
+        gathered(ours, [(branch, ending[i : i + 1]) for branch, ending in zip(branches, endings, strict=True)])
+        for i in range(3)
+    ]
+    full = []
+    for owner, ending in zip(owners, endings, strict=True):
+        sequence = CachedSequence()
+        full.append(gathered(ours, [(sequence, beginnings[owner] + ending)])[-3:])
+    return torch.stack(parts), torch.stack(full, 1)
+
+
 def generated(overrides: list[str], options: Any, prompts: list[list[int]], **more: Any) -> list[Completion]:
     """Runs in a worker. Different options for each prompt may be given as a list."""
     ours = generator(*overrides, **more)

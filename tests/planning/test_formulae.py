@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vishwamai_mp.config import ModelConfig, RopeScaling, load_config, padded_vocab_size, resolve
-from vishwamai_mp.planning import flops_per_token, parameter_count
+from vishwamai_mp.planning import flops_per_token, parameter_count, total_parameters, training_flops_per_token
 from vishwamai_mp.planning.flops import forward_flops_per_token
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +109,20 @@ def test_formulae_are_those_of_the_built_model(workers, name):
     wasted = 4 * model.num_layers * model.num_attention_heads * (model.head_dim or 0) * masked
     assert forward == 2 * length * (forward_flops_per_token(model, length) + wasted)
     assert backward == 2 * forward
+
+
+def test_formulae_of_a_model_with_adapters(workers):
+    """What is multiplied less: the frozen first layer's input needs no gradient, which the formula leaves out."""
+    from tests.model.builds import small_config
+
+    overrides = ["lora.enabled=true", "lora.rank=4", "training.sequence_length=16"]
+    config = small_config(*overrides)
+    parameters, forward, backward = workers.run(count, 1, overrides)[0]
+    padded = replace(config, model=replace(config.model, vocab_size=padded_vocab_size(config)))
+    assert parameters == total_parameters(config, padded_vocab_size(config))
+    expected = training_flops_per_token(padded) * 2 * 16
+    assert 0.9 < (forward + backward) / expected < 1.1
+    assert training_flops_per_token(padded) < 0.85 * flops_per_token(padded.model, 16)
 
 
 def test_rope_scaling_costs_nothing():

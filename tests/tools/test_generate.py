@@ -16,7 +16,7 @@ import pytest
 
 from tests.synthetic import write_corpus
 from tests.workers import WorkerPool
-from vishwamai_mp.config import UserError
+from vishwamai_mp.config import UserError, load_config, resolve, to_yaml
 from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,6 +220,16 @@ def test_the_program_prints_that_line_and_fails(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert str(tmp_path) in line
+
+
+def test_settings_of_training_alone_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    """Steps, evaluations and profiles of the run, whatever they were; a cache whose segments are long."""
+    overrides = ["training.max_steps=900", "training.evaluate_every=5", "checkpoint.load_best=true"]
+    overrides += ["logging.profile_steps=[800,801]", "cache.enabled=true", "cache.segment_length=64"]
+    trained = resolve(load_config("tiny", overrides))
+    (tmp_path / "config.yaml").write_text(to_yaml(trained))
+    found = runpy.run_path(str(TOOL))["generation_config"](tmp_path / "checkpoints/step_00000900", [])
+    assert (found.model, found.cache) == (trained.model, trained.cache)
 
 
 def test_another_tokenizer_is_refused(workers: WorkerPool, run_folder: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def train(
         trainer = Trainer(
             config,
             runtime,
-            replace(datasets, train=recorded),  # type: ignore[arg-type]  # it is only ever indexed
+            replace(datasets, train=recorded),
             [watch, *usual_callbacks(config)],
         )
         if prepare:
@@ -146,5 +146,6 @@ def hashes(trainer: Trainer) -> dict[str, str]:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    local = getattr(tensor, "to_local", lambda: tensor)()  # of a fully sharded parameter
+    data = local.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data.tobytes()).hexdigest()

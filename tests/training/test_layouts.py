@@ -11,6 +11,7 @@ _CHUNKS = "parallel.virtual_pipeline_model_parallel_size="
 _CONTEXT = "parallel.context_parallel_size="
 _SEQUENCE = "parallel.sequence_parallel=true"
 _SHARDED_OPTIMIZER = "parallel.use_distributed_optimizer=true"
+_FULLY_SHARDED = "parallel.fully_sharded=true"
 
 # name: (processes, layout)
 LAYOUTS = {
@@ -26,6 +27,8 @@ LAYOUTS = {
     "TP2 PP2": (4, [_TENSOR + "2", _PIPELINE + "2"]),
     "TP2 CP2": (4, [_TENSOR + "2", _CONTEXT + "2"]),
     "TP2 SP DP2 sharded optimizer": (4, [_TENSOR + "2", _SEQUENCE, _SHARDED_OPTIMIZER]),
+    "FSDP2": (2, [_FULLY_SHARDED]),
+    "FSDP4": (4, [_FULLY_SHARDED]),
 }
 UNEVEN = {
     "PP2 3+1": (2, [_PIPELINE + "2", "parallel.num_layers_in_first_pipeline_stage=3"]),
@@ -37,7 +40,7 @@ VARIANTS = {
     "packed": ["data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true"],
     "window": ["model.sliding_window=7"],
 }
-FOR_VARIANTS = ("DP2 sharded optimizer, overlap", "TP2 SP", "PP2", "PP2x2", "CP2")
+FOR_VARIANTS = ("DP2 sharded optimizer, overlap", "TP2 SP", "PP2", "PP2x2", "CP2", "FSDP2")
 Curve = list[tuple[float, float]]
 
 
@@ -91,7 +94,7 @@ def test_layouts_agree_in_variants(workers, one_process, name, variant):
 _BF16 = ["precision=bf16", "model.initializer_range=0.04", "training.sequence_length=64"]
 
 
-@pytest.mark.parametrize("name", ["DP2 sharded optimizer, overlap", "TP2 SP", "PP2", "CP2"])
+@pytest.mark.parametrize("name", ["DP2 sharded optimizer, overlap", "TP2 SP", "PP2", "CP2", "FSDP2"])
 def test_bf16_layout_equals_one_process(workers, one_process, name):
     """Within 5e-4: a bf16 activation is rounded at other places when its sum is split."""
     processes, layout = LAYOUTS[name]

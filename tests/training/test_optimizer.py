@@ -117,7 +117,7 @@ def decay_alone(overrides: list[str]) -> dict[str, float | None]:
     return factors
 
 
-@pytest.mark.parametrize("overrides", [[], [_SHARDED_OPTIMIZER]])
+@pytest.mark.parametrize("overrides", [[], [_SHARDED_OPTIMIZER], ["parallel.fully_sharded=true"]])
 def test_only_matrices_decay(workers: WorkerPool, overrides):
     for factors in workers.run(decay_alone, 2, [*overrides, "optimizer.weight_decay=0.5"]):
         vectors = {name for name, factor in factors.items() if factor is None}

@@ -25,6 +25,8 @@ LAYOUTS = {
     "PP2": (2, [_PIPELINE]),
     "bf16 DP2 sharded optimizer, overlap": (2, ["precision=bf16", _SHARDED_OPTIMIZER]),
     "bf16 TP2 SP": (2, ["precision=bf16", _TENSOR, _SEQUENCE]),
+    "FSDP2": (2, ["parallel.fully_sharded=true"]),
+    "bf16 FSDP2": (2, ["precision=bf16", "parallel.fully_sharded=true"]),
     "fp16 DP2": (2, ["precision=fp16", "optimizer.initial_loss_scale=1024", "optimizer.loss_scale_window=2"]),
 }
 

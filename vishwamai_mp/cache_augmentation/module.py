@@ -4,19 +4,14 @@ Shapes: S tokens of this rank (after sequence and context parallelism), T tokens
 parallel rank, B rows, D width, H heads (local), K head width, L latents per segment, N segments, E importance width.
 """
 
-from typing import Any
-
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 
 # isort: split
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
-from torch import Tensor, nn
+from torch import Tensor
 
 from vishwamai_mp.cache_augmentation.attention import ChunkReading, Reader
 from vishwamai_mp.cache_augmentation.carry import CarriedCache, belonging
@@ -26,10 +21,11 @@ from vishwamai_mp.cache_augmentation.read import Latents, with_null
 from vishwamai_mp.cache_augmentation.segments import Segments, locate
 from vishwamai_mp.cache_augmentation.write import Widths, initial_positions, latents_of, pool_whole_rows
 from vishwamai_mp.config import CacheConfig
-from vishwamai_mp.precision.modules import Linears
+from vishwamai_mp.config.components import IMPORTANCE_WIDTH
+from vishwamai_mp.precision.modules import HeadShardedModule, Linears
+from vishwamai_mp.precision.standalone import Standalone, alone
 from vishwamai_mp.runtime.measures import Measures
 
-IMPORTANCE_WIDTH = 8
 _MEASURES = (
     "cache_entropy",  # of a token's weights over latents and null slot, nats
     "cache_null_share",
@@ -40,58 +36,51 @@ _MEASURES = (
 )
 
 
-class DifferentiableCacheAugmentation(MegatronModule):
+class DifferentiableCacheAugmentation(Standalone, HeadShardedModule):
     """Latents of past segments, written by learned pooling and read by attention with importance and a null slot.
 
     Args:
-        config: resolved.
+        config: resolved. Alone, outside a model, the component stands for itself, in one process and in fp32.
         megatron: megatron-core's configuration.
         groups: process groups; heads are split over `tp`, tokens over `cp`.
         layer_number: from 1.
         linears: classes of the backend.
     """
 
+    section = "cache"
+
     def __init__(
         self,
         config: CacheConfig,
-        megatron: TransformerConfig,
-        groups: ProcessGroupCollection,
-        layer_number: int,
+        megatron: TransformerConfig | None = None,
+        groups: ProcessGroupCollection | None = None,
+        layer_number: int = 1,
         *,
-        linears: Linears,
+        linears: Linears | None = None,
     ) -> None:
-        super().__init__(megatron)
-        self.cache_config, self.groups, self.layer_number = config, groups, layer_number
+        if megatron is None or groups is None or linears is None:
+            config, megatron, groups, linears = alone(self.section, config)
         assert config.hidden_size is not None
-        width, tensor = config.hidden_size, groups.tp.size()
-        self.widths = Widths(width // config.num_heads, IMPORTANCE_WIDTH, config.latents_per_segment)
-        self.heads = config.num_heads // tensor
-        # init_method: never called, initial values are model/initialization.py's.
-        options: dict[str, Any] = {
-            "config": megatron,
-            "init_method": nn.init.zeros_,
-            "bias": False,
-            "skip_bias_add": False,
-            "is_expert": False,
-            "tp_group": groups.tp,
-        }
-        self.norm = linears.norm(config=megatron, hidden_size=width, eps=megatron.layernorm_epsilon)
-        self.projection = linears.column(width, config.num_heads * self.widths.total, gather_output=False, **options)
-        self.output = linears.row(width, width, input_is_parallel=True, **options)
-        nn.init.zeros_(self.output.weight)
-        self.position_bias = self._of_heads(initial_positions(config.latents_per_segment, config.segment_length))
-        self.importance_weight = self._of_heads(torch.full((IMPORTANCE_WIDTH,), 1 / IMPORTANCE_WIDTH))
-        self.importance_bias = self._of_heads(torch.zeros(1))
-        self.null_key = self._of_heads(torch.zeros(self.widths.head))
+        width = config.hidden_size
+        widths = Widths(width // config.num_heads, IMPORTANCE_WIDTH, config.latents_per_segment)
+        super().__init__(
+            megatron,
+            groups,
+            layer_number,
+            linears,
+            width=width,
+            heads=config.num_heads,
+            features=widths.total,
+            read_width=width,
+        )
+        self.cache_config, self.widths = config, widths
+        self.position_bias = self.of_heads(initial_positions(config.latents_per_segment, config.segment_length))
+        self.importance_weight = self.of_heads(torch.full((IMPORTANCE_WIDTH,), 1 / IMPORTANCE_WIDTH))
+        self.importance_bias = self.of_heads(torch.zeros(1))
+        self.null_key = self.of_heads(torch.zeros(self.widths.head))
         self.measures = Measures(*_MEASURES)
         capacity = config.max_cache_length // config.latents_per_segment
         self.carried = CarriedCache(megatron, capacity) if config.carry_state else None
-
-    def _of_heads(self, one_head: Tensor) -> nn.Parameter:
-        """A tensor for each head of this rank, end to end: one dimension, so that weight decay leaves it alone."""
-        parameter = nn.Parameter(one_head.flatten().repeat(self.heads).to(self.config.params_dtype))
-        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-        return parameter
 
     def forward(
         self, hidden: Tensor, documents: Tensor | None = None, state: CacheState | None = None
@@ -189,22 +178,6 @@ class DifferentiableCacheAugmentation(MegatronModule):
         capacity = self.cache_config.max_cache_length // self.widths.latents
         self.measures.add("cache_fill", torch.as_tensor(held / capacity), 1)
         self.measures.add("cache_evictions", torch.as_tensor(float(evicted)), bias_GNL.shape[0])
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Parameters by head, so that a checkpoint loads at any tensor parallel size."""
-        own: dict[str, Any] = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        dp_cp = (metadata or {}).get("dp_cp_group", self.groups.dp_cp)
-        entries = make_sharded_tensors_for_checkpoint(
-            own, prefix, dict.fromkeys(own, 0), sharded_offsets, tp_group=self.groups.tp, dp_cp_group=dp_cp
-        )
-        for name, module in self.named_children():
-            entries |= sharded_state_dict_default(
-                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.groups.tp
-            )
-        return entries
 
 
 def _behind(earlier: Tensor, later: Tensor) -> Tensor:

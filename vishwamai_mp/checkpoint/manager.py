@@ -23,7 +23,7 @@ from torch import nn
 
 from vishwamai_mp.checkpoint import guard, manifest, sharded, store
 from vishwamai_mp.checkpoint.collective import Failure, on_all_ranks, on_first_rank
-from vishwamai_mp.checkpoint.components import check_components
+from vishwamai_mp.checkpoint.components import check_adapters, check_components
 from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.checkpoint.record import manifest_of
 from vishwamai_mp.checkpoint.writer import PlannedWrite, Written, plan_write
@@ -52,6 +52,7 @@ class _Pending:
     partial: Path
     planned: PlannedWrite
     trainer: dict[str, Any]
+    best: int | None
 
 
 class CheckpointManager:
@@ -78,6 +79,7 @@ class CheckpointManager:
         trainer_state: dict[str, Any],
         *,
         final: bool = False,
+        best: int | None = None,
     ) -> None:
         """Save a checkpoint, first finishing one that is still being written.
 
@@ -89,6 +91,7 @@ class CheckpointManager:
             optimizer: None: only weights.
             trainer_state: JSON-able; rank 0's is kept.
             final: the run's last: written before returning, and not again if this step was saved just before.
+            best: step whose checkpoint is kept whatever its age.
 
         Raises:
             UserError: the disk is full or fails. Nothing of the checkpoint is left, earlier ones are untouched.
@@ -102,7 +105,7 @@ class CheckpointManager:
         scalars = sharded.optimizer_scalars(optimizer) if optimizer else []
         trainer = {"optimizer": scalars, "trainer": trainer_state}
         planned = self._plan(partial_folder, model_chunks, optimizer)
-        self._pending = _Pending(step, partial_folder, planned, trainer)
+        self._pending = _Pending(step, partial_folder, planned, trainer, best)
         if self.config.checkpoint.async_save and not final:
             request = planned.request
             request.add_finalize_fn(self._finish)
@@ -155,7 +158,7 @@ class CheckpointManager:
             path: the checkpoint's folder.
             model_chunks: this rank's chunks, wrapped or not.
             optimizer: None: only weights.
-            weights_only: the optimizer starts afresh from the loaded weights.
+            weights_only: the optimizer starts afresh from the loaded weights; so do adapters that these lack.
 
         Returns:
             the trainer state that was saved.
@@ -167,7 +170,8 @@ class CheckpointManager:
         problems = [] if path in self._verified else self._check(path)
         if problems:
             raise UserError(f"checkpoint not loaded: {path}: {'; '.join(problems)}")
-        opened = on_first_rank(lambda: self._open(path, with_optimizer))
+        starts = optimizer is not None and weights_only
+        opened = on_first_rank(lambda: self._open(path, with_optimizer, starts))
         if isinstance(opened, Failure):
             opened.throw("checkpoint not loaded")
         found, trainer = opened
@@ -230,7 +234,8 @@ class CheckpointManager:
         store.write_file(folder / manifest.NAME, described.to_json().encode())
         store.publish(folder, pending.step)
         try:
-            store.retain(self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+            options = self.config.checkpoint
+            store.retain(self.root, options.keep_last, options.keep_every, pending.best)
         except OSError as error:
             _log.warning("old checkpoints could not be deleted: %s", error)
         return None
@@ -250,14 +255,19 @@ class CheckpointManager:
             return [results.message]
         return [problem for result in results for problem in result]
 
-    def _open(self, path: Path, with_optimizer: bool) -> tuple[Manifest, dict[str, Any]]:
-        """On rank 0: what the checkpoint holds, after all checks that need no other rank."""
+    def _open(self, path: Path, with_optimizer: bool, starts: bool) -> tuple[Manifest, dict[str, Any]]:
+        """On rank 0: what the checkpoint holds, after all checks that need no other rank.
+
+        Args:
+            starts: training starts from its weights, maybe with adapters that it lacks.
+        """
         found = manifest.read_manifest(path)
         model = asdict(self.config.model)
         different = manifest.differences(found.model, model, _SHAPE_KEYS)
         if different:
             raise UserError(f"{path} is a checkpoint of another model: {'; '.join(different)}")
         check_components(path, found.tensors, self.config)
+        check_adapters(path, found.tensors, self.config, fresh=starts)
         for difference in manifest.differences(found.model, model, _BEHAVIOUR_KEYS):
             _log.warning("%s: %s; the former is used", path, difference)
         if with_optimizer and not found.has_optimizer:

@@ -7,22 +7,32 @@ its hyperparameters are not stored: the configuration says them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
+from vishwamai_mp.config.finetuning import ADAPTER_STATE
 from vishwamai_mp.config.fp8 import SCALING_STATE
 from vishwamai_mp.runtime import Runtime  # before megatron.core
 
 # isort: split
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
+
+from vishwamai_mp.model.fully_sharded import FullySharded
 
 _MAIN = "optimizer.state.fp32_param."
 _DISTRIBUTED_MAIN = "optimizer.state.param."  # the distributed optimizer's name for the same
@@ -30,16 +40,26 @@ _DISTRIBUTED_MAIN = "optimizer.state.param."  # the distributed optimizer's name
 
 def model_state(chunks: Sequence[nn.Module], runtime: Runtime) -> dict[str, Any]:
     """The model's sharded tensors, one entry per chunk of this rank."""
-    metadata = _metadata(runtime)
-    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    metadata, state = _metadata(runtime), {}
+    for i, model in enumerate(map(unwrap, chunks)):
+        items = model.sharded_state_dict(metadata=metadata)
+        if model.sharding:  # fp32 in memory; in a checkpoint as in any other layout
+            items = {name: _of_type(item, model.sharding.compute) for name, item in items.items()}
+        state[f"model{i}"] = items
+    return state
 
 
 def load_model(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
     """Put what `model_state` asked for into the model."""
-    for i, chunk in enumerate(chunks):
-        result = unwrap(chunk).load_state_dict(loaded[f"model{i}"], strict=False)
-        # A checkpoint of another precision lacks these scaling factors; they form anew.
-        missing = [key for key in result.missing_keys if not key.endswith(("_extra_state", *SCALING_STATE))]
+    for i, model in enumerate(map(unwrap, chunks)):
+        if model.sharding:
+            for name, item in model.sharded_state_dict().items():
+                item.data.copy_(loaded[f"model{i}"][name])
+            continue
+        result = model.load_state_dict(loaded[f"model{i}"], strict=False)
+        # A checkpoint of another precision lacks these scaling factors; they form anew. Adapters may begin on it.
+        fresh = ("_extra_state", *SCALING_STATE, *ADAPTER_STATE)
+        missing = [key for key in result.missing_keys if not key.endswith(fresh)]
         assert not missing, missing
         assert not result.unexpected_keys, result.unexpected_keys
 
@@ -57,6 +77,8 @@ def optimizer_state(
     """
     state = {}
     for i, part in enumerate(_parts(optimizer)):
+        if _trains_nothing(part):
+            continue
         _fill_state(part)
         if isinstance(part, DistributedOptimizer):
             part.get_parameter_state_dp_zero = partial(_world_state_with_padding, part)
@@ -72,6 +94,8 @@ def optimizer_state(
 def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any], scalars: Sequence[dict[str, Any]]) -> None:
     """Put what `optimizer_state` asked for, and the step and loss scale, into the optimizer."""
     for i, (part, saved) in enumerate(zip(_parts(optimizer), scalars, strict=True)):
+        if _trains_nothing(part):
+            continue
         state = loaded[f"optimizer{i}"]
         _set_step(part, state, saved["step"])
         scaler = getattr(part, "grad_scaler", None)
@@ -81,8 +105,12 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any], scalars
 
 
 def optimizer_scalars(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    """Step and loss scaler of each part of the optimizer, as plain values."""
-    return [{"step": _step(part), "grad_scaler": _plain_scaler(part)} for part in _parts(optimizer)]
+    """Step and loss scaler of each part of the optimizer, as plain values. Collective."""
+    parts = _parts(optimizer)
+    counted: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counted, [_step(part) for part in parts])  # where all is frozen, nothing counts
+    steps = [max(counts) for counts in zip(*counted, strict=True)]
+    return [{"step": step, "grad_scaler": _plain_scaler(part)} for part, step in zip(parts, steps, strict=True)]
 
 
 def without_redundant(state: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +147,12 @@ def split_request(state: dict[str, Any], tensors: Mapping[str, tuple[int, ...]],
         return key.endswith(SCALING_STATE) and tensors.get(key) != tuple(item.global_shape)
 
     _, wanted = _split(wanted, is_new_scaling)  # another precision, or another length of history
+
+    def is_new_adapter(item: Any) -> bool:
+        key = getattr(item, "key", "")
+        return key.endswith(ADAPTER_STATE) and key not in tensors
+
+    _, wanted = _split(wanted, is_new_adapter)  # whether there may be any was checked before
     named = [item for item in nested_values(wanted) if isinstance(item, ShardedBase)]
     missing = [item.key for item in named if not isinstance(item, ShardedObject) and item.key not in tensors]
     return SplitRequest(wanted, borrowed, plain, sorted(set(missing)))
@@ -138,7 +172,7 @@ class SplitRequest:
 
 def unwrap(chunk: nn.Module) -> Any:
     """The model inside megatron-core's wrappers."""
-    while isinstance(chunk, DistributedDataParallel | Float16Module):
+    while isinstance(chunk, DistributedDataParallel | Float16Module | FullySharded):
         chunk = chunk.module
     return chunk
 
@@ -159,9 +193,20 @@ def _metadata(runtime: Runtime) -> dict[str, Any]:
     }
 
 
+def _of_type(item: ShardedTensor, dtype: torch.dtype) -> ShardedTensor:
+    return item if item.dtype == dtype else replace(item, data=item.data.to(dtype), dtype=dtype)
+
+
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _trains_nothing(part: Any) -> bool:
+    """Whether all parameters of this rank's stage are frozen."""
+    if isinstance(part, DistributedOptimizer):
+        return not part.buffers  # of a parameter, another replica may have all rows
+    return not any(group["params"] for group in part.optimizer.param_groups)
 
 
 def _is_torch_adam(part: Any) -> bool:

@@ -122,8 +122,8 @@ def publish(partial: Path, step: int) -> Path:
     return final
 
 
-def retain(root: Path, keep_last: int | None, keep_every: int | None) -> None:
-    """Delete whole checkpoints except the newest `keep_last`, steps divisible by `keep_every`, and the latest.
+def retain(root: Path, keep_last: int | None, keep_every: int | None, best: int | None = None) -> None:
+    """Delete whole checkpoints except the newest `keep_last`, steps divisible by `keep_every`, the latest and the best.
 
     Broken ones are left for the user to look at and do not count.
     """
@@ -136,7 +136,8 @@ def retain(root: Path, keep_last: int | None, keep_every: int | None) -> None:
     ]
     latest = (root / LATEST).read_text().strip()
     for path in whole[keep_last:]:
-        if path.name != latest and not (keep_every and step_of(path) % keep_every == 0):
+        step = step_of(path)
+        if path.name != latest and step != best and not (keep_every and step % keep_every == 0):
             remove(path)
 
 

@@ -138,7 +138,7 @@ def _write_file(bucket: Any) -> tuple[list[WriteResult], FileRecord]:
     path, name, (objects, tensors) = bucket
     results = []
     with open(path, "wb") as raw:
-        file = _ChecksummedFile(raw)
+        file = ChecksummedFile(raw)
         for item, data in [*objects, *tensors]:
             start = file.size
             if isinstance(data, torch.Tensor):
@@ -152,7 +152,7 @@ def _write_file(bucket: Any) -> tuple[list[WriteResult], FileRecord]:
     return results, FileRecord(file.size, file.crc32)
 
 
-class _ChecksummedFile:
+class ChecksummedFile:
     """As much of a file as torch.save needs, with size and checksum of what passed."""
 
     def __init__(self, raw: BinaryIO) -> None:

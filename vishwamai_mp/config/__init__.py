@@ -1,6 +1,7 @@
 """What the user asks for: frozen dataclasses, presets, loading, validation. Imports no torch."""
 
 from vishwamai_mp.config.errors import ConfigError, UserError, run_program
+from vishwamai_mp.config.finetuning import frozen_parts
 from vishwamai_mp.config.load import load_config, preset_names, to_dict, to_yaml
 from vishwamai_mp.config.resolve import (
     data_parallel_size,
@@ -16,6 +17,7 @@ from vishwamai_mp.config.schema import (
     DataConfig,
     Fp8Config,
     LoggingConfig,
+    LoraConfig,
     MemoryConfig,
     ModelConfig,
     OptimizerConfig,
@@ -34,6 +36,7 @@ __all__ = [
     "DataConfig",
     "Fp8Config",
     "LoggingConfig",
+    "LoraConfig",
     "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -45,6 +48,7 @@ __all__ = [
     "TreeConfig",
     "UserError",
     "data_parallel_size",
+    "frozen_parts",
     "layers_per_stage",
     "load_config",
     "micro_batches_per_step",

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from vishwamai_mp.config.components import check_component, placed
 from vishwamai_mp.config.errors import ConfigError
 from vishwamai_mp.config.schema import CacheConfig, PretrainConfig
 
@@ -21,20 +22,16 @@ def resolve_cache(config: PretrainConfig) -> CacheConfig:
     cache = replace(
         cache,
         hidden_size=config.model.hidden_size if cache.hidden_size is None else cache.hidden_size,
-        layers=list(range(min(8, layers) // 2, layers, 8)) if cache.layers is None else cache.layers,
+        layers=placed(cache.layers, min(8, layers) // 2, layers),
     )
+    check_component("cache", cache, config.model.hidden_size, layers)
     _check_shape(cache, config)
-    _check_layers(cache, layers)
     _check_sequence(cache, config)
     return cache
 
 
 def _check_shape(cache: CacheConfig, config: PretrainConfig) -> None:
     width, tensor = config.model.hidden_size, config.parallel.tensor_model_parallel_size
-    if cache.hidden_size != width:
-        raise ConfigError(
-            f"cache.hidden_size={cache.hidden_size} is not model.hidden_size={width}; leave it out or use {width}"
-        )
     if width % cache.num_heads:
         raise ConfigError(
             f"cache.num_heads={cache.num_heads} does not divide model.hidden_size={width}; use a divisor of {width}"
@@ -44,21 +41,11 @@ def _check_shape(cache: CacheConfig, config: PretrainConfig) -> None:
             f"cache.num_heads={cache.num_heads} is not divisible by parallel.tensor_model_parallel_size={tensor};"
             f" use a multiple of {tensor}"
         )
-    if cache.dropout >= 1:
-        raise ConfigError(f"cache.dropout={cache.dropout}: a probability; use a number from 0 to below 1")
     if cache.max_cache_length < cache.latents_per_segment or cache.max_cache_length % cache.latents_per_segment:
         raise ConfigError(
             f"cache.max_cache_length={cache.max_cache_length} is not a multiple of cache.latents_per_segment="
             f"{cache.latents_per_segment}; segments are kept whole: use a multiple"
         )
-
-
-def _check_layers(cache: CacheConfig, layers: int) -> None:
-    chosen = cache.layers or []
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ConfigError(f"cache.layers={chosen}: name each layer that has a cache once, or leave it out")
-    if max(chosen) >= layers:
-        raise ConfigError(f"cache.layers={chosen}: model.num_layers={layers}; use numbers from 0 to {layers - 1}")
 
 
 def _check_sequence(cache: CacheConfig, config: PretrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from vishwamai_mp.config.components import check_component, placed
 from vishwamai_mp.config.errors import ConfigError
 from vishwamai_mp.config.schema import MemoryConfig, PretrainConfig
 
@@ -21,19 +22,15 @@ def resolve_memory(config: PretrainConfig) -> MemoryConfig:
     memory = replace(
         memory,
         hidden_size=config.model.hidden_size if memory.hidden_size is None else memory.hidden_size,
-        layers=list(range((min(8, layers) - 1) // 2, layers, 8)) if memory.layers is None else memory.layers,
+        layers=placed(memory.layers, (min(8, layers) - 1) // 2, layers),
     )
+    check_component("memory", memory, config.model.hidden_size, layers)
     _check_shape(memory, config)
-    _check_layers(memory, layers)
     return memory
 
 
 def _check_shape(memory: MemoryConfig, config: PretrainConfig) -> None:
-    width, parallel = config.model.hidden_size, config.parallel
-    if memory.hidden_size != width:
-        raise ConfigError(
-            f"memory.hidden_size={memory.hidden_size} is not model.hidden_size={width}; leave it out or use {width}"
-        )
+    parallel = config.parallel
     if memory.memory_size % memory.head_dim:
         raise ConfigError(
             f"memory.memory_size={memory.memory_size} is not a multiple of memory.head_dim={memory.head_dim};"
@@ -53,18 +50,8 @@ def _check_shape(memory: MemoryConfig, config: PretrainConfig) -> None:
             f" does not divide; use a memory_size that is a multiple of {tensor * context * memory.head_dim},"
             " or a smaller head_dim"
         )
-    if memory.dropout >= 1:
-        raise ConfigError(f"memory.dropout={memory.dropout}: a probability; use a number from 0 to below 1")
     if memory.loss_weight and memory.num_memory_layers == 1:
         raise ConfigError(
             f"memory.loss_weight={memory.loss_weight} has no effect at memory.num_memory_layers=1: there is no mix of"
             " levels; leave it out"
         )
-
-
-def _check_layers(memory: MemoryConfig, layers: int) -> None:
-    chosen = memory.layers or []
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ConfigError(f"memory.layers={chosen}: name each layer that has a memory once, or leave it out")
-    if max(chosen) >= layers:
-        raise ConfigError(f"memory.layers={chosen}: model.num_layers={layers}; use numbers from 0 to {layers - 1}")

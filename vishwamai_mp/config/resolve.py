@@ -5,7 +5,10 @@ from dataclasses import replace
 
 from vishwamai_mp.config.cache import resolve_cache
 from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.finetuning import check_trained_parts, resolve_rows
 from vishwamai_mp.config.fp8 import resolve_fp8
+from vishwamai_mp.config.fully_sharded import check_fully_sharded
+from vishwamai_mp.config.logging import check_logging
 from vishwamai_mp.config.memory import resolve_memory
 from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig, ScheduleConfig
 from vishwamai_mp.config.tree import resolve_tree
@@ -28,12 +31,16 @@ def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainCo
         optimizer=replace(config.optimizer, min_learning_rate=minimum),
         schedule=_resolve_schedule(config.schedule, config.training.max_steps),
         tree=resolve_tree(config.tree),
+        data=resolve_rows(config.data),
     )
     _check_layout(config)
+    check_fully_sharded(config)
     config = replace(config, memory=resolve_memory(config), cache=resolve_cache(config))
     config = resolve_fp8(config)
+    check_trained_parts(config)
     _check_order(config)
     _check_training(config)
+    check_logging(config, world_size)
     if world_size is not None:
         data_parallel_size(config, world_size)
         micro_batches_per_step(config, world_size)
@@ -250,6 +257,20 @@ def _check_training(config: PretrainConfig) -> None:
         raise ConfigError(
             f"optimizer.min_learning_rate={optimizer.min_learning_rate} exceeds"
             f" optimizer.learning_rate={optimizer.learning_rate}; lower the former"
+        )
+    for key, asked in (
+        ("training.early_stopping_patience", training.early_stopping_patience),
+        ("checkpoint.load_best", config.checkpoint.load_best),
+    ):
+        if asked and training.evaluate_every is None:
+            raise ConfigError(
+                f"{key}={str(asked).lower()} without training.evaluate_every: no validation loss would be measured;"
+                " set training.evaluate_every"
+            )
+    if config.data.prefetch_factor and not config.data.num_workers:
+        raise ConfigError(
+            f"data.prefetch_factor={config.data.prefetch_factor} has no effect at data.num_workers=0; leave it out or"
+            " raise data.num_workers"
         )
     for name in ("beta1", "beta2"):
         if getattr(optimizer, name) >= 1:

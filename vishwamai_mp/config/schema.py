@@ -5,7 +5,7 @@ Every field is a key of a YAML recipe and a dotted override (`training.max_steps
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -33,6 +33,9 @@ NonNegativeInt = Annotated[int, _NoBoolean, Field(ge=0)]
 PositiveFloat = Annotated[float, _NoBoolean, Field(gt=0)]
 NonNegativeFloat = Annotated[float, _NoBoolean, Field(ge=0)]
 Blend = Annotated[list[str | float] | str | None, BeforeValidator(_blend)]
+
+LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+Part = Literal["base", "embedding", "memory", "cache", "value_head"]
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8_delayed", "fp8_current", "fp8_blockwise", "fp8_mx"]
 
@@ -147,6 +150,7 @@ class ParallelConfig:
     context_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True  # optimizer state sharded over data parallel ranks
+    fully_sharded: bool = False  # FSDP: parameters and gradients as well, over data parallel ranks alone
     num_layers_in_first_pipeline_stage: PositiveInt | None = None
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
     overlap_grad_reduce: bool = True
@@ -167,8 +171,10 @@ class DataConfig:
     reset_attention_mask: bool = False  # packed documents do not see each other
     eod_mask_loss: bool = False  # no loss on the token after a document's end
     consecutive: bool = False  # not shuffled: a row's segment goes on in the same row of the next micro-batch
+    prepared_rows: bool = False  # rows of tools/prepare_chat_data.py: loss on answers only, conversations kept apart
     cache_dir: str | None = None  # shuffle indices; None: `cache/` beside the data
     num_workers: NonNegativeInt = 0  # reader processes per rank
+    prefetch_factor: PositiveInt | None = None  # micro-batches that each of these reads ahead; 2
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,7 @@ class ScheduleConfig:
 
     __pydantic_config__ = _STRICT
     warmup_steps: NonNegativeInt = 0
+    warmup_from_zero: bool = False  # the first step has rate 0, as Hugging Face's schedules do
     decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     decay_steps: PositiveInt | None = None  # training.max_steps
     wsd_decay_steps: PositiveInt | None = None  # length of the final decay of `wsd`; decay_steps / 10
@@ -213,9 +220,23 @@ class TrainingConfig:
     recompute: Literal["none", "selective", "full"] = "none"  # selective: core attention; full: whole layers
     evaluate_every: PositiveInt | None = None  # steps
     evaluate_batches: PositiveInt = 8  # global batches per evaluation
+    early_stopping_patience: PositiveInt | None = None  # evaluations in a row without a new lowest loss; then stop
     max_skipped_steps: NonNegativeInt = 10  # consecutive non-finite or spiking steps before giving up
     spike_factor: PositiveFloat | None = None  # skip a step whose loss exceeds this multiple of the running mean
     threads: PositiveInt | None = None  # CPU threads per process; None: cores / processes on this machine
+    freeze: list[Part] = field(default_factory=list)  # not trained; base: all but components, embedding: both tables
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): W + alpha / rank · B A with W and all else of the plain model frozen."""
+
+    __pydantic_config__ = _STRICT
+    enabled: bool = False
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: NonNegativeFloat = 0.0  # on what A reads
+    targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))  # in every layer
 
 
 @dataclass(frozen=True)
@@ -226,6 +247,7 @@ class CheckpointConfig:
     save_every: PositiveInt | None = None  # steps; the last step is always saved
     keep_last: PositiveInt | None = None  # newest N; None: all
     keep_every: PositiveInt | None = None  # and every multiple of M steps for ever
+    load_best: bool = False  # each new lowest validation loss is saved and kept, and the last loaded at the end
     async_save: bool = False
     load: str | None = None  # start from this checkpoint when output_dir has none
     load_optimizer: bool = True  # False: weights only, step 0
@@ -241,6 +263,9 @@ class LoggingConfig:
     project: str = "vishwamai-mp"  # Weights & Biases project
     progress_bar: bool = True
     hardware_peak_tflops: PositiveFloat | None = None  # per device, for MFU; None: known GPUs, else measured
+    profile_steps: list[PositiveInt] | None = None  # [first, last], from 1: traced by torch's profiler into profile/
+    profile_ranks: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    memory_snapshot: bool = False  # of these steps too: GPU memory's history; on CPUs what each operator allocated
 
 
 @dataclass(frozen=True)
@@ -264,6 +289,7 @@ class PretrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Precision = "bf16"
     fp8: Fp8Config = field(default_factory=Fp8Config)

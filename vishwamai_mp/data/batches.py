@@ -7,14 +7,15 @@ a global batch.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader
 
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.data.chat import BEGINS, LEARNT
 from vishwamai_mp.data.consecutive import ConsecutiveSegments
-from vishwamai_mp.data.datasets import Datasets, TokenSamples
+from vishwamai_mp.data.datasets import Datasets, EvaluationSamples, Samples
+from vishwamai_mp.data.given import GivenSamples, StreamedSamples
 from vishwamai_mp.runtime import Runtime
 
 
@@ -50,6 +51,7 @@ class DocumentRules:
             document. Predicting `eod_id` itself counts.
         leading_token: texts begin with the token before the first: where it is not `eod_id`, the row goes on with the
             document of the same row in the last micro-batch, and its `document_ids` begin with 0, else with 1.
+        marked: texts are prepared rows, whose marks say where documents begin and what counts; nothing above applies.
     """
 
     eod_id: int = -1
@@ -57,6 +59,7 @@ class DocumentRules:
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
     leading_token: bool = False
+    marked: bool = False
 
 
 def make_batch(text: torch.Tensor, rules: DocumentRules) -> Batch:
@@ -66,9 +69,11 @@ def make_batch(text: torch.Tensor, rules: DocumentRules) -> Batch:
     operations, with the same results.
 
     Args:
-        text: int64 [B, T + 1], or [B, T + 2] with a leading token.
+        text: int64 [B, T + 1], or [B, T + 2] with a leading token, or [B, 2, T + 1] with marks.
         rules: what document ends mean.
     """
+    if rules.marked:
+        return _marked_batch(text[:, 0], text[:, 1], rules.reset_attention_mask)
     begins = None
     if rules.leading_token:
         begins, text = text[:, :1] == rules.eod_id, text[:, 1:]
@@ -89,10 +94,20 @@ def make_batch(text: torch.Tensor, rules: DocumentRules) -> Batch:
     return Batch(tokens, labels, loss_mask, position_ids.contiguous(), document_ids)
 
 
-class Samples(Protocol):
-    """Anything with int64 [T + 1] token ids under every number from 0."""
-
-    def __getitem__(self, index: int) -> torch.Tensor: ...
+def _marked_batch(text: torch.Tensor, marks: torch.Tensor, apart: bool) -> Batch:
+    """A micro-batch of rows with marks, both [B, T + 1]; `apart`: documents do not see each other."""
+    begins = (marks & BEGINS) > 0
+    # The first token of a conversation is predicted from another's last: never counts.
+    learnt = ((marks & LEARNT) > 0) & ~begins
+    places = torch.arange(text.shape[1] - 1, device=text.device).expand(text.shape[0], -1)
+    starts = torch.where(begins[:, :-1], places, 0).cummax(dim=1).values
+    return Batch(
+        tokens=text[:, :-1].contiguous(),
+        labels=text[:, 1:].contiguous(),
+        loss_mask=learnt[:, 1:].float(),
+        position_ids=places - starts,
+        document_ids=begins[:, :-1].cumsum(dim=1).to(torch.int32) if apart else None,
+    )
 
 
 class BatchStream:
@@ -114,6 +129,7 @@ class BatchStream:
         consumed_samples: int = 0,
         stop_samples: int | None = None,
         num_workers: int = 0,
+        prefetch_factor: int | None = None,
         rules: DocumentRules | None = None,
         vocab_size: int | None = None,
         device: torch.device | None = None,
@@ -128,6 +144,7 @@ class BatchStream:
                 also one reached with other sizes.
             stop_samples: end before the global batch that would pass this sample; None: never.
             num_workers: processes that read ahead; 0: this one reads.
+            prefetch_factor: micro-batches that each of these reads ahead; None: 2.
             rules: what document ends mean; None: nothing.
             vocab_size: if given, a token outside it is a UserError.
             device: where batches go; None: the CPU.
@@ -150,6 +167,7 @@ class BatchStream:
                 samples,  # type: ignore[arg-type]  # it only ever indexes it
                 batch_sampler=plan,
                 num_workers=num_workers,
+                prefetch_factor=prefetch_factor,
                 pin_memory=self._device.type != "cpu",
                 # Otherwise it draws a seed from the global generator, and reading data would change dropout.
                 generator=torch.Generator(),
@@ -201,7 +219,7 @@ def train_stream(
 
 
 def evaluation_stream(
-    config: PretrainConfig, datasets: Datasets, runtime: Runtime, samples: TokenSamples | None = None
+    config: PretrainConfig, datasets: Datasets, runtime: Runtime, samples: EvaluationSamples | None = None
 ) -> BatchStream:
     """This rank's share of the evaluation: always the same samples, at every layout and every call.
 
@@ -216,7 +234,7 @@ def evaluation_stream(
     return _stream(config, datasets, samples, runtime, 0, stop, num_workers=0)
 
 
-def evaluation_batches(config: PretrainConfig, samples: TokenSamples) -> int:
+def evaluation_batches(config: PretrainConfig, samples: EvaluationSamples) -> int:
     """Global batches in one evaluation: `training.evaluate_batches`, or as many as one epoch of `samples` fills.
 
     At least 1: where an epoch does not fill a single global batch, some of its samples are read again.
@@ -228,7 +246,7 @@ def evaluation_batches(config: PretrainConfig, samples: TokenSamples) -> int:
 def _stream(
     config: PretrainConfig,
     datasets: Datasets,
-    samples: TokenSamples | ConsecutiveSegments,
+    samples: Samples,
     runtime: Runtime,
     consumed_samples: int,
     stop_samples: int | None,
@@ -244,12 +262,14 @@ def _stream(
         consumed_samples=consumed_samples,
         stop_samples=stop_samples,
         num_workers=num_workers,
+        prefetch_factor=data.prefetch_factor if num_workers else None,
         rules=DocumentRules(
             datasets.eod_id,
             data.reset_attention_mask,
             data.reset_position_ids,
             data.eod_mask_loss,
             leading_token=isinstance(samples, ConsecutiveSegments),
+            marked=data.prepared_rows or isinstance(samples, GivenSamples | StreamedSamples),
         ),
         vocab_size=config.model.vocab_size,
         device=runtime.device,

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.data.streams import COMPRESSED_SUFFIXES, open_stream
@@ -219,31 +219,44 @@ def _check_columns(path: Path, schema, keys: Sequence[str]) -> None:
             raise UserError(f"{path}: column {key!r} is {column}, not text")
 
 
-def _read_lines(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
+def read_records(part: Part) -> Iterator[tuple[str, Any] | Malformed]:
+    """The JSON values of some lines, each with its `file:line`; blank lines are none."""
     if not part.data:
         yield Malformed(f"{part.path}:{part.first}", "the file is empty")
     for number, line in enumerate(part.data.split(b"\n"), start=part.first):
         if not line or line.isspace():
             continue
+        where = f"{part.path}:{number}"
         try:
             record = json.loads(line.decode())
-            texts = [record[key] for key in keys]
         except UnicodeDecodeError as error:
-            yield Malformed(f"{part.path}:{number}", _not_utf8(error))
+            yield Malformed(where, _not_utf8(error))
         except json.JSONDecodeError as error:
             array = "; one JSON object per line is needed, not an array" if line.lstrip().startswith(b"[") else ""
-            yield Malformed(f"{part.path}:{number}", f"not JSON: {error.msg} at column {error.colno}{array}")
+            yield Malformed(where, f"not JSON: {error.msg} at column {error.colno}{array}")
         except RecursionError:
-            yield Malformed(f"{part.path}:{number}", "not usable JSON: nested too deeply")
-        except KeyError as error:
-            yield Malformed(f"{part.path}:{number}", f"no key {error} (keys: {', '.join(map(repr, list(record)[:8]))})")
-        except TypeError:
-            yield Malformed(f"{part.path}:{number}", f"a JSON {_json_type(record)}, not an object with {list(keys)}")
+            yield Malformed(where, "not usable JSON: nested too deeply")
         except ValueError as error:  # a number of thousands of digits, which Python refuses to read
-            yield Malformed(f"{part.path}:{number}", f"not usable JSON: {error}")
+            yield Malformed(where, f"not usable JSON: {error}")
         else:
-            reason = next(filter(None, map(_unusable, keys, texts)), None)
-            yield Malformed(f"{part.path}:{number}", reason) if reason else texts
+            yield where, record
+
+
+def _read_lines(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
+    for found in read_records(part):
+        if isinstance(found, Malformed):
+            yield found
+            continue
+        where, record = found
+        try:
+            texts = [record[key] for key in keys]
+        except KeyError as error:
+            yield Malformed(where, f"no key {error} (keys: {', '.join(map(repr, list(record)[:8]))})")
+        except TypeError:
+            yield Malformed(where, f"a JSON {_json_type(record)}, not an object with {list(keys)}")
+        else:
+            reason = next(filter(None, map(unusable, keys, texts)), None)
+            yield Malformed(where, reason) if reason else texts
 
 
 def _read_texts(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
@@ -272,11 +285,11 @@ def _read_rows(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malforme
         except UnicodeDecodeError as error:
             yield Malformed(f"{part.path}:row {row}", _not_utf8(error))
             continue
-        reason = next(filter(None, map(_unusable, keys, texts)), None)
+        reason = next(filter(None, map(unusable, keys, texts)), None)
         yield Malformed(f"{part.path}:row {row}", reason) if reason else cast(list[str], texts)
 
 
-def _unusable(key: str, text: object) -> str | None:
+def unusable(key: str, text: object) -> str | None:
     """Why the value under `key` cannot be a document, or None where it can."""
     if not isinstance(text, str):
         return f"{key!r} is {_json_type(text)}, not a string"

@@ -21,6 +21,7 @@ from vishwamai_mp.data.indexed import check_indexed
 from vishwamai_mp.data.order import Interleaving, permute
 from vishwamai_mp.data.packing import PackedDocuments
 from vishwamai_mp.data.position import DataFingerprint
+from vishwamai_mp.data.rows import PreparedRows, check_rows
 from vishwamai_mp.runtime import Runtime, local_rank
 
 # isort: split
@@ -41,13 +42,28 @@ class Vocabulary(Protocol):
     eod_id: int
 
 
+class Samples(Protocol):
+    """Anything with int64 [T + 1] token ids, or [2, T + 1] ids and their marks, under every number from 0."""
+
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+
+
+class EvaluationSamples(Samples, Protocol):
+    """Samples of which there are so many before they repeat."""
+
+    @property
+    def samples_per_epoch(self) -> int: ...
+
+
 class TokenSamples(torch.utils.data.Dataset):
     """Samples of one or several corpora, endless: past its last sample a corpus starts its next epoch.
 
-    `samples[n]` is int64 [T + 1]: tokens are `[:-1]`, labels `[1:]`.
+    `samples[n]` is int64 [T + 1]: tokens are `[:-1]`, labels `[1:]`. A prepared row is [2, T + 1], with its marks.
     """
 
-    def __init__(self, corpora: Sequence[PackedDocuments], weights: Sequence[float] | None, seed: int) -> None:
+    def __init__(
+        self, corpora: Sequence[PackedDocuments | PreparedRows], weights: Sequence[float] | None, seed: int
+    ) -> None:
         self.corpora = list(corpora)
         self.sizes = [len(corpus) for corpus in self.corpora]  # samples in one epoch of each
         self._interleaving = Interleaving(weights, self.sizes)
@@ -75,9 +91,9 @@ class TokenSamples(torch.utils.data.Dataset):
 class Datasets:
     """The data of a run. `notes` are sentences for the log; `fingerprint` recognises `train` on resume."""
 
-    train: TokenSamples | ConsecutiveSegments
-    valid: TokenSamples | None
-    test: TokenSamples | None
+    train: Samples
+    valid: EvaluationSamples | None
+    test: EvaluationSamples | None
     eod_id: int
     fingerprint: DataFingerprint
     notes: list[str]
@@ -151,7 +167,7 @@ def _check_settings(config: PretrainConfig, tokenizer: Vocabulary | None) -> Non
             f" {tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}"
         )
     asked = [key for key in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss") if getattr(data, key)]
-    if asked and (tokenizer is None or tokenizer.eod_id < 0):
+    if asked and not data.prepared_rows and (tokenizer is None or tokenizer.eod_id < 0):
         raise ConfigError(f"data.{asked[0]}=true needs a tokenizer with an end-of-document token; set data.tokenizer")
 
 
@@ -223,7 +239,9 @@ def _open(source: Source, config: PretrainConfig, eod_id: int) -> _Corpus:
     if checks:
         _check_tokens(source.prefix, corpus.indexed, config.model.vocab_size)
         data = config.data
-        if data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss:
+        if data.prepared_rows:
+            check_rows(source.prefix, corpus.indexed, config.training.sequence_length)
+        elif data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss:
             _check_ends(source.prefix, corpus.indexed, eod_id)
     return corpus
 
@@ -261,36 +279,45 @@ def _samples(
     notes: list[str],
 ) -> TokenSamples | None:
     """The samples of one split; None where it has none. Training must have some of every corpus."""
-    length = config.training.sequence_length
-    packed, weights = [], []
+    parts: list[PackedDocuments | PreparedRows] = []
+    weights = []
     for corpus in corpora if share[1] > share[0] else []:
-        documents = corpus.part(*share)
-        tokens = int(corpus.indexed.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
-        if tokens > length:
-            packed.append(
-                PackedDocuments(
-                    corpus.indexed,
-                    corpus.identity,
-                    documents,
-                    split,
-                    sequence_length=length,
-                    seed=seed,
-                    vocab_size=config.model.vocab_size,
-                    cache_dir=cache_dir,
-                )
-            )
+        part, problem = _part(config, split, corpus, corpus.part(*share), cache_dir, seed)
+        if part is not None:
+            parts.append(part)
             weights.append(corpus.source.weight)
-            continue
-        problem = (
-            f"{corpus.source.prefix} has {tokens:,} tokens for {split.name}, fewer than one sequence and its label"
-        )
-        if split is Split.train or config.data.valid is not None:
-            raise UserError(f"{problem} ({length} + 1); shorten training.sequence_length or use more data")
-        notes.append(f"{problem} ({length} + 1): left out of {split.name}")
-    if not packed:
+        elif split is Split.train or config.data.valid is not None:
+            raise UserError(f"{problem}; shorten training.sequence_length or use more data")
+        else:
+            notes.append(f"{problem}: left out of {split.name}")
+    if not parts:
         return None
     given = [weight for weight in weights if weight is not None]
-    return TokenSamples(packed, given or None, seed)
+    return TokenSamples(parts, given or None, seed)
+
+
+def _part(
+    config: PretrainConfig, split: Split, corpus: _Corpus, documents: range, cache_dir: Path, seed: int
+) -> tuple[PackedDocuments | PreparedRows | None, str]:
+    """The samples of some documents of a corpus, or why there are none."""
+    length, prefix = config.training.sequence_length, corpus.source.prefix
+    if config.data.prepared_rows:
+        rows = PreparedRows(corpus.indexed, documents, seed) if documents else None
+        return rows, f"{prefix} has no row for {split.name}"
+    tokens = int(corpus.indexed.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
+    if tokens <= length:
+        problem = f"{prefix} has {tokens:,} tokens for {split.name}, fewer than one sequence and its label"
+        return None, f"{problem} ({length} + 1)"
+    return PackedDocuments(
+        corpus.indexed,
+        corpus.identity,
+        documents,
+        split,
+        sequence_length=length,
+        seed=seed,
+        vocab_size=config.model.vocab_size,
+        cache_dir=cache_dir,
+    ), ""
 
 
 def _epochs(config: PretrainConfig, corpora: Sequence[_Corpus], train: TokenSamples | ConsecutiveSegments) -> list[str]:

@@ -12,10 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from vishwamai_mp.data.piece_cache import DocumentEncoder
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 OnError = Literal["stop", "skip"]
+T_co = TypeVar("T_co", covariant=True)
 _BLOCKS_PER_WORKER = 3
 
 
@@ -89,12 +91,12 @@ def preprocess(
         vocabulary.require_eod()
     report = PreprocessReport(total_bytes=reader.total_bytes)
     started = time.perf_counter()
-    settings = (str(tokenizer), tuple(keys), append_eod, on_error == "stop")
+    make = partial(BlockEncoder, str(tokenizer), tuple(keys), append_eod, on_error == "stop")
     with contextlib.ExitStack() as stack:
         dtype = token_dtype(vocabulary.vocab_size)
         prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
         writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in prefixes.values()]
-        for block in stack.enter_context(_encoded_blocks(reader, workers, settings)):
+        for block in stack.enter_context(encoded_blocks(reader, workers, make)):
             for malformed in block.malformed:
                 if on_error == "stop":
                     raise UserError(f"{malformed} (--on-error skip leaves such documents out)")
@@ -167,13 +169,29 @@ def _publish(writers: Sequence[IndexedWriter], report: PreprocessReport) -> None
         writer.publish()
 
 
+class Encoder(Protocol[T_co]):
+    """Parses and encodes blocks; one per worker."""
+
+    def encode(self, block: Block) -> T_co: ...
+
+
 @contextlib.contextmanager
-def _encoded_blocks(blocks: Iterable[Block], workers: int, settings: tuple) -> Iterator[Iterator[EncodedBlock]]:
-    """The encoded blocks in order. Leaving early, by an error or an interrupt, ends the workers at once."""
+def encoded_blocks(
+    blocks: Iterable[Block], workers: int, make: Callable[[], Encoder[T_co]]
+) -> Iterator[Iterator[T_co]]:
+    """The encoded blocks in order. Leaving early, by an error or an interrupt, ends the workers at once.
+
+    Args:
+        workers: processes; 1 encodes in this one.
+        make: what makes an encoder, where it is used; with several workers it is pickled.
+
+    Raises:
+        UserError: a worker died.
+    """
     if workers == 1:
-        yield map(BlockEncoder(*settings).encode, blocks)
+        yield map(make().encode, blocks)
         return
-    pool = [_Worker(settings) for _ in range(workers)]
+    pool = [_Worker(make) for _ in range(workers)]
     try:
         yield _in_order(pool, blocks)
     except (EOFError, ConnectionError) as error:
@@ -185,7 +203,7 @@ def _encoded_blocks(blocks: Iterable[Block], workers: int, settings: tuple) -> I
             worker.process.join()
 
 
-def _in_order(pool: Sequence["_Worker"], blocks: Iterable[Block]) -> Iterator[EncodedBlock]:
+def _in_order(pool: Sequence["_Worker"], blocks: Iterable[Block]) -> Iterator[Any]:
     """Give each block to an idle worker; hand on the answers in the order of the blocks.
 
     A worker has one block at a time, so neither side ever waits to send while the other does. Answers that came early
@@ -193,7 +211,7 @@ def _in_order(pool: Sequence["_Worker"], blocks: Iterable[Block]) -> Iterator[En
     """
     idle = deque(pool)
     busy: dict[Connection, tuple[int, _Worker]] = {}
-    done: dict[int, EncodedBlock] = {}
+    done: dict[int, Any] = {}
     next_out = 0
 
     def collect() -> None:
@@ -222,10 +240,10 @@ def _in_order(pool: Sequence["_Worker"], blocks: Iterable[Block]) -> Iterator[En
 class _Worker:
     """A fresh interpreter that encodes; it inherits neither this process's threads nor its memory."""
 
-    def __init__(self, settings: tuple) -> None:
+    def __init__(self, make: Callable[[], Encoder]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, make), daemon=True)
         resource_tracker.ensure_running()  # which unblocks signals when it starts
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the parent decides what an interrupt means
         try:
@@ -235,8 +253,8 @@ class _Worker:
         theirs.close()  # so that either side's death is the end of file for the other
 
 
-def _serve(connection: Connection, settings: tuple) -> None:
-    encoder = BlockEncoder(*settings)
+def _serve(connection: Connection, make: Callable[[], Encoder]) -> None:
+    encoder = make()
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has gone
         while True:
             connection.send(encoder.encode(connection.recv()))

@@ -80,6 +80,11 @@ class Tokenizer:
             raise UserError(f"tokenizer {self.path} has no token {token!r}")
         return token_id
 
+    def find(self, token: str) -> int | None:
+        """The id of a token by its own spelling; None where the vocabulary lacks it."""
+        token_id = self._processor.piece_to_id(token)
+        return None if token_id == self.unk_id else token_id
+
     def tokens(self) -> list[str]:
         """Every token's spelling, by id."""
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
@@ -93,6 +98,12 @@ class Tokenizer:
         if self.eod_id < 0:
             raise UserError(f"tokenizer {self.path} has no end-of-document token (SentencePiece's eos)")
         return self.eod_id
+
+    def require_bos(self) -> int:
+        """The beginning-of-sequence id; `UserError` where this vocabulary has none."""
+        if self.bos_id < 0:
+            raise UserError(f"tokenizer {self.path} has no beginning-of-sequence token (SentencePiece's bos)")
+        return self.bos_id
 
 
 def check_encodable(text: str) -> None:

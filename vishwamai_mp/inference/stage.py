@@ -7,6 +7,7 @@ Shapes: N tokens of all sequences, B sequences, D width, H heads (local), G key-
 width, S keys, F intermediate width (local), V vocabulary (local).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, CachedSequenc
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime, multiplies_natively
-from vishwamai_mp.runtime.products import linear_fp32
+from vishwamai_mp.runtime.products import linear_fp32, product
 
+_WORTH_SHARING = 4  # blocks; fewer are sooner read once per sequence
 Work = Sequence[tuple[CachedSequence, Sequence[int]]]
 
 
@@ -91,26 +93,63 @@ class Batch:
         return [i for i, count in enumerate(self.counts) if count == 1]
 
     @cached_property
-    def decode(self) -> tuple[Tensor | slice, int, Tensor | None]:
-        """Blocks of `single`, the number of keys, and their mask (B, 1, 1, S) where not all are seen.
+    def decode(self) -> list["_Reads"]:
+        """What the sequences of `single` read; those with a long beginning in common read it together."""
+        beginnings: dict[int, list[int]] = {}
+        for row, i in enumerate(self.single):
+            beginnings.setdefault(self.sequences[i].blocks[0], []).append(row)
+        reads, rest = [], []
+        for rows in beginnings.values():
+            common = _beginning([self.sequences[self.single[row]].blocks for row in rows]) if len(rows) > 1 else []
+            if len(common) < _WORTH_SHARING or self.window is not None:
+                rest += rows
+            else:  # whole blocks: the one that a sequence writes to is its own
+                reads.append(self._reads(rows, common))
+        return [*reads, self._reads(sorted(rest), [])] if rest else reads
 
-        A slice of blocks, which costs no copy, where a single sequence has them in a row.
-        """
-        blocks = [self.sequences[i].blocks for i in self.single]
-        lengths = [self.past[i] + 1 for i in self.single]
-        if len(blocks) == 1 and (self.window is None or lengths[0] <= self.window):
-            first, count = blocks[0][0], len(blocks[0])
-            if blocks[0] == list(range(first, first + count)):
-                return slice(first, first + count), lengths[0], None
+    def _reads(self, rows: list[int], common: list[int]) -> "_Reads":
+        numbers = [self.single[row] for row in rows]
+        blocks = [self.sequences[i].blocks[len(common) :] for i in numbers]
+        lengths = [self.past[i] + 1 - len(common) * BLOCK_TOKENS for i in numbers]
+        window = max(lengths) if self.window is None else self.window
+        mask = None
+        if min(lengths) < max(lengths) or max(lengths) > window:
+            keys, length = torch.arange(max(lengths), device=self.device), torch.tensor(lengths, device=self.device)
+            mask = ((keys < length[:, None]) & (keys >= length[:, None] - window))[:, None, None]
         widest = max(map(len, blocks))
-        table = torch.tensor([row + [row[0]] * (widest - len(row)) for row in blocks], device=self.device)
-        longest = max(lengths)
-        window = longest if self.window is None else self.window
-        if min(lengths) == longest <= window:
-            return table.flatten(), longest, None
-        keys, length = torch.arange(longest, device=self.device), torch.tensor(lengths, device=self.device)[:, None]
-        mask = (keys < length) & (keys >= length - window)
-        return table.flatten(), longest, mask[:, None, None]
+        own = [block for row in blocks for block in row + [row[0]] * (widest - len(row))]
+        return _Reads(rows, self._in_a_row(common), self._in_a_row(own), max(lengths), mask)
+
+    def _in_a_row(self, blocks: list[int]) -> Tensor | slice:
+        """A slice of blocks, which costs no copy, where each is behind the one before."""
+        if blocks == list(range(blocks[0], blocks[0] + len(blocks)) if blocks else []):
+            return slice(blocks[0], blocks[-1] + 1) if blocks else slice(0)
+        return torch.tensor(blocks, device=self.device)
+
+
+def _beginning(rows: list[list[int]]) -> list[int]:
+    """What all rows begin with."""
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return [column[0] for column in same]
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Keys of some sequences that read one token each.
+
+    Attributes:
+        rows: of `Batch.single`, ascending.
+        common: blocks that all of them begin with.
+        own: blocks behind, of one sequence after the other, as many of each.
+        count: own keys.
+        mask: (B, 1, 1, S) of own keys, where not all are seen.
+    """
+
+    rows: list[int]
+    common: Tensor | slice
+    own: Tensor | slice
+    count: int
+    mask: Tensor | None
 
 
 class Stage:
@@ -128,6 +167,7 @@ class Stage:
         self.width = config.model.head_dim
         self._group = runtime.groups.tp if tensor > 1 else None
         self._in_fp32 = self.dtype == torch.float32 or not multiplies_natively(self.dtype)
+        self._wide = torch.float32 if self._in_fp32 else self.dtype
         angles = model.rotary(torch.arange(config.model.max_position_embeddings, device=runtime.device))[:, 0, 0]
         sine = angles.sin()
         sine[:, : self.width // 2].neg_()  # so that a turn is x · cos + (x with its halves exchanged) · sin
@@ -157,7 +197,7 @@ class Stage:
             turned.copy_(torch.addcmul(turned * cosine, turned.roll(self.width // 2, -1), sine))
             memory = pool.keys_and_values[number]
             memory[batch.slots] = qkv[:, :, self.repeat :]
-            attended = self._attend(qkv, memory, batch).view(x.shape[0], -1)
+            attended = self._attend(qkv, memory, batch).reshape(x.shape[0], -1)
             x = x + self._sum(self._multiply(attended, layer.projection))
             normed = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, eps)
             gate, up = self._multiply(normed, layer.fc1).chunk(2, -1)
@@ -217,12 +257,35 @@ class Stage:
 
     def _attend_single(self, q_BGRK: Tensor, memory: Tensor, batch: Batch) -> Tensor:
         """One query per sequence: the queries of a group see the same keys, so they take the place of positions."""
-        table, count, mask = batch.decode
+        if len(batch.decode) == 1:
+            return self._attend_together(q_BGRK, memory, batch.decode[0])
+        out = torch.empty_like(q_BGRK)
+        for reads in batch.decode:
+            out[reads.rows] = self._attend_together(q_BGRK[reads.rows], memory, reads)
+        return out
+
+    def _attend_together(self, q_BGRK: Tensor, memory: Tensor, reads: _Reads) -> Tensor:
+        k, v = self._found(memory, reads.own, q_BGRK.shape[0])[:, : reads.count].permute(3, 0, 2, 1, 4)
+        common = self._found(memory, reads.common, 1)
+        if not common.numel():
+            return self._softmax_attention(q_BGRK, k, v, reads.mask)
+        # Keys that all sequences share are read once for all queries: (G, B·R, K) by (G, K, S).
+        rows, wide = q_BGRK.shape[0], self._wide
+        q = (q_BGRK * (1 / math.sqrt(self.width))).to(wide)
+        common_k, common_v = common[0].to(wide).permute(2, 1, 0, 3)
+        scores = product(q.transpose(0, 1).flatten(1, 2), common_k.mT).unflatten(1, (rows, -1)).transpose(0, 1)
+        own = q @ k.to(wide).mT
+        own = own if reads.mask is None else own.masked_fill(~reads.mask, -math.inf)
+        weights = torch.cat((scores, own), -1).softmax(-1)
+        shared, own = weights.split([scores.shape[-1], own.shape[-1]], -1)
+        out = product(shared.transpose(0, 1).flatten(1, 2), common_v).unflatten(1, (rows, -1)).transpose(0, 1)
+        return (out + own @ v.to(wide)).to(self.dtype)
+
+    def _found(self, memory: Tensor, blocks: Tensor | slice, sequences: int) -> Tensor:
+        """Keys and values in these blocks, (B, S, G, 2, K)."""
         by_block = memory.view(-1, BLOCK_TOKENS * memory[0].numel())
-        found = by_block[table] if isinstance(table, slice) else by_block.index_select(0, table)
-        found = found.view(q_BGRK.shape[0], -1, self.heads, 2, self.width)[:, :count]
-        k, v = found.permute(3, 0, 2, 1, 4)
-        return self._softmax_attention(q_BGRK, k, v, mask)
+        found = by_block[blocks] if isinstance(blocks, slice) else by_block.index_select(0, blocks)
+        return found.view(sequences, -1, self.heads, 2, self.width)
 
     def _attend_many(self, qkv: Tensor, memory: Tensor, blocks: list[int], past: int) -> Tensor:
         """All new tokens of one sequence, after `past` that were read before."""
@@ -242,7 +305,7 @@ class Stage:
         return out[0].transpose(0, 1).reshape(new, self.heads, self.repeat, self.width)
 
     def _softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-        wide = torch.float32 if self._in_fp32 else self.dtype
+        wide = self._wide
         return F.scaled_dot_product_attention(
             q.to(wide),
             k.to(wide),

@@ -20,5 +20,7 @@ def build_model(config: PretrainConfig, runtime: Runtime, initialize: bool = Tru
         model = VishwamAIModel(config, runtime.groups, chunk)
         if initialize:
             initialize_parameters(model, config.model, config.training.seed)
+            if model.sharding:
+                model.sharding.round_parameters(model)
         models.append(model)
     return models

@@ -7,7 +7,7 @@ So one process, eight tensor parallel ranks and eight pipeline stages start from
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ _DRAWN = re.compile(
     r"(word_embeddings|output_layer|linear_qkv|linear_fc1|memory\.projection|cache\.projection)\.weight$"
 )
 _DRAWN_RESIDUAL = re.compile(r"(linear_proj|linear_fc2)\.weight$")
+_ADAPTER = re.compile(r"_adapter\.a$")  # its output is about as large as its input
+_OF_COMPONENT = re.compile(r"(?:decoder\.layers\.\d+\.)?(memory|cache|value_head)\.(.+)")
 
 
 @torch.no_grad()
@@ -33,6 +35,25 @@ def initialize_parameters(model: VishwamAIModel, config: ModelConfig, seed: int)
             _fill(shard, config.initializer_range, seed)
         elif _DRAWN_RESIDUAL.search(shard.key):
             _fill(shard, config.initializer_range / math.sqrt(2 * config.num_layers), seed)
+        elif _ADAPTER.search(shard.key):
+            _fill(shard, 1 / math.sqrt(shard.global_shape[1]), seed)
+
+
+@torch.no_grad()
+def copy_components(model: VishwamAIModel, components: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Start the components of one stage or chunk, in every layer that carries them, from given parameters.
+
+    Args:
+        model: whose configuration is that of the components.
+        components: whole tensors, by component (`memory`, `cache`, `value_head`) and name.
+    """
+    for shard in _sharded_tensors(model.sharded_state_dict().values()):
+        found = _OF_COMPONENT.fullmatch(shard.key)
+        if found and found[1] in components:
+            whole = components[found[1]][found[2]]
+            assert tuple(whole.shape) == tuple(shard.global_shape), shard.key
+            rows = zip(shard.global_offset, shard.data.shape, strict=True)
+            shard.data.copy_(whole[tuple(slice(first, first + count) for first, count in rows)])
 
 
 def _sharded_tensors(entries: Iterable[Any]) -> Iterable[ShardedTensor]:

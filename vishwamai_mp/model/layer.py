@@ -17,16 +17,25 @@ class VishwamAILayer(TransformerLayer):
         submodules: attention, SwiGLU and norms.
         components: what makes each component of this layer, by name, in the order they run. Called with megatron-core's
             configuration, the process groups and the layer's number (from 1).
+        shard: called with the layer when it is complete, so that no two layers are ever whole at a time.
         **options: megatron-core's.
     """
 
     def __init__(
-        self, config: Any, submodules: Any, *, components: Mapping[str, Callable[..., nn.Module]], **options: Any
+        self,
+        config: Any,
+        submodules: Any,
+        *,
+        components: Mapping[str, Callable[..., nn.Module]],
+        shard: Callable[[nn.Module], None] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(config, submodules, **options)
         self.component_names = tuple(components)
         for name, make in components.items():
             self.add_module(name, make(config, options["pg_collection"], self.layer_number))
+        if shard is not None:
+            shard(self)
 
     def forward(
         self, hidden_states: Tensor, *, context: Tensor | None = None, inference_context: Any = None, **options: Any

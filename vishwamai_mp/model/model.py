@@ -20,6 +20,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from vishwamai_mp.config import PretrainConfig, padded_vocab_size
+from vishwamai_mp.model.freezing import freeze_parts
+from vishwamai_mp.model.fully_sharded import ParameterSharding, own_rows, whole_parameters
+from vishwamai_mp.model.lora import add_adapters
 from vishwamai_mp.model.loss import vocab_parallel_cross_entropy
 from vishwamai_mp.model.masks import attention_mask
 from vishwamai_mp.model.packing import check_packing, packed_documents
@@ -44,11 +47,14 @@ class VishwamAIModel(GPTModel):
         stage, stages = groups.pp.rank(), groups.pp.size()
         chunks = config.parallel.virtual_pipeline_model_parallel_size
         megatron = transformer_config(config)
+        sharding = ParameterSharding.of(config, groups)
+        if sharding:
+            megatron.params_dtype = torch.float32  # of what a rank keeps; gathered, parameters are of the compute type
         first = get_transformer_layer_offset(megatron, vp_stage=chunk, pp_rank=stage)
         layers = range(first, first + get_num_layers_to_build(megatron, vp_stage=chunk, pp_rank=stage))
         super().__init__(
             config=megatron,
-            transformer_layer_spec=block_spec(spec_provider(), config, layers),
+            transformer_layer_spec=block_spec(spec_provider(), config, layers, sharding),
             vocab_size=padded_vocab_size(config),
             max_sequence_length=config.model.max_position_embeddings,
             pre_process=stage == 0 and chunk in (None, 0),
@@ -58,7 +64,7 @@ class VishwamAIModel(GPTModel):
             pg_collection=groups,
             vp_stage=chunk,
         )
-        self.model_config = config.model
+        self.model_config, self.sharding = config.model, sharding
         self.rotary = RotaryEmbedding(config.model)
         # Transformer Engine's attention knows windows and context parallelism by itself, and documents by their length.
         self.attends_without_mask = use_transformer_engine()
@@ -67,8 +73,12 @@ class VishwamAIModel(GPTModel):
         self.value_head = (
             ValueHead(config.tree, megatron, groups) if config.tree.enabled and self.post_process else None
         )
+        add_adapters(self, config)
+        freeze_parts(self, config)
         _mark_sharded_parameters(self)
         use_cpu_arithmetic(self, PrecisionPolicy.of(config.precision, config.fp8))
+        if self.sharding:
+            self.sharding(self)
 
     def forward(
         self,
@@ -156,9 +166,12 @@ class VishwamAIModel(GPTModel):
         """megatron-core's, with every layer under its own global number: layers may differ.
 
         The extra states that Transformer Engine's layers may have and others lack are left out where they are empty.
+        Of fully sharded parameters these are the rows of this rank.
         """
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}
-        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        with whole_parameters(self) as split:
+            entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        entries = own_rows(entries, split) if self.sharding else entries
         return {key: entry for key, entry in entries.items() if not _is_empty(entry)}
 
 

@@ -1,5 +1,7 @@
 """Layer specs: which classes a layer is made of, on Transformer Engine or without it."""
 
+from collections.abc import Callable
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -9,6 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import nn
 
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.model.attention import CoreAttention
@@ -42,8 +45,10 @@ def spec_provider() -> BackendSpecProvider:
     return TorchSpecProvider()
 
 
-def layer_spec(backend: BackendSpecProvider, config: PretrainConfig, layer: int) -> ModuleSpec:
-    """The `VishwamAILayer` number `layer` (from 0 in the whole model) of `backend`'s classes.
+def layer_spec(
+    backend: BackendSpecProvider, config: PretrainConfig, layer: int, shard: Callable[[nn.Module], None] | None = None
+) -> ModuleSpec:
+    """The `VishwamAILayer` number `layer` (from 0 in the whole model) of `backend`'s classes; `shard` as it has it.
 
     Names in sharded checkpoints are those of fused norms whichever backend it is, so checkpoints move between them.
     """
@@ -52,7 +57,7 @@ def layer_spec(backend: BackendSpecProvider, config: PretrainConfig, layer: int)
     linear_qkv = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
     return ModuleSpec(
         module=VishwamAILayer,
-        params={"components": layer_components(config, layer, _linears(backend))},
+        params={"components": layer_components(config, layer, _linears(backend)), "shard": shard},
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(
@@ -88,9 +93,14 @@ def _linears(backend: BackendSpecProvider) -> Linears:
     )
 
 
-def block_spec(backend: BackendSpecProvider, config: PretrainConfig, layers: range) -> TransformerBlockSubmodules:
+def block_spec(
+    backend: BackendSpecProvider,
+    config: PretrainConfig,
+    layers: range,
+    shard: Callable[[nn.Module], None] | None = None,
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage (numbers in the whole model, from 0) and the norm after the last."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(backend, config, layer) for layer in layers],
+        layer_specs=[layer_spec(backend, config, layer, shard) for layer in layers],
         layer_norm=backend.layer_norm(rms_norm=True),
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.neural_memory.coefficients import coefficients, coefficients_backward
+from vishwamai_mp.runtime.products import add_product, product
 
 _EPSILON = 1e-12  # added to squared lengths
 
@@ -48,7 +49,7 @@ class Group:
         k, theta = self.keys, inputs.rate[..., None]
         self.decays = coefficients(inputs.log_forget, inputs.log_momentum, starts)
         self.before = self.decays.delay(self.decays.reach[..., 1:])  # worth of a write in M before token t
-        self.similarity = k @ k.mT
+        self.similarity = product(k, k.mT)
         strictly_lower = self.before * self.similarity
         eye = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand_as(strictly_lower)
         self.inverse = torch.linalg.solve_triangular(strictly_lower.mul_(theta), eye, upper=False, unitriangular=True)
@@ -72,10 +73,10 @@ class Group:
         states[0] = state
         for n, update in enumerate(updates):
             if not known:
-                rest = torch.baddbmm(update, self.erase_W[n], states[n], alpha=-1)
-                torch.bmm(self.inverse[n], rest, out=update)
+                rest = add_product(update.clone(), self.erase_W[n], states[n], scale=-1)
+                product(self.inverse[n], rest, out=update)
             self._carry(n, states[n], states[n + 1])
-            states[n + 1].baddbmm_(self.write_X[n].mT, update)
+            add_product(states[n + 1], self.write_X[n].mT, update)
         return updates, states
 
     def _carry(self, n: int, state: Tensor, out: Tensor) -> None:
@@ -103,9 +104,8 @@ class Group:
     def read(self, updates: Tensor, states: Tensor) -> Tensor:
         """O, (N, E, R·C, V)."""
         q = self.reads
-        out = self._read_weights() @ states[:-1]
-        scores = (q @ self.keys.mT).mul_(self._reach(q))
-        return torch.baddbmm(*(x.flatten(0, 1) for x in (out, scores, updates))).view_as(out)
+        scores = product(q, self.keys.mT).mul_(self._reach(q))
+        return add_product(product(self._read_weights(), states[:-1]), scores, updates)
 
     def _read_weights(self) -> Tensor:
         q = self.reads
@@ -125,17 +125,17 @@ class Group:
             d_state: of the state after the group, (E, P·K, V).
         """
         q, k, v = self.reads, self.keys, self.inputs.values
-        products, reach = q @ k.mT, self._reach(q)
-        d_updates = (products * reach).mT @ d_out
+        products, reach = product(q, k.mT), self._reach(q)
+        d_updates = product((products * reach).mT, d_out)
         d_states = torch.empty_like(states)
-        torch.matmul(self._read_weights().mT, d_out, out=d_states[:-1])
+        product(self._read_weights().mT, d_out, out=d_states[:-1])
         d_states[-1] = d_state
         d_rest = d_updates  # of θV − W Z; takes the place of d_updates chunk by chunk
         for n in reversed(range(len(updates))):
-            d_update = torch.baddbmm(d_updates[n], self.write_X[n], d_states[n + 1])
-            torch.bmm(self.inverse[n].mT, d_update, out=d_rest[n])
+            d_update = add_product(d_updates[n].clone(), self.write_X[n], d_states[n + 1])
+            product(self.inverse[n].mT, d_update, out=d_rest[n])
             self._carry_back(n, d_states[n + 1], d_states[n])
-            d_states[n].baddbmm_(self.erase_W[n].mT, d_rest[n], alpha=-1)
+            add_product(d_states[n], self.erase_W[n].mT, d_rest[n], scale=-1)
         theta = self.inputs.rate[..., None]
         d_values = d_rest * theta
         d_rate = (d_rest * v).sum(-1)
@@ -143,28 +143,28 @@ class Group:
 
         # W = θ [f₋k, h₋k] and X = [G_C k, η_C k], from U = A⁻¹(θV − W Z) and Z' = D Z + XᵀU.
         d_keys = torch.zeros_like(k)
-        d_W = (d_rest @ states[:-1].mT).neg_()
+        d_W = product(d_rest, states[:-1].mT).neg_()
         d_before = _scale_back(d_W, k, [theta * worth for worth in before], d_keys)
         d_rate += sum((d_b * worth)[..., 0] for d_b, worth in zip(d_before, before, strict=True))
-        d_X = torch.matmul(updates, d_states[1:].mT, out=d_W)
+        d_X = product(updates, d_states[1:].mT, out=d_W)
         d_at_end = _scale_back(d_X, k, at_end, d_keys)
         del d_W, d_X
 
         # A = 1 + θ ⊙ G₋ ⊙ KKᵀ
-        d_A = (d_rest @ updates.mT).neg_()
+        d_A = product(d_rest, updates.mT).neg_()
         d_rate += torch.einsum("necj,necj,necj->nec", d_A, self.before, self.similarity)
         d_A.mul_(theta)
         d_similarity = d_A * self.before
-        d_keys += (d_similarity + d_similarity.mT) @ k
+        add_product(d_keys, d_similarity + d_similarity.mT, k)
         d_delayed = d_A.mul_(self.similarity)
 
         # O = [f q, h q] Z + (QKᵀ ⊙ G) U
         d_reads = torch.zeros_like(q)
-        d_after = _scale_back(d_out @ states[:-1].mT, q, [_tile(column, q) for column in after], d_reads)
-        d_scores = d_out @ updates.mT
+        d_after = _scale_back(product(d_out, states[:-1].mT), q, [_tile(column, q) for column in after], d_reads)
+        d_scores = product(d_out, updates.mT)
         d_products = d_scores * reach
-        d_reads += d_products @ k
-        d_keys += d_products.mT @ q
+        add_product(d_reads, d_products, k)
+        add_product(d_keys, d_products.mT, q)
         d_reach = torch.zeros_like(self.decays.reach)
         d_reach[..., 1:] = _untile(d_scores.mul_(products), k)
         d_reach[..., 1:] += self.decays.undelay(d_delayed)

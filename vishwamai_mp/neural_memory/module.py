@@ -6,7 +6,6 @@ width, L levels, G gates of a level, J taps of the convolution.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 
@@ -14,22 +13,19 @@ import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
-from torch import Tensor, nn
+from torch import Tensor
 
 from vishwamai_mp.config import MemoryConfig
+from vishwamai_mp.config.components import CONVOLUTION_TAPS as TAPS
 from vishwamai_mp.neural_memory.carry import CarriedState
 from vishwamai_mp.neural_memory.context import gather_tokens, scatter_tokens
 from vishwamai_mp.neural_memory.convolution import causal_convolution
 from vishwamai_mp.neural_memory.gates import gate_count, initial_biases
 from vishwamai_mp.neural_memory.levels import LevelReport, LevelState, run_levels
-from vishwamai_mp.precision.modules import Linears
+from vishwamai_mp.precision.modules import HeadShardedModule, Linears
+from vishwamai_mp.precision.standalone import Standalone, alone
 from vishwamai_mp.runtime.measures import Measures, attach_loss
-
-TAPS = 4  # of the convolution
 
 
 @dataclass(frozen=True)
@@ -63,63 +59,53 @@ class MemoryState:
         return MemoryState(keep(self.recent, finite[:, None, None]), levels)
 
 
-class ReasoningMemoryTransformer(MegatronModule):
+class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
     """Levels of fast weights, written by gradient descent at every token and read after it.
 
-    The projection's features are ordered by head (for each: query, key and value of each level, read gate, gates), so
-    tensor parallel ranks hold whole heads, and a checkpoint's rows fall to any number of ranks.
+    A head's features in the projection: query, key and value of each level, read gate, gates.
 
     Args:
-        config: resolved.
+        config: resolved. Alone, outside a model, the component stands for itself, in one process and in fp32.
         megatron: megatron-core's configuration.
         groups: process groups; heads are split over `tp` and again over `cp`.
         layer_number: from 1.
         linears: classes of the backend.
     """
 
+    section = "memory"
+
     def __init__(
         self,
         config: MemoryConfig,
-        megatron: TransformerConfig,
-        groups: ProcessGroupCollection,
-        layer_number: int,
+        megatron: TransformerConfig | None = None,
+        groups: ProcessGroupCollection | None = None,
+        layer_number: int = 1,
         *,
-        linears: Linears,
+        linears: Linears | None = None,
     ) -> None:
-        super().__init__(megatron)
-        self.memory_config, self.groups, self.layer_number = config, groups, layer_number
+        if megatron is None or groups is None or linears is None:
+            config, megatron, groups, linears = alone(self.section, config)
         assert config.hidden_size is not None
-        width, self.levels, self.head_dim = config.hidden_size, config.num_memory_layers, config.head_dim
-        heads = config.memory_size // config.head_dim
-        self.heads = heads // groups.tp.size()
-        self.gates = gate_count(config.momentum)
-        self.convolved = 3 * self.levels * self.head_dim  # features per head that the convolution sees
-        per_head = self.convolved + self.head_dim + self.levels * self.gates
-        # init_method: never called, initial values are model/initialization.py's.
-        options: dict[str, Any] = {
-            "config": megatron,
-            "init_method": nn.init.zeros_,
-            "bias": False,
-            "skip_bias_add": False,
-            "is_expert": False,
-            "tp_group": groups.tp,
-        }
-        self.norm = linears.norm(config=megatron, hidden_size=width, eps=megatron.layernorm_epsilon)
-        self.projection = linears.column(width, heads * per_head, gather_output=False, **options)
-        self.output = linears.row(config.memory_size, width, input_is_parallel=True, **options)
-        nn.init.zeros_(self.output.weight)
-        self.taps = self._of_heads(self._initial_taps())
-        self.gate_bias = self._of_heads(torch.tensor(initial_biases(self.levels, config.momentum)))
-        self.read_norm = self._of_heads(torch.ones(self.head_dim))
-        self.level_mix = self._of_heads(torch.zeros(self.levels)) if self.levels > 1 else None
+        levels, head_dim, gates = config.num_memory_layers, config.head_dim, gate_count(config.momentum)
+        convolved = 3 * levels * head_dim  # features per head that the convolution sees
+        super().__init__(
+            megatron,
+            groups,
+            layer_number,
+            linears,
+            width=config.hidden_size,
+            heads=config.memory_size // head_dim,
+            features=convolved + head_dim + levels * gates,
+            read_width=config.memory_size,
+        )
+        self.memory_config, self.levels, self.head_dim = config, levels, head_dim
+        self.gates, self.convolved = gates, convolved
+        self.taps = self.of_heads(self._initial_taps())
+        self.gate_bias = self.of_heads(torch.tensor(initial_biases(self.levels, config.momentum)))
+        self.read_norm = self.of_heads(torch.ones(self.head_dim))
+        self.level_mix = self.of_heads(torch.zeros(self.levels)) if self.levels > 1 else None
         self.measures = Measures(*self._measure_names())
         self.carried = CarriedState(megatron) if config.carry_state else None
-
-    def _of_heads(self, one_head: Tensor) -> nn.Parameter:
-        """A vector for each head of this rank, end to end: one dimension, so that weight decay leaves it alone."""
-        parameter = nn.Parameter(one_head.repeat(self.heads).to(self.config.params_dtype))
-        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-        return parameter
 
     def _initial_taps(self) -> Tensor:
         """Of one head, (3·L·K·J,): queries and values are those of their token, keys the mean of it and the one before.
@@ -226,22 +212,6 @@ class ReasoningMemoryTransformer(MegatronModule):
         total = self.memory_config.memory_size // self.head_dim
         self.measures.add("memory_mix_loss", weight * shortfall * tokens, len(mix) * tokens)
         return attach_loss(out, weight * shortfall * tokens / total)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Parameters by head, so that a checkpoint loads at any tensor parallel size."""
-        own: dict[str, Any] = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        dp_cp = (metadata or {}).get("dp_cp_group", self.groups.dp_cp)
-        entries = make_sharded_tensors_for_checkpoint(
-            own, prefix, dict.fromkeys(own, 0), sharded_offsets, tp_group=self.groups.tp, dp_cp_group=dp_cp
-        )
-        for name, module in self.named_children():
-            entries |= sharded_state_dict_default(
-                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.groups.tp
-            )
-        return entries
 
 
 @torch.no_grad()

@@ -2,11 +2,13 @@
 
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, to_dict
+from vishwamai_mp.observability.panels import tensorboard_layout
 
 
 class MetricWriter(Protocol):
@@ -53,12 +55,16 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; a resumed run hides what an earlier attempt logged beyond its first step."""
+    """Scalars for TensorBoard, and charts of those that belong together (its page "custom scalars").
+
+    A resumed run hides what an earlier attempt logged beyond its first step.
+    """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        self._writer.add_custom_scalars(tensorboard_layout())
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         for key, value in record.items():
@@ -73,7 +79,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars for Weights & Biases; one run id per run folder, so that a resumed run continues its curves."""
+    """Scalars for Weights & Biases; one run id per run folder, so that a resumed run continues its curves.
+
+    WANDB_MODE=offline keeps all in `wandb/` of the run folder, for `wandb sync` to send later.
+    """
 
     def __init__(self, folder: Path, config: PretrainConfig) -> None:
         try:
@@ -82,13 +91,10 @@ class WeightsAndBiases:
             raise ConfigError(
                 "logging.report_to names wandb, which is not installed; pip install 'vishwamai-mp[wandb]'"
             ) from None
-        id_file = folder / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
         self._run = wandb.init(
             project=config.logging.project,
             dir=str(folder),
-            id=id_file.read_text(),
+            id=_run_id(folder / "wandb_id"),
             resume="allow",
             config=to_dict(config),
         )
@@ -98,6 +104,15 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(file: Path) -> str:
+    """What the file says; a new one where there is none."""
+    if not file.exists():
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text(secrets.token_hex(4))
+        partial.replace(file)
+    return file.read_text()
 
 
 def open_writers(folder: Path, config: PretrainConfig, resume_step: int) -> list[MetricWriter]:

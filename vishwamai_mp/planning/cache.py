@@ -1,8 +1,7 @@
 """Parameters, FLOPs and memory of the cache. A test holds these formulae against the built module."""
 
 from vishwamai_mp.config import CacheConfig
-
-_IMPORTANCE = 8  # width of the importance net
+from vishwamai_mp.config.components import IMPORTANCE_WIDTH
 
 
 def cache_parameters(cache: CacheConfig) -> int:
@@ -14,7 +13,7 @@ def cache_parameters(cache: CacheConfig) -> int:
     if not cache.enabled:
         return 0
     width = _width(cache)
-    per_head = cache.latents_per_segment * cache.segment_length + _IMPORTANCE + 1 + width // cache.num_heads
+    per_head = cache.latents_per_segment * cache.segment_length + IMPORTANCE_WIDTH + 1 + width // cache.num_heads
     return _modules(cache) * (_matrices(cache) + width + cache.num_heads * per_head)
 
 
@@ -23,7 +22,7 @@ def cache_forward_flops_per_token(cache: CacheConfig, sequence_length: int) -> f
     if not cache.enabled:
         return 0.0
     width, latents = _width(cache), cache.latents_per_segment
-    pooling = 2 * latents * (2 * width + _IMPORTANCE * cache.num_heads)
+    pooling = 2 * latents * (2 * width + IMPORTANCE_WIDTH * cache.num_heads)
     read, scored = _mean_segments(cache, sequence_length)
     reading = 4 * width * (1 + latents * read) + 2 * width * scored
     return _modules(cache) * (2 * _matrices(cache) + pooling + reading)
@@ -40,7 +39,7 @@ def cache_state_bytes(cache: CacheConfig, tokens: int, bytes_per_number: int) ->
     width, heads, latents = _width(cache), cache.num_heads, cache.latents_per_segment
     kept = min(tokens // cache.segment_length, cache.max_cache_length // latents) + 1
     per_segment = latents * (2 * width * bytes_per_number + 4 * heads) + width * bytes_per_number + 8 * heads
-    per_open_token = (2 * width + (_IMPORTANCE + latents) * heads) * bytes_per_number
+    per_open_token = (2 * width + (IMPORTANCE_WIDTH + latents) * heads) * bytes_per_number
     return _modules(cache) * (kept * per_segment + tokens % cache.segment_length * per_open_token)
 
 
@@ -56,7 +55,7 @@ def _width(cache: CacheConfig) -> int:
 def _matrices(cache: CacheConfig) -> int:
     """Query, key, value and output projections; importance and pooling of each head."""
     width = _width(cache)
-    return 4 * width * width + width * cache.num_heads * (_IMPORTANCE + cache.latents_per_segment)
+    return 4 * width * width + width * cache.num_heads * (IMPORTANCE_WIDTH + cache.latents_per_segment)
 
 
 def _mean_segments(cache: CacheConfig, length: int) -> tuple[float, float]:

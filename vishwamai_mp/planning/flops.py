@@ -1,9 +1,9 @@
 """Floating point operations that the model needs, whatever the implementation does beyond them."""
 
-from vishwamai_mp.config import ModelConfig, PretrainConfig
+from vishwamai_mp.config import ModelConfig, PretrainConfig, frozen_parts
 from vishwamai_mp.planning.cache import cache_forward_flops_per_token
 from vishwamai_mp.planning.memory import memory_forward_flops_per_token
-from vishwamai_mp.planning.parameters import attention_matrices, mlp_matrices
+from vishwamai_mp.planning.parameters import adapter_parameters, attention_matrices, mlp_matrices
 
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
@@ -25,10 +25,22 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 def training_flops_per_token(config: PretrainConfig) -> float:
-    """`flops_per_token` of the model with its components, at the sequence length that is trained on."""
+    """`flops_per_token` of the model with its components, at the sequence length that is trained on.
+
+    Frozen matrices of the base have no gradient to compute; adapters are counted as they are multiplied.
+    """
     length = config.training.sequence_length
     components = memory_forward_flops_per_token(config.memory) + cache_forward_flops_per_token(config.cache, length)
-    return flops_per_token(config.model, length) + 3 * components
+    whole = flops_per_token(config.model, length) + 3 * components
+    return whole - 2 * _frozen_matrices(config) + 3 * 2 * adapter_parameters(config)
+
+
+def _frozen_matrices(config: PretrainConfig) -> int:
+    """Weights of the base that no gradient is computed of; the embedding's look-up has none to speak of."""
+    model, frozen = config.model, frozen_parts(config)
+    layer = attention_matrices(model) + mlp_matrices(model)
+    layers = model.num_layers * layer if "base" in frozen else 0
+    return layers + (model.hidden_size * model.vocab_size if "embedding" in frozen else 0)
 
 
 def _mean_keys(length: int, window: int | None) -> float:

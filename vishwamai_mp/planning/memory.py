@@ -1,8 +1,7 @@
 """Parameters and FLOPs of the neural memory. A test holds these formulae against the built module."""
 
 from vishwamai_mp.config import MemoryConfig
-
-_TAPS = 4  # of the module's short convolution
+from vishwamai_mp.config.components import CONVOLUTION_TAPS
 
 
 def memory_parameters(memory: MemoryConfig) -> int:
@@ -62,7 +61,12 @@ def _vectors(memory: MemoryConfig) -> int:
     """Input norm; convolution, gate biases, read norm and, of several levels, their mix, of each head."""
     assert memory.hidden_size is not None
     levels = memory.num_memory_layers
-    per_head = 3 * levels * memory.head_dim * _TAPS + _gates(memory) + memory.head_dim + (levels if levels > 1 else 0)
+    per_head = (
+        3 * levels * memory.head_dim * CONVOLUTION_TAPS
+        + _gates(memory)
+        + memory.head_dim
+        + (levels if levels > 1 else 0)
+    )
     return memory.hidden_size + heads(memory) * per_head
 
 

@@ -40,7 +40,25 @@ def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int:
     return embedding_parameters(model, vocab_size) + model.num_layers * layer_parameters(model) + model.hidden_size
 
 
+def adapter_parameters(config: PretrainConfig) -> int:
+    """Parameters of all adapters: `lora.rank` × (inputs + outputs) of each adapted layer."""
+    model, lora = config.model, config.lora
+    if not lora.enabled:
+        return 0
+    assert model.head_dim is not None
+    assert model.num_key_value_heads is not None
+    assert model.intermediate_size is not None
+    width, heads, inner = model.hidden_size, model.num_attention_heads * model.head_dim, model.intermediate_size
+    sizes = {
+        "linear_qkv": width + heads + 2 * model.num_key_value_heads * model.head_dim,
+        "linear_proj": heads + width,
+        "linear_fc1": width + 2 * inner,
+        "linear_fc2": inner + width,
+    }
+    return model.num_layers * lora.rank * sum(sizes[target] for target in lora.targets)
+
+
 def total_parameters(config: PretrainConfig, vocab_size: int | None = None) -> int:
-    """`parameter_count` of the model with its components."""
+    """`parameter_count` of the model with its components and adapters."""
     components = memory_parameters(config.memory) + cache_parameters(config.cache)
-    return parameter_count(config.model, vocab_size) + components
+    return parameter_count(config.model, vocab_size) + components + adapter_parameters(config)

@@ -6,12 +6,12 @@ I in, O out (local).
 """
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from vishwamai_mp.precision.collectives import gather_sequence, reduce_input_gradient
 from vishwamai_mp.precision.delayed import DelayedScaling
@@ -94,20 +94,31 @@ def emulate_fp8(linear: Any, scaling: Scaling) -> None:
     """
     linear.fp8_scaling = scaling
     linear.fp8_observer = None
-    linear._forward_impl = MethodType(_fp8_forward, linear)
+    replace_product(linear, _Fp8Linear.apply, linear)
 
 
-def _fp8_forward(
-    linear: nn.Module,
+def replace_product(linear: Any, apply: Callable[..., Tensor], *first: Any) -> None:
+    """Have a parallel linear layer of megatron-core compute y = x Wᵀ and its collectives by `apply`.
+
+    Args:
+        apply: called with x, W, what is in `first`, whether the input's gradient is reduced, whether the sequence is
+            split, and the tensor parallel group.
+    """
+    linear._forward_impl = partial(_forward, apply, first)
+
+
+def _forward(
+    apply: Callable[..., Tensor],
+    first: tuple[Any, ...],
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     allreduce_dgrad: bool = False,
     sequence_parallel: bool = False,
     tp_group: dist.ProcessGroup | None = None,
-    **__: Any,
+    **_: Any,
 ) -> Tensor:
-    output = _Fp8Linear.apply(input, weight, linear, allreduce_dgrad, sequence_parallel, tp_group)
+    output = apply(input, weight, *first, allreduce_dgrad, sequence_parallel, tp_group)
     return output if bias is None else output + bias
 
 

@@ -6,7 +6,6 @@ times faster than the scalar fallback. Shapes: T tokens (local under sequence pa
 """
 
 import logging
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from vishwamai_mp.precision.fp8_linear import (
     MXScaling,
     Scaling,
     emulate_fp8,
+    replace_product,
 )
 from vishwamai_mp.precision.policy import Fp8Policy, PrecisionPolicy
 from vishwamai_mp.runtime import device, multiplies_natively
@@ -43,7 +43,7 @@ def use_cpu_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
     """
     if computes_in_fp32(policy):
         for module in parallel_linears(model):
-            module._forward_impl = MethodType(_fp32_forward, module)
+            replace_product(module, _Fp32Linear.apply)
     if policy.fp8 is not None:
         linears = _fp8_linears(model, policy)
         if linears and device().type == "cpu" and not hasattr(linears[0], "fp8_meta"):
@@ -115,20 +115,6 @@ def _emulate_fp8(model: Any, linears: list[Any], fp8: Fp8Policy) -> None:
         emulate_fp8(linear, scaling)
 
 
-def _fp32_forward(
-    _: nn.Module,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    allreduce_dgrad: bool = False,
-    sequence_parallel: bool = False,
-    tp_group: dist.ProcessGroup | None = None,
-    **__: Any,
-) -> Tensor:
-    output = _Fp32Linear.apply(input, weight, allreduce_dgrad, sequence_parallel, tp_group)
-    return output if bias is None else output + bias
-
-
 class _Fp32Linear(torch.autograd.Function):
     """y = x Wᵀ, with megatron-core's collectives: gather the sequence, reduce (or reduce-scatter) the gradient."""
 
@@ -136,7 +122,8 @@ class _Fp32Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x_TBI: Tensor, w_OI: Tensor, reduce: bool, sequence_parallel: bool, group: dist.ProcessGroup
     ) -> Tensor:
-        ctx.save_for_backward(x_TBI, w_OI)
+        ctx.save_for_backward(x_TBI if ctx.needs_input_grad[1] else None, w_OI)  # a frozen weight needs no input
+        ctx.shape, ctx.dtype = x_TBI.shape, x_TBI.dtype
         ctx.reduce, ctx.sequence_parallel, ctx.group = reduce, sequence_parallel, group
         x = gather_sequence(x_TBI, group) if sequence_parallel else x_TBI
         return linear_fp32(_wide(x), _wide(w_OI)).to(x.dtype)
@@ -145,11 +132,11 @@ class _Fp32Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TBI, w_OI = ctx.saved_tensors
         grad = _wide(grads[0])
-        x = gather_sequence(x_TBI, ctx.group) if ctx.sequence_parallel else x_TBI
-        dx = linear_fp32(grad, _wide(w_OI).t()).to(x.dtype)
-        dx, pending = reduce_input_gradient(dx, x_TBI.shape, ctx.reduce, ctx.sequence_parallel, ctx.group)
+        x = gather_sequence(x_TBI, ctx.group) if ctx.sequence_parallel and x_TBI is not None else x_TBI
+        dx = linear_fp32(grad, _wide(w_OI).t()).to(ctx.dtype)
+        dx, pending = reduce_input_gradient(dx, ctx.shape, ctx.reduce, ctx.sequence_parallel, ctx.group)
         dw = None
-        if ctx.needs_input_grad[1]:
+        if x is not None:
             dw = linear_fp32(grad.flatten(0, -2).t(), _wide(x).flatten(0, -2).t()).to(w_OI.dtype)
         if pending:
             pending.wait()

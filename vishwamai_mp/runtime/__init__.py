@@ -17,6 +17,7 @@ for _message in (
     "The .grad attribute of a Tensor that is not a leaf",  # it looks before it knows
     ".*torch.distributed.*_tensor` is deprecated",
     "`load_state_dict` is deprecated",  # in its checkpoint reader
+    "FSDP2-wrapped module .* returned a view",  # of losses, which nobody changes in place
 ):
     warnings.filterwarnings("ignore", message=_message)
 
@@ -24,7 +25,7 @@ from vishwamai_mp.runtime.device import device, local_rank, multiplies_natively 
 from vishwamai_mp.runtime.failure import run_distributed_program  # noqa: E402
 
 if TYPE_CHECKING:
-    from vishwamai_mp.runtime.distributed import Runtime, distributed_session, initialize, shutdown
+    from vishwamai_mp.runtime.distributed import Runtime, distributed_session, initialize, shutdown, standing_session
     from vishwamai_mp.runtime.seeding import seed_step
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "run_distributed_program",
     "seed_step",
     "shutdown",
+    "standing_session",
 ]
 
 

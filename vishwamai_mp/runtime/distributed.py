@@ -1,7 +1,9 @@
 """Process groups: made once from the layout, then passed around. The one reader of megatron-core's parallel_state."""
 
+import atexit
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,3 +127,35 @@ def distributed_session(config: PretrainConfig) -> Iterator[Runtime]:
     runtime = initialize(config)
     yield runtime
     shutdown()
+
+
+_kept: tuple[ParallelConfig, Runtime] | None = None  # what `standing_session` opened
+
+
+def standing_session(config: PretrainConfig) -> Runtime:
+    """`initialize`, for a program or notebook that trains several times: the groups stay until the process ends.
+
+    Another layout makes new groups; a model of the earlier ones can no longer run then.
+    """
+    global _kept
+    if _kept is None:
+        atexit.register(_leave)
+    elif parallel_state.model_parallel_is_initialized() and _is_current(_kept[1]):
+        parallel, runtime = _kept
+        if parallel == config.parallel:
+            set_threads(config.training.threads)
+            return runtime
+        shutdown(keep_world=True)
+    runtime = initialize(config)
+    _kept = config.parallel, runtime
+    return runtime
+
+
+def _is_current(runtime: Runtime) -> bool:
+    """Whether these are the groups that megatron-core has now: somebody else may have made others since."""
+    return parallel_state.get_tensor_model_parallel_group() is runtime.groups.tp
+
+
+def _leave() -> None:
+    if not hasattr(sys, "last_value"):  # after an error peers may never answer
+        shutdown()

@@ -132,7 +132,8 @@ def _repair_distributed_optimizer(cls: type) -> None:
     tensor beside the moments of each parameter. So (1) `state_dict()` asserts a step where torch's, before its first
     step, has no state; (2) a loaded state lacks "step"; (3) the moments are copied in place into leaf views; (4)
     `load_state_dict()` gives all parameters one shared step tensor, which torch then counts up once per parameter;
-    (5) a stale local step overwrites the loaded one.
+    (5) a stale local step overwrites the loaded one; (6) a replica that keeps no row of what is trained, because nearly
+    all is frozen, has no step to assert.
     """
     state_dict, set_states = cls.state_dict, cls._set_main_param_and_optimizer_states  # type: ignore[attr-defined]
 
@@ -142,7 +143,13 @@ def _repair_distributed_optimizer(cls: type) -> None:
                 if not self.optimizer.state[param]:
                     moments = {key: torch.zeros_like(param, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
                     self.optimizer.state[param].update(moments, step=torch.tensor(0.0))
-        return state_dict(self)
+        if self.optimizer.state:
+            return state_dict(self)
+        self.optimizer.state["nothing"] = {"step": torch.tensor(0.0)}
+        try:
+            return state_dict(self)
+        finally:
+            del self.optimizer.state["nothing"]
 
     @torch.no_grad()
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.checkpoint import CheckpointManager
-from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.config import LoggingConfig, PretrainConfig, UserError
 from vishwamai_mp.data.batches import BatchStream, evaluation_stream, train_stream
 from vishwamai_mp.data.datasets import Datasets
 from vishwamai_mp.data.position import DataPosition
@@ -19,7 +19,20 @@ from vishwamai_mp.planning import training_flops_per_token
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.device import peak_flops
-from vishwamai_mp.training.callbacks import Callback, Checkpointing, Evaluation, Fp8Report, Metrics, Progress, Stopping
+from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
+from vishwamai_mp.training.callbacks import (
+    BestModel,
+    Callback,
+    Checkpointing,
+    EarlyStopping,
+    Evaluation,
+    Fp8Report,
+    MemorySnapshot,
+    Metrics,
+    Profiler,
+    Progress,
+    Stopping,
+)
 from vishwamai_mp.training.callbacks.search import search_callbacks
 from vishwamai_mp.training.guard import LossGuard, explain
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
@@ -29,12 +42,15 @@ from vishwamai_mp.training.step import StepResult, TrainStep
 
 @dataclass
 class TrainerState:
-    """How far a run is. `step` counts finished steps, skipped ones included."""
+    """How far a run is and how good it was. `step` counts finished steps, skipped ones included."""
 
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     skipped_steps: int = 0
+    best_loss: float | None = None  # lowest validation loss so far
+    best_step: int | None = None
+    evaluations_since_best: int = 0
 
 
 class Trainer:
@@ -71,18 +87,24 @@ class Trainer:
 
     def train(self) -> TrainerState:
         """Train from the newest checkpoint, or from the start, until `training.max_steps` or until asked to stop."""
+        with advice_when_out_of_memory(self.config):
+            return self._train()
+
+    def _train(self) -> TrainerState:
         self.resume()
         batches = train_stream(self.config, self.datasets, self.runtime, self.state.consumed_samples)
         for callback in self.callbacks:
             callback.on_train_begin(self)
         while self.state.step < self.config.training.max_steps and self.stop_reason is None:
+            for callback in self.callbacks:
+                callback.on_step_begin(self)
             record = self._step(batches)
             for callback in self.callbacks:
                 callback.on_step_end(self, record)
         for callback in self.callbacks:
             callback.on_train_end(self)
         if self.stop_reason:
-            self.say(f"stopped after step {self.state.step}: {self.stop_reason}; the same command continues")
+            self.say(f"stopped after step {self.state.step}: {self.stop_reason}")
         return self.state
 
     def _step(self, batches: BatchStream) -> dict[str, float]:
@@ -128,7 +150,8 @@ class Trainer:
 
     def save(self, *, final: bool = False) -> None:
         """Save a checkpoint of the current step; in the background with `checkpoint.async_save`, unless `final`."""
-        self.checkpoints.save(self.state.step, self.chunks, self.optimizer, self._state_dict(), final=final)
+        best = self.state.best_step if self.config.checkpoint.load_best else None
+        self.checkpoints.save(self.state.step, self.chunks, self.optimizer, self._state_dict(), final=final, best=best)
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint of the run folder, else from `checkpoint.load`, else do nothing."""
@@ -168,15 +191,29 @@ class Trainer:
             print(text, file=sys.stderr, flush=True)
 
 
-def usual_callbacks(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> list[Callback]:
-    """The usual ones, in order: who stops and who measures comes before who writes.
+def usual_callbacks(
+    config: PretrainConfig, tokenizer: Tokenizer | None = None, more: Sequence[Callback] = ()
+) -> list[Callback]:
+    """The usual ones, in order: who stops and who measures, `more` among them, comes before who writes.
 
     Metrics before checkpoints: a step that a checkpoint holds is never run again, so it must have been logged.
     """
-    # The FP8 report comes before evaluation, whose passes it should not see.
+    # Profiles and the FP8 report come before evaluation, whose passes they should not see.
     fp8 = [Fp8Report(config.fp8.report_every)] if config.fp8.report_every else []
-    measuring = [Stopping(config.training.exit_after_minutes), Evaluation(), *search_callbacks(config, tokenizer)]
-    return [*fp8, *measuring, Metrics(), Checkpointing(), Progress()]
+    patience = config.training.early_stopping_patience
+    stopping = [EarlyStopping(patience)] if patience else []
+    measuring = [Stopping(config.training.exit_after_minutes), Evaluation(), *stopping]
+    saving = [Checkpointing(), *([BestModel()] if config.checkpoint.load_best else [])]
+    watching = [*_profiling(config.logging), *fp8, *measuring, *search_callbacks(config, tokenizer)]
+    return [*watching, *more, Metrics(), *saving, Progress()]
+
+
+def _profiling(logging: LoggingConfig) -> list[Callback]:
+    if logging.profile_steps is None:
+        return []
+    first, last = logging.profile_steps
+    snapshot = [MemorySnapshot(first, last, logging.profile_ranks)] if logging.memory_snapshot else []
+    return [Profiler(first, last, logging.profile_ranks, memory=logging.memory_snapshot), *snapshot]
 
 
 def _make_folder(folder: Path) -> None:

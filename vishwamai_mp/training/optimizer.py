@@ -9,14 +9,18 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.model import VishwamAIModel
+from vishwamai_mp.model.fully_sharded import FullySharded, fully_shards
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.training.fully_sharded import ShardedOptimizer
 
 
 def wrap_data_parallel(
     config: PretrainConfig, runtime: Runtime, models: Sequence[VishwamAIModel]
 ) -> list[DistributedDataParallel]:
-    """Each model chunk with its gradients in contiguous fp32 buffers, reduced over the replicas."""
+    """Each model chunk with its gradients in contiguous fp32 buffers, reduced over the replicas; or fully sharded."""
+    if fully_shards(config, runtime.groups):
+        return [FullySharded(model) for model in models]
     replicated = runtime.groups.dp_cp.size() > 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -48,29 +52,30 @@ def build_optimizer(
 ) -> ChainedOptimizer:
     """AdamW with fp32 main parameters; weight decay on matrices only."""
     policy, options = PrecisionPolicy.of(config.precision), config.optimizer
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=options.learning_rate,
-            min_lr=options.min_learning_rate,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.beta1,
-            adam_beta2=options.beta2,
-            adam_eps=options.epsilon,
-            clip_grad=options.clip_grad_norm,
-            params_dtype=policy.compute,
-            fp16=policy.name == "fp16",
-            bf16=policy.compute == torch.bfloat16,
-            initial_loss_scale=options.initial_loss_scale,
-            loss_scale_window=options.loss_scale_window,
-            hysteresis=1,  # an overflow halves the loss scale: the first as well
-            use_distributed_optimizer=shards_optimizer(config, runtime),
-            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
-        ),
-        list(chunks),
-        pg_collection=runtime.groups,
-        use_gloo_process_groups=False,
+    wanted = OptimizerConfig(
+        optimizer="adam",
+        lr=options.learning_rate,
+        min_lr=options.min_learning_rate,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.epsilon,
+        clip_grad=options.clip_grad_norm,
+        params_dtype=policy.compute,
+        fp16=policy.name == "fp16",
+        bf16=policy.compute == torch.bfloat16,
+        initial_loss_scale=options.initial_loss_scale,
+        loss_scale_window=options.loss_scale_window,
+        hysteresis=1,  # an overflow halves the loss scale: the first as well
+        use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
+    if fully_shards(config, runtime.groups):
+        optimizer = ChainedOptimizer([ShardedOptimizer(wanted, chunk, runtime) for chunk in chunks])
+    else:
+        optimizer = get_megatron_optimizer(
+            wanted, list(chunks), pg_collection=runtime.groups, use_gloo_process_groups=False
+        )
     for group in optimizer.param_groups:
         # megatron-core's own scheduler, which is not used here, would do this: 0 for vectors, 1 for matrices.
         group["weight_decay"] = options.weight_decay * group["wd_mult"]

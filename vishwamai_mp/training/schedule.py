@@ -8,7 +8,8 @@ from vishwamai_mp.config import PretrainConfig
 def learning_rate(config: PretrainConfig, step: int) -> float:
     """Learning rate of a step, counted from 0.
 
-    Warm-up rises linearly and reaches the peak with its last step, so no step is wasted at zero. Then, until
+    Warm-up rises linearly and reaches the peak with its last step, so no step is wasted at zero; with
+    `warmup_from_zero` it begins at zero and reaches the peak with the step after it. Then, until
     `decay_steps`: `cosine` or `linear` to the minimum; `wsd` (warm-up, stable, decay; arXiv 2404.06395) holds the peak
     and falls linearly over the last `wsd_decay_steps`; `constant` holds the peak. After `decay_steps`: the minimum.
     """
@@ -17,7 +18,7 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     assert schedule.wsd_decay_steps is not None
     assert low is not None
     if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
+        return peak * (step + (not schedule.warmup_from_zero)) / schedule.warmup_steps
     if schedule.decay == "constant":
         return peak
     done = (step - schedule.warmup_steps) / max(1, schedule.decay_steps - schedule.warmup_steps)

@@ -4,8 +4,8 @@ Shapes: B micro-batch, T tokens, Q this context parallel rank's tokens.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.data.batches import Batch, context_shard
+from vishwamai_mp.model.fully_sharded import FullySharded
 from vishwamai_mp.runtime import Runtime, seed_step
 from vishwamai_mp.runtime.measures import all_names, mean_measures, measures_of, scale_attached_losses
 from vishwamai_mp.training.optimizer import clip_and_step, gradient_norm, set_learning_rate
@@ -107,12 +108,11 @@ class TrainStep:
         megatron.no_sync_func = megatron.grad_sync_func = megatron.finalize_model_grads_func = None
         self._begin(step)
         with ExitStack() as stack:
-            for chunk in self.chunks:
-                stack.enter_context(chunk.no_sync())
+            own = [stack.enter_context(_own_gradients(chunk)) for chunk in self.chunks]
             self._run(batches, forward_only=False)
+            finite = all(are_finite() for are_finite in own)
         megatron.no_sync_func, megatron.grad_sync_func, megatron.finalize_model_grads_func = connected
-        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers]
-        return all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in buffers)
+        return finite
 
     def _begin(self, step: int) -> None:
         """Seeds of a step, and gradients and measures of zero."""
@@ -164,6 +164,17 @@ def _loss(mask_BQ: Tensor, losses_BQ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over unmasked tokens, their number, and both detached for the report."""
     loss, tokens = (losses_BQ * mask_BQ).sum(), mask_BQ.sum()
     return loss, tokens.int(), torch.stack((loss.detach().double(), tokens.double()))
+
+
+@contextmanager
+def _own_gradients(chunk: DistributedDataParallel | FullySharded) -> Iterator[Callable[[], bool]]:
+    """Lets backward passes leave this rank's gradients to itself, and tells whether they are finite."""
+    if isinstance(chunk, FullySharded):
+        with chunk.watched_gradients() as gradients:
+            yield lambda: bool(gradients.finite)
+    else:
+        with chunk.no_sync():
+            yield lambda: all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in chunk.buffers)
 
 
 def _one_or_all(functions: list) -> object:

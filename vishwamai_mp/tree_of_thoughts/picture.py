@@ -1,7 +1,6 @@
-"""A search as one self-contained HTML page: the tree as SVG, the chosen path, and each thought's text on hover."""
+"""A search as SVG: the tree, the chosen path, and each thought's text on hover. `observability.tree_page` styles it."""
 
 import html
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
@@ -16,52 +15,6 @@ _STATUS_TEXT = {
     "complete": "complete",
     "unfinished": "unfinished: the budget ended",
 }
-_STYLE = """
-:root { --ink: #1c2430; --paper: #fbfaf7; --line: #c9ccd1; --best: #0b7a4b; --faint: #6d7683; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8eaed; --paper: #15181d; --line: #3d444e; --best: #45d394; --faint: #98a1ad; } }
-body { margin: 0; font: 14px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
-main { max-width: 1400px; margin: 0 auto; padding: 24px; }
-h1 { font-size: 20px; margin: 0 0 4px; } h2 { font-size: 15px; margin: 28px 0 6px; }
-p.facts, figcaption { color: var(--faint); margin: 0 0 12px; }
-figure { margin: 0; overflow-x: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: 12px 14px; border-left: 3px solid var(--best);
-  background: color-mix(in srgb, var(--best) 7%, transparent); font: 13px/1.5 ui-monospace, monospace; }
-.edge { fill: none; stroke: var(--line); stroke-width: 1.5; } .edge.best { stroke: var(--best); stroke-width: 3; }
-.edge.pruned, .edge.dropped, .edge.unfinished { stroke-dasharray: 4 4; }
-.node rect { stroke: var(--line); stroke-width: 1; } .node.best rect { stroke: var(--best); stroke-width: 2.5; }
-.node text { font: 12px ui-monospace, monospace; fill: var(--ink); }
-.node text.score { font-size: 10px; fill: var(--faint); text-anchor: end; }
-.node.pruned, .node.dropped, .node.unfinished { opacity: .5; } .node:hover, .node:focus { opacity: 1; outline: none; }
-.node:hover rect, .node:focus rect { stroke: var(--ink); stroke-width: 2; }
-#tip { position: fixed; pointer-events: none; max-width: 420px; padding: 10px 12px; border-radius: 6px; opacity: 0;
-  background: var(--ink); color: var(--paper); font: 12px/1.45 ui-monospace, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; transition: opacity .1s; box-shadow: 0 4px 18px #0004; }
-"""
-_SCRIPT = """
-const tip = document.getElementById('tip');
-document.querySelectorAll('.node').forEach(node => {
-  const show = () => { tip.textContent = node.dataset.tip; tip.style.opacity = 1; };
-  const place = (x, y) => {
-    tip.style.left = Math.min(x + 16, innerWidth - tip.offsetWidth - 12) + 'px';
-    tip.style.top = Math.min(y + 16, innerHeight - tip.offsetHeight - 12) + 'px'; };
-  node.addEventListener('pointermove', event => { show(); place(event.clientX, event.clientY); });
-  node.addEventListener('focus', () => {
-    const box = node.getBoundingClientRect(); show(); place(box.right, box.top); });
-  for (const name of ['pointerleave', 'blur']) node.addEventListener(name, () => { tip.style.opacity = 0; });
-});
-"""
-
-
-def to_html(results: Sequence[SearchResult], title: str = "Tree of thoughts") -> str:
-    """One page for all results. It loads nothing and works without a network."""
-    parts = "".join(_section(result, i, len(results)) for i, result in enumerate(results))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body><main><h1>{html.escape(title)}</h1>\n{parts}</main>"
-        f'<div id="tip" role="tooltip"></div><script>{_SCRIPT}</script></body></html>\n'
-    )
 
 
 def to_svg(result: SearchResult) -> str:
@@ -115,21 +68,6 @@ class _Layout:
         return _MARGIN + _COLUMN * node.depth, _MARGIN + _ROW * self.row[node.id]
 
 
-def _section(result: SearchResult, number: int, count: int) -> str:
-    pruned = sum(node.status == "pruned" for node in result.nodes)
-    facts = (
-        f"{len(result.nodes) - 1} thoughts, {result.generated_tokens} tokens generated, {len(result.answer)} of them in"
-        f" the answer; {pruned} pruned. Search ended: {result.reason}."
-    )
-    answer = "".join(_text(result, result.nodes[i]) for i in result.path[1:])
-    heading = f"<h2>Prompt {number + 1}</h2>" if count > 1 else ""
-    return (
-        f"<section>{heading}<p class='facts'>{facts}</p><figure>{to_svg(result)}"
-        "<figcaption>Green: the chosen path. Dashed: pruned or dropped. A box is filled the more, the higher its score."
-        f"</figcaption></figure><h2>Answer</h2><pre>{html.escape(answer)}</pre></section>\n"
-    )
-
-
 def _edge(node: Node, layout: _Layout, best: bool) -> str:
     x, y = layout.place(node)
     parent_row = layout.row[node.parent or 0]
@@ -143,7 +81,7 @@ def _edge(node: Node, layout: _Layout, best: bool) -> str:
 
 def _box(node: Node, result: SearchResult, layout: _Layout, best: bool, highest: float) -> str:
     x, y = layout.place(node)
-    text = " ".join(_text(result, node).split())
+    text = " ".join(text_of(result, node).split())
     label = text if len(text) <= _LABEL_CHARACTERS else text[: _LABEL_CHARACTERS - 1] + "…"
     share = 0 if node.parent is None else max(0.0, min(1.0, node.score / highest))
     score = "" if node.parent is None else f'<text class="score" x="{_WIDTH - 8}" y="29">{node.score:.3f}</text>'
@@ -157,7 +95,7 @@ def _box(node: Node, result: SearchResult, layout: _Layout, best: bool, highest:
 
 
 def _tip(result: SearchResult, node: Node) -> str:
-    lines = [_text(result, node).strip()]
+    lines = [text_of(result, node).strip()]
     if node.parent is not None:
         value = "" if node.value is None else f", value {node.value:.3f}"
         lines += [
@@ -170,5 +108,6 @@ def _tip(result: SearchResult, node: Node) -> str:
     return "\n".join(lines)
 
 
-def _text(result: SearchResult, node: Node) -> str:
+def text_of(result: SearchResult, node: Node) -> str:
+    """A node's text; its token ids where the search was not given a `decode`."""
     return result.texts[node.id] if result.texts else " ".join(map(str, node.tokens))

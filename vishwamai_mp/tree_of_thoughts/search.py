@@ -7,18 +7,20 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 
 from vishwamai_mp.config import TreeConfig, UserError
+from vishwamai_mp.config.tree import resolve_tree
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import CachedSequence
 from vishwamai_mp.inference.engine import check_fits
 from vishwamai_mp.tree_of_thoughts.growth import Grower, GrowingNode
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
+from vishwamai_mp.tree_of_thoughts.values import KeepsValues
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ class Thought:
     tokens: tuple[int, ...]
     text: str
     complete: bool
+
+
+@runtime_checkable
+class HasEngine(Protocol):
+    """A model that is laid out when it is first run."""
+
+    def engine(self) -> Engine: ...
+
+    def tokenizer(self) -> Tokenizer | None: ...
 
 
 Scorer = Callable[[Thought], float]
@@ -58,7 +69,7 @@ class _Tree:
         return sum(len(grower.node.tokens) for grower in self.growing[1:])
 
 
-class TreeOfThoughts:
+class TreeOfThoughts(KeepsValues):
     """Searches for the continuation that scores best, thought by thought.
 
     A node is expanded into `branching` children that start with different tokens, drawn without replacement at the
@@ -70,8 +81,9 @@ class TreeOfThoughts:
       to is complete (with a verifier: solved), or as many nodes are expanded as `beam` may expand.
 
     Args:
-        engine: model and memory.
-        config: resolved.
+        model: what runs it; or a model that has an engine when one is asked for, whose tokenizer then says how thoughts
+            end and read.
+        config: None: the defaults.
         stop_tokens: ids that end a thought, such as that of `[STEP]`.
         end_token: id that ends a text.
         decode: text of tokens; for stop strings, scorers and the result's texts.
@@ -82,8 +94,8 @@ class TreeOfThoughts:
 
     def __init__(
         self,
-        engine: Engine,
-        config: TreeConfig,
+        model: Engine | HasEngine,
+        config: TreeConfig | None = None,
         *,
         stop_tokens: Sequence[int] = (),
         end_token: int | None = None,
@@ -92,24 +104,35 @@ class TreeOfThoughts:
         scorer: Scorer | None = None,
         verifier: Verifier | None = None,
     ) -> None:
-        if config.branching is None:
-            raise UserError("tree.branching is not set; resolve the configuration first")
+        self.config = resolve_tree(config or TreeConfig())
+        if decode is None and isinstance(model, HasEngine) and (tokenizer := model.tokenizer()):
+            decode = tokenizer.decode
+            if not stop_tokens and stop_string is None:
+                ending = ending_of_thoughts(tokenizer, self.config.stop)
+                stop_tokens, stop_string = ending.get("stop_tokens", ()), ending.get("stop_string")
+                end_token = ending["end_token"] if end_token is None else end_token
         if stop_string is not None and decode is None:
             raise UserError("a stop string needs a tokenizer; give stop_tokens")
-        if scorer is None and config.value_weight > 0 and not engine.config.tree.enabled:
+        self.model, self.decode, self.scorer, self.verifier = model, decode, scorer, verifier
+        self._ends = stop_tokens, end_token, stop_string
+        if isinstance(model, Engine):
+            self._use(model)
+
+    def _use(self, engine: Engine) -> None:
+        if self.scorer is None and self.config.value_weight > 0 and not engine.config.tree.enabled:
             raise UserError(
-                f"tree.value_weight={config.value_weight}: the model has no value head (trained with"
+                f"tree.value_weight={self.config.value_weight}: the model has no value head (trained with"
                 " tree.enabled=false); set tree.value_weight=0 tree.logprob_weight=1, or give a scorer"
             )
-        self.engine, self.config, self.decode = engine, config, decode
-        self.scorer, self.verifier = scorer, verifier
+        stop_tokens, end_token, stop_string = self._ends
 
         def stops(tokens: list[int]) -> bool:
-            assert decode is not None
+            assert self.decode is not None
             assert stop_string is not None
-            return stop_string in decode(tokens)
+            return stop_string in self.decode(tokens)
 
-        self._grower = Grower(engine, config, stop_tokens, end_token, stops if stop_string is not None else None)
+        self.engine = engine
+        self._grower = Grower(engine, self.config, stop_tokens, end_token, stops if stop_string is not None else None)
 
     @torch.inference_mode()
     def search(
@@ -131,6 +154,8 @@ class TreeOfThoughts:
         Raises:
             UserError: an empty or too long prompt, a budget that is not positive, a scorer or verifier that fails.
         """
+        if isinstance(self.model, HasEngine):
+            self._use(self.model.engine())
         self._check(prompts, max_tokens, max_seconds)
         deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
         trees = [self._plant(prompt) for prompt in prompts]

@@ -26,6 +26,7 @@ from vishwamai_mp.checkpoint.huggingface.verify import Comparison, compare
 from vishwamai_mp.config import PretrainConfig, load_config, resolve, to_yaml
 from vishwamai_mp.config.fp8 import SCALING_STATE
 from vishwamai_mp.model import build_model
+from vishwamai_mp.model.initialization import _sharded_tensors
 from vishwamai_mp.runtime import initialize, shutdown
 
 CONTEXT = 320
@@ -53,8 +54,8 @@ def save_run(run: Path, overrides: list[str], disturbed: bool = True) -> None:
     runtime = initialize(config)
     chunks = build_model(config, runtime)
     for chunk in chunks if disturbed else []:
-        for entry in chunk.sharded_state_dict().values():
-            if isinstance(entry, ShardedTensor) and (entry.data.dim() == 1 or entry.key.endswith(".output.weight")):
+        for entry in _sharded_tensors(chunk.sharded_state_dict().values()):
+            if entry.data.dim() == 1 or entry.key.endswith((".output.weight", "_adapter.b")):
                 _disturb(entry)
     if runtime.rank == 0:
         run.mkdir(parents=True)

@@ -9,10 +9,9 @@ from typing import Any
 
 from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, whole
 from vishwamai_mp.config import CacheConfig, MemoryConfig, PretrainConfig
+from vishwamai_mp.config.components import CONVOLUTION_TAPS, IMPORTANCE_WIDTH
 
 ARCHITECTURE = "VishwamaiForCausalLM"
-_TAPS = 4  # of the memory's convolution
-_IMPORTANCE_WIDTH = 8  # of the cache's importance net
 _VALUE_HEAD = ("value_head.weight", "value_head.bias")
 _CODE = ("configuration_vishwamai.py", "modeling_vishwamai.py")
 
@@ -55,7 +54,7 @@ def _memory_shapes(memory: MemoryConfig) -> dict[str, tuple[int, ...]]:
         "norm.weight": (width,),
         "projection.weight": (heads * (convolved + memory.head_dim + levels * gates), width),
         "output.weight": (width, memory.memory_size),
-        "taps": (heads * convolved * _TAPS,),
+        "taps": (heads * convolved * CONVOLUTION_TAPS,),
         "gate_bias": (heads * levels * gates,),
         "read_norm": (memory.memory_size,),
     }
@@ -67,10 +66,10 @@ def _cache_shapes(cache: CacheConfig) -> dict[str, tuple[int, ...]]:
     assert width is not None
     return {
         "norm.weight": (width,),
-        "projection.weight": (3 * width + heads * (_IMPORTANCE_WIDTH + latents), width),
+        "projection.weight": (3 * width + heads * (IMPORTANCE_WIDTH + latents), width),
         "output.weight": (width, width),
         "position_bias": (heads * latents * cache.segment_length,),
-        "importance_weight": (heads * _IMPORTANCE_WIDTH,),
+        "importance_weight": (heads * IMPORTANCE_WIDTH,),
         "importance_bias": (heads,),
         "null_key": (width,),
     }

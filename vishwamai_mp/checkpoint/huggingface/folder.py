@@ -44,11 +44,10 @@ def open_folder(path: Path, additions: Sequence[str] = ()) -> Folder:
     Raises:
         UserError: not a model that can be converted, or tensors missing, left over or of another shape.
     """
+    tensors = safetensors_files.read_folder(path)
     original = model_config.from_hf(model_config.read_config(path), path / "config.json")
     config = _with_additions(original, additions, path)
-    entries = {
-        name: entry for name, entry in safetensors_files.read_folder(path).items() if not name.endswith(_BUFFERS)
-    }
+    entries = {name: entry for name, entry in tensors.items() if not name.endswith(_BUFFERS)}
     if config.model.tie_word_embeddings:
         entries.pop("lm_head.weight", None)  # some tools write it beside the embedding that it is
     shapes = {name: entry.shape for name, entry in entries.items()}

@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,11 +39,11 @@ from vishwamai_mp.checkpoint.huggingface.journal import Files, Journal, check_sp
 from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, padded_rows
 from vishwamai_mp.checkpoint.huggingface.pieces import bytes_of
 from vishwamai_mp.checkpoint.huggingface.progress import Progress
-from vishwamai_mp.checkpoint.huggingface.safetensors_files import Entry
+from vishwamai_mp.checkpoint.huggingface.safetensors_files import Entry, plan_shards
 from vishwamai_mp.checkpoint.huggingface.to_hf import ahead
 from vishwamai_mp.checkpoint.huggingface.tokenizer import import_tokenizer
 from vishwamai_mp.checkpoint.manifest import FileRecord, Manifest, TensorRecord
-from vishwamai_mp.checkpoint.writer import _ChecksummedFile
+from vishwamai_mp.checkpoint.writer import ChecksummedFile
 from vishwamai_mp.config import PretrainConfig, UserError, to_yaml
 
 _PIECE_BYTES = 64 << 20  # a tensor is stored in pieces of rows of about this size: so much is held at once
@@ -70,7 +70,7 @@ class _Piece:
         return (self.last - self.first, *self.mapped.shape[1:])
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         return math.prod(self.sizes) * self.dtype.size
 
 
@@ -89,7 +89,7 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
         UserError: the output holds something else, the disk is full, a file is damaged.
     """
     pieces = [piece for mapped in folder.mapping for piece in _pieces(mapped, dtype or _stored(folder, mapped))]
-    files = {f"__0_{number}.distcp": group for number, group in enumerate(_files(pieces))}
+    files = {f"__0_{number}.distcp": group for number, group in enumerate(plan_shards(pieces, _FILE_BYTES))}
     config = _with_precision(folder.config, pieces[0].dtype)
     job = {
         "from": "hf",
@@ -105,7 +105,7 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
             published.rename(partial)
         partial.mkdir(parents=True, exist_ok=True)
         todo = {name: group for name, group in files.items() if not _is_finished(partial / name, journal)}
-        sizes = {name: sum(piece.bytes for piece in group) for name, group in files.items()}
+        sizes = {name: sum(piece.size for piece in group) for name, group in files.items()}
         check_space(output, sum(sizes[name] for name in todo), f"--output {output}")
         done = sum(sizes.values()) - sum(sizes[name] for name in todo)
         if folder.added:
@@ -145,18 +145,6 @@ def _pieces(mapped: Mapped, dtype: DType) -> Iterator[_Piece]:
         yield _Piece(mapped, dtype, first, min(first + step, rows))
 
 
-def _files(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
-    files: list[list[_Piece]] = [[]]
-    filled = 0
-    for piece in pieces:
-        if files[-1] and filled + piece.bytes > _FILE_BYTES:
-            files.append([])
-            filled = 0
-        files[-1].append(piece)
-        filled += piece.bytes
-    return files
-
-
 def _is_finished(path: Path, journal: Journal) -> bool:
     facts = journal.facts(path.name)
     return facts is not None and path.is_file() and path.stat().st_size == facts["file"]["size"]
@@ -170,12 +158,12 @@ def _write_files(
     with Files(journal) as files:
         for name, group in groups.items():
             raw, places = files.begin(partial / name), []
-            file = _ChecksummedFile(raw)
+            file = ChecksummedFile(raw)
             for piece in group:
                 start = file.size
                 file.save(next(tensors))
                 places.append([start, file.size - start])
-                progress.update(piece.bytes)
+                progress.update(piece.size)
             facts = {"file": asdict(FileRecord(file.size, file.crc32)), "places": places}
             files.finish(raw, partial / name, facts)
     reader.close()

@@ -1,6 +1,7 @@
 """The exported folder's README.md: what the model is and how it was trained, from the run folder."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,12 @@ def model_card(source: Source, config: Mapping[str, Any], dtype: DType) -> str:
         config: what goes into `config.json`.
         dtype: of the exported weights.
     """
-    model, manifest = source.config.model, source.manifest
-    padding = sum(
-        (manifest.tensors[mapped.name].shape[0] - mapped.shape[0]) * mapped.shape[1]
-        for mapped in source.mapping
-        if mapped.is_vocabulary
-    )
+    model, lora, manifest = source.config.model, source.config.lora, source.manifest
     facts = {
         "Architecture": f"{config['architectures'][0]}, {model.num_layers} layers × {model.hidden_size}",
-        "Parameters": f"{manifest.parameters - padding:,}",
+        "Parameters": f"{sum(math.prod(mapped.shape) for mapped in source.mapping):,}",
         "Weights": f"{dtype.name}, exported from a checkpoint trained in {manifest.precision}",
+        **({"Adapters": f"of rank {lora.rank}, merged into the weights"} if lora.enabled else {}),
         "Vocabulary": f"{model.vocab_size:,} tokens",
         "Context": f"{model.max_position_embeddings:,} tokens",
         **_training_facts(source.run, manifest.step),

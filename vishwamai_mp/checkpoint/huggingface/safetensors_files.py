@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from vishwamai_mp.config import UserError
 
@@ -38,6 +38,17 @@ class Entry:
     def size(self) -> int:
         """Bytes."""
         return _bytes(self.tag, self.shape)
+
+
+class HasSize(Protocol):
+    """Something that takes space in a file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+
+_Sized = TypeVar("_Sized", bound=HasSize)
 
 
 @dataclass(frozen=True)
@@ -131,9 +142,9 @@ def _read_indexed(folder: Path) -> dict[str, Entry]:
     return {name: files[file][name] for name, file in places.items()}
 
 
-def plan_shards(tensors: Sequence[Planned], most_bytes: int) -> list[list[Planned]]:
+def plan_shards(tensors: Sequence[_Sized], most_bytes: int) -> list[list[_Sized]]:
     """Cut a list of tensors, in order, into files of at most `most_bytes` of data, or one tensor where that is more."""
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[_Sized]] = [[]]
     filled = 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.size > most_bytes:

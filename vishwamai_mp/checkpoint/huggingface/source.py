@@ -9,7 +9,8 @@ from vishwamai_mp.checkpoint.huggingface import components
 from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, nearest, plain_mapping
 from vishwamai_mp.checkpoint.manifest import NAME, Manifest, check_files, is_optimizer, read_manifest
 from vishwamai_mp.checkpoint.store import locate
-from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve
+from vishwamai_mp.config import LoraConfig, PretrainConfig, UserError, load_config, resolve
+from vishwamai_mp.config.finetuning import ADAPTER_STATE
 from vishwamai_mp.config.fp8 import SCALING_STATE
 
 
@@ -21,7 +22,7 @@ class Source:
         path: its folder.
         run: the run folder that it lies in.
         manifest: its.
-        config: of its model, on one process.
+        config: of its model, on one process; with its adapters, where it has any.
         value_head: whether it has one.
         mapping: its tensors, in the order of the export.
         skipped: newer checkpoints that are not whole.
@@ -59,21 +60,42 @@ def open_source(load: Path) -> Source:
     }
     value_head = components.has_value_head(tensors)
     table = [*plain_mapping(config.model), *components.component_mapping(config, value_head)]
-    _check(path, tensors, table)
+    _check(path, tensors, [*table, *_adapters(table, config.lora)])
     digest = hashlib.sha256((path / NAME).read_bytes()).hexdigest()
     return Source(path, path.parent.parent, manifest, config, value_head, table, found.skipped, digest)
+
+
+def adapter_names(mapped: Mapped, lora: LoraConfig) -> tuple[str, str] | None:
+    """Names of A and B of the adapter that a tensor has; None: it has none."""
+    layer = mapped.name.removesuffix(".weight")
+    if not lora.enabled or not layer.endswith(tuple(lora.targets)):
+        return None
+    first, second = (layer + ending for ending in ADAPTER_STATE)
+    return first, second
+
+
+def _adapters(table: list[Mapped], lora: LoraConfig) -> list[Mapped]:
+    """Tensors of adapters: of a checkpoint, but of no Hugging Face model."""
+    found = []
+    for mapped in table:
+        if names := adapter_names(mapped, lora):
+            outputs, inputs = mapped.shape
+            found += [Mapped(names[0], (lora.rank, inputs), ()), Mapped(names[1], (outputs, lora.rank), ())]
+    return found
 
 
 def _config(path: Path, manifest: Manifest) -> PretrainConfig:
     """The run's sections that make up the model; the model itself from the checkpoint's manifest."""
     recipe = path.parent.parent / "config.yaml"
     sections: dict[str, Any] = {}
+    adapted = any(name.endswith(ADAPTER_STATE) for name in manifest.tensors)
     if recipe.is_file():
         saved = load_config(recipe)
         # State that is carried from batch to batch is training's, and asks for a certain length of sequence.
         sections = {name: {**asdict(getattr(saved, name)), "carry_state": False} for name in ("memory", "cache")}
-    elif any(".memory." in name or ".cache." in name for name in manifest.tensors):
-        raise UserError(f"{recipe} is missing; without it the components of {path} cannot be told")
+        sections["lora"] = {**asdict(saved.lora), "enabled": adapted}
+    elif adapted or any(".memory." in name or ".cache." in name for name in manifest.tensors):
+        raise UserError(f"{recipe} is missing; without it the components and adapters of {path} cannot be told")
     length = manifest.model["max_position_embeddings"]
     tree = {"model": manifest.model, "training": {"sequence_length": length}}
     precision = manifest.precision if manifest.precision in ("fp32", "fp16") else "bf16"

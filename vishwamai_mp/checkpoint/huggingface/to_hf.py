@@ -1,4 +1,7 @@
-"""Exports a checkpoint to a Hugging Face folder, tensor by tensor: memory holds one or two of them, not the model."""
+"""Exports a checkpoint to a Hugging Face folder, tensor by tensor: memory holds one or two of them, not the model.
+
+Adapters are merged into the weights.
+"""
 
 import json
 import math
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.checkpoint.huggingface import components, dtypes, model_config, safetensors_files
+from vishwamai_mp.checkpoint.huggingface.adapters import merged
 from vishwamai_mp.checkpoint.huggingface.block_scaled import BLOCK, is_block_scaled, quantized
 from vishwamai_mp.checkpoint.huggingface.dtypes import BF16, FP8, FP32, DType
 from vishwamai_mp.checkpoint.huggingface.journal import Files, Journal, check_space, disk_errors
@@ -24,6 +28,7 @@ from vishwamai_mp.checkpoint.huggingface.safetensors_files import Planned
 from vishwamai_mp.checkpoint.huggingface.source import Source
 from vishwamai_mp.checkpoint.huggingface.tokenizer import TokenizerFiles, tokenizer_files
 from vishwamai_mp.checkpoint.store import write_file
+from vishwamai_mp.config import LoraConfig
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -82,7 +87,8 @@ def export_folder(source: Source, output: Path, options: ExportOptions) -> None:
         check_space(output, sum(sizes[number] for number in todo), f"--output {output}")
         done = sum(sizes) - sum(sizes[number] for number in todo)
         with PieceReader(source.path, source.manifest) as reader, Progress("export", sum(sizes), done) as progress:
-            _write_shards(reader, output, [(names[number], shards[number]) for number in todo], journal, progress)
+            chosen = [(names[number], shards[number]) for number in todo]
+            _write_shards(reader, source.config.lora, output, chosen, journal, progress)
         _write_small_files(source, output, shards, tokenizer)
         journal.close()
 
@@ -122,7 +128,12 @@ def _is_finished(path: Path, journal: Journal) -> bool:
 
 
 def _write_shards(
-    reader: PieceReader, output: Path, shards: list[tuple[str, list[_Output]]], journal: Journal, progress: Progress
+    reader: PieceReader,
+    lora: LoraConfig,
+    output: Path,
+    shards: list[tuple[str, list[_Output]]],
+    journal: Journal,
+    progress: Progress,
 ) -> None:
     """Write files one after another; the next checkpoint tensor is read meanwhile, across files too."""
     needed = [mapped for _, shard in shards for mapped in _tensors_of(shard)]
@@ -131,7 +142,7 @@ def _write_shards(
     buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(count)]
 
     def read(item: tuple[int, Mapped]) -> Tensor:
-        return reader.read(item[1].name, buffers[item[0] % count])
+        return merged(reader, item[1], reader.read(item[1].name, buffers[item[0] % count]), lora)
 
     tensors = ahead(read, list(enumerate(needed)), count)
     with Files(journal) as files:

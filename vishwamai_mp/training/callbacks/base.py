@@ -12,6 +12,9 @@ class Callback:
     def on_train_begin(self, trainer: "Trainer") -> None:
         """After a resume, before the first step."""
 
+    def on_step_begin(self, trainer: "Trainer") -> None:
+        """Before each step; `trainer.state.step` of them are finished."""
+
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
         """After each step. Numbers added to `record` are seen by later callbacks."""
 

@@ -1,4 +1,4 @@
-"""Saves the run every so many steps, when it is asked to stop, and at the end."""
+"""Saves the run every so many steps, at a new lowest validation loss, when it is asked to stop, and at the end."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ class Checkpointing(Callback):
         trainer.checkpoints.poll()
         every, step = trainer.config.checkpoint.save_every, trainer.state.step
         last = step == trainer.config.training.max_steps or trainer.stop_reason is not None
-        if last or (every and step % every == 0):
+        new_best = trainer.config.checkpoint.load_best and step == trainer.state.best_step
+        if last or new_best or (every and step % every == 0):
             trainer.save(final=last)
 
     def on_train_end(self, trainer: "Trainer") -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from vishwamai_mp.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from vishwamai_mp.training.loop import Trainer
+    from vishwamai_mp.training.loop import Trainer, TrainerState
 
 
 class Evaluation(Callback):
@@ -18,3 +18,11 @@ class Evaluation(Callback):
             loss = trainer.evaluate()
             record["validation_loss"] = loss
             record["validation_perplexity"] = math.exp(min(loss, 700.0))  # e^710 overflows a double
+            _note(trainer.state, loss)
+
+
+def _note(state: "TrainerState", loss: float) -> None:
+    """Whether it is the lowest so far; a loss that is not finite is none."""
+    state.evaluations_since_best += 1
+    if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
+        state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from vishwamai_mp.config import ConfigError, PretrainConfig
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
+from vishwamai_mp.observability.tree_page import to_html
 from vishwamai_mp.observability.writers import TensorBoard
 from vishwamai_mp.training.callbacks.base import Callback
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts, ending_of_thoughts
-from vishwamai_mp.tree_of_thoughts.picture import to_html
 from vishwamai_mp.tree_of_thoughts.text import to_text
 
 if TYPE_CHECKING:

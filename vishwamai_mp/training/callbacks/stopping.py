@@ -35,9 +35,9 @@ class Stopping(Callback):
         dist.all_reduce(wish, dist.ReduceOp.MAX)
         number, late = wish.tolist()
         if number:
-            trainer.stop_reason = f"signal {signal.Signals(number).name}"
+            trainer.stop_reason = f"signal {signal.Signals(number).name}; the same command continues"
         elif late:
-            trainer.stop_reason = "training.exit_after_minutes"
+            trainer.stop_reason = "training.exit_after_minutes; the same command continues"
 
     def on_train_end(self, trainer: "Trainer") -> None:
         for number, handler in self._previous.items():

@@ -1,0 +1,109 @@
+"""What a rank needs and what is advised when it is not there."""
+
+import re
+
+import pytest
+
+from vishwamai_mp.config import load_config, padded_vocab_size, resolve
+from vishwamai_mp.planning import total_parameters
+from vishwamai_mp.planning.out_of_memory import advice, rank_memory
+from vishwamai_mp.planning.states import stage_parameters, stage_states
+
+_UNITS = {"MiB": 2**20, "GiB": 2**30}
+
+
+def configure(preset: str, world_size: int, *overrides: str):
+    return resolve(load_config(preset, overrides), world_size)
+
+
+def told(config, world_size: int, on_gpu: bool = True) -> tuple[float, dict[str, float]]:
+    """Bytes that are said to be needed, and those that each setting is said to save."""
+    first, *lines = advice(config, world_size, on_gpu).splitlines()
+    need = re.match(r"this run needs about ([\d.]+) (.iB) per process: ", first)
+    steps = [re.fullmatch(r"  (\S+(?: on \d+ processes)?) +saves about ([\d.]+) (.iB)", line) for line in lines]
+    assert need
+    assert all(steps)
+    return float(need[1]) * _UNITS[need[2]], {step[1]: float(step[2]) * _UNITS[step[3]] for step in steps if step}
+
+
+def test_bytes_per_parameter_by_hand():
+    """bf16: weights 2, gradients 4, main weights 4, moments 8; fp32: 4, 4, none, 8."""
+    one = configure("125m", 1, "training.global_batch_size=8", "training.micro_batch_size=1")
+    parameters = stage_parameters(one, 0)
+    for world_size, overrides, expected in [
+        (1, [], 18),
+        (4, [], 2 + 4 + 12 / 4),
+        (4, ["parallel.use_distributed_optimizer=false"], 18),
+        (4, ["parallel.fully_sharded=true"], 16 / 4),
+        (1, ["precision=fp32"], 16),
+        (2, ["precision=fp32"], 8 + 8 / 2),
+    ]:
+        sizes = ["training.global_batch_size=8", "training.micro_batch_size=1"]
+        config = configure("125m", world_size, *sizes, *overrides)
+        assert stage_states(config, 0, world_size) == parameters * expected
+
+
+def test_stages_have_all_parameters_between_them():
+    """Norms, which every tensor parallel rank has whole, are too few to show."""
+    config = configure("vishwamai-120l", 64)
+    held = sum(stage_parameters(config, stage) for stage in range(8)) * 8
+    assert held == pytest.approx(total_parameters(config, padded_vocab_size(config)), rel=1e-5)
+    assert stage_parameters(config, 0) > stage_parameters(config, 1) < stage_parameters(config, 7)
+
+
+def test_savings_are_those_of_the_formulae_and_suppose_the_lines_before():
+    """Following all of them leaves what the lines leave."""
+    settings = ["training.micro_batch_size=4", "training.global_batch_size=64", "training.recompute=none"]
+    config = configure("1b", 2, *settings, "parallel.sequence_parallel=false", "parallel.tensor_model_parallel_size=2")
+    need, steps = told(config, 2)
+    assert need == pytest.approx(rank_memory(config, 2, True).total, rel=0.01)
+    assert list(steps) == [
+        "parallel.sequence_parallel=true",
+        "training.micro_batch_size=2",
+        "training.micro_batch_size=1",
+        "training.recompute=full",
+        "parallel.tensor_model_parallel_size=4 on 4 processes",
+        "parallel.pipeline_model_parallel_size=2 on 8 processes",
+    ]
+    followed = [step.split(" on ")[0] for step in steps]
+    after = configure("1b", 8, *settings, "parallel.tensor_model_parallel_size=2", *followed)
+    assert need - sum(steps.values()) == pytest.approx(rank_memory(after, 8, True).total, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "on_gpu", "named", "unnamed"),
+    [
+        ([], 1, False, {"training.recompute=selective"}, {"parallel.sequence_parallel=true"}),
+        ([], 1, True, set(), {"training.recompute=selective"}),  # its attention keeps no weights
+        (["training.recompute=full"], 1, False, set(), {"training.recompute=selective", "training.recompute=full"}),
+        (
+            ["model.num_layers=24"],
+            4,
+            False,
+            {"parallel.fully_sharded=true"},
+            {"parallel.use_distributed_optimizer=true"},
+        ),
+        ([], 2, False, set(), {"parallel.fully_sharded=true"}),  # its tables, which every rank gathers, are most of it
+        (["parallel.use_distributed_optimizer=false"], 2, False, {"parallel.use_distributed_optimizer=true"}, set()),
+        ([], 1, False, set(), {"parallel.fully_sharded=true", "parallel.use_distributed_optimizer=true"}),
+        (["precision=fp8_current"], 2, False, set(), {"parallel.fully_sharded=true"}),  # does not go together
+    ],
+)
+def test_only_what_applies_is_named(overrides, world_size, on_gpu, named, unnamed):
+    config = configure("tiny", world_size, "training.micro_batch_size=1", "training.global_batch_size=8", *overrides)
+    _, steps = told(config, world_size, on_gpu)
+    assert named <= set(steps)
+    assert not unnamed & set(steps)
+
+
+def test_where_nothing_is_left_the_model_is_too_large():
+    """One head and one layer do not split."""
+    alone = ["model.num_attention_heads=1", "model.num_key_value_heads=1", "model.num_layers=1", "model.head_dim=32"]
+    sizes = ["training.micro_batch_size=1", "training.recompute=full"]
+    config = configure("tiny", 1, *alone, *sizes)
+    assert advice(config, 1, on_gpu=True).endswith("make the model or training.sequence_length smaller")
+
+
+def test_components_are_said_not_to_count():
+    config = configure("tiny", 1, "memory.enabled=true", "memory.memory_size=128", "memory.head_dim=32")
+    assert "(memory and cache not counted)" in advice(config, 1, on_gpu=False)

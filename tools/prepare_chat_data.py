@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Turn conversations into rows for fine-tuning: loss on answers only, several conversations to a row.
+
+example:
+  python tools/prepare_chat_data.py --input chats.jsonl --tokenizer tokenizer.model --sequence-length 512 \\
+      --output-prefix chats
+    writes chats.bin/.idx and chats_marks.bin/.idx; train on them with
+    data.train=chats data.prepared_rows=true training.sequence_length=512
+
+A line is {"messages": [{"role": "user", "content": "…"}, …]}, {"conversations": [{"from": "human", "value": "…"}, …]},
+{"question": "…", "answer": "…"} or {"prompt": "…", "completion": "…"}. The template of a conversation is documented in
+vishwamai_mp/data/chat.py. Lengths are in tokens. Files appear when complete; after an error nothing is left behind.
+"""
+
+import argparse
+
+from vishwamai_mp.config.errors import run_program
+from vishwamai_mp.data.prepare import PrepareReport, prepare
+from vishwamai_mp.data.progress import CorpusProgress, stop_on_sigterm
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="JSON lines (.jsonl .json), also with .gz or .zst"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="SentencePiece .model")
+    parser.add_argument(
+        "--sequence-length", type=int, required=True, metavar="N", help="training.sequence_length, in tokens"
+    )
+    parser.add_argument(
+        "--output-prefix", required=True, metavar="PATH", help="files are PATH.bin, .idx and PATH_marks.bin, .idx"
+    )
+    parser.add_argument("--no-packing", action="store_true", help="one conversation to a row, the rest is padding")
+    parser.add_argument(
+        "--bos", action="store_true", help="begin conversations with the tokenizer's bos, as models like Llama expect"
+    )
+    parser.add_argument(
+        "--too-long",
+        choices=("stop", "truncate", "skip"),
+        default="stop",
+        help="at a conversation longer than a row: stop with its file:line, keep its beginning, or leave it out "
+        "(default: stop)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a malformed line: stop with its file:line, or leave it out and count it (default: stop)",
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    stop_on_sigterm()
+    with CorpusProgress() as progress:
+
+        def show(report: PrepareReport) -> None:
+            progress.update(report.conversations, report.bytes_read, report.total_bytes)
+
+        report = prepare(
+            arguments.input,
+            arguments.tokenizer,
+            arguments.output_prefix,
+            sequence_length=arguments.sequence_length,
+            packing=not arguments.no_packing,
+            begin=arguments.bos,
+            too_long=arguments.too_long,
+            on_error=arguments.on_error,
+            workers=arguments.workers,
+            on_progress=show,
+            on_skip=progress.skipped,
+        )
+    print(
+        f"{report.prefix}: {report.conversations} conversations in {report.rows} rows of {report.row_tokens} tokens,"
+        f" {report.filled:.1%} filled; loss on {report.learnt_tokens} of {report.tokens} tokens"
+    )
+    print(
+        f"{report.truncated} truncated, {report.too_long} too long and {report.malformed} malformed left out;"
+        f" {report.seconds:.1f} s"
+    )
+    print(
+        f"train with data.train={report.prefix} data.prepared_rows=true"
+        f" training.sequence_length={arguments.sequence_length}"
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

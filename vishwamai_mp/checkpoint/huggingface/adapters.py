@@ -1,0 +1,109 @@
+"""Adapters (LoRA) at export: merged into the weights, or as a folder that Hugging Face's `peft` loads.
+
+A fused layer has one A and one B. Its parts, `q_proj` and the like, are rows of its weight, so they are the same rows
+of B, and share A. Shapes: I in, O out, R rank of the adapter.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vishwamai_mp.checkpoint.huggingface.journal import disk_errors
+from vishwamai_mp.checkpoint.huggingface.mapping import Mapped
+from vishwamai_mp.checkpoint.huggingface.pieces import PieceReader
+from vishwamai_mp.checkpoint.huggingface.source import Source, adapter_names
+from vishwamai_mp.checkpoint.store import write_file
+from vishwamai_mp.config import LoraConfig, UserError
+
+_ROWS = 4096  # of a product held at a time
+
+
+def merged(reader: PieceReader, mapped: Mapped, weight: Tensor, lora: LoraConfig) -> Tensor:
+    """W + alpha / rank · B A in fp32 of a layer that has an adapter; of any other tensor itself.
+
+    Args:
+        reader: of the checkpoint.
+        mapped: the tensor.
+        weight: its content.
+        lora: the run's section.
+    """
+    names = adapter_names(mapped, lora)
+    if not names:
+        return weight
+    a_RI, b_OR = (_read(reader, name).float() for name in names)
+    out = weight.float() if weight.dtype != torch.float32 else weight
+    for first in range(0, len(out), _ROWS):
+        out[first : first + _ROWS] += b_OR[first : first + _ROWS] @ a_RI * (lora.alpha / lora.rank)
+    return out
+
+
+def export_adapters(source: Source, output: Path, base: str) -> None:
+    """Write a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        source: a checkpoint with adapters.
+        output: a new or empty folder.
+        base: name or path of the Hugging Face model that the adapters were trained on; may be empty.
+
+    Raises:
+        UserError: no adapters, or components, which `peft` knows nothing of; the folder holds something.
+    """
+    config = source.config
+    if not config.lora.enabled:
+        raise UserError(f"{source.path} has no adapters; train with lora.enabled=true, or convert it with to-hf")
+    if config.memory.enabled or config.cache.enabled or source.value_head:
+        raise UserError(
+            f"{source.path} has a memory, cache or value head, which a PEFT folder has no place for; to-hf writes it"
+            " whole, adapters merged"
+        )
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty; name a new folder")
+    tensors: dict[str, Tensor] = {}
+    with PieceReader(source.path, source.manifest) as reader:
+        for mapped in source.mapping:
+            if names := adapter_names(mapped, config.lora):
+                tensors |= _of_layer(mapped, *(_read(reader, name) for name in names))
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        aside = output / f".adapter.{os.getpid()}.partial"
+        save_file(tensors, aside, metadata={"format": "pt"})
+        aside.replace(output / "adapter_model.safetensors")
+        described = _config(config.lora, [name.split(".")[-3] for name in tensors], base)
+        write_file(output / "adapter_config.json", json.dumps(described, indent=2).encode() + b"\n")
+
+
+def _read(reader: PieceReader, name: str) -> Tensor:
+    size = math.prod(reader.shapes[name]) * reader.dtypes[name].itemsize
+    return reader.read(name, torch.empty(size, dtype=torch.uint8))
+
+
+def _of_layer(mapped: Mapped, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """Under peft's names, which are the layers' in the model that it wraps."""
+    found = {}
+    for part in mapped.parts:
+        layer = f"base_model.model.{part.name.removesuffix('.weight')}"
+        found[f"{layer}.lora_A.weight"] = a.clone()  # a file holds no tensor twice
+        found[f"{layer}.lora_B.weight"] = torch.cat([b[first:last] for first, last in part.rows])
+    return found
+
+
+def _config(lora: LoraConfig, targets: Sequence[str], base: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(set(targets)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }

@@ -1,0 +1,44 @@
+"""What the components' sections have in common, and the sizes that no setting changes."""
+
+from collections.abc import Sequence
+
+from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.schema import CacheConfig, MemoryConfig
+
+CONVOLUTION_TAPS = 4  # of the memory's short convolution, in tokens
+IMPORTANCE_WIDTH = 8  # of the cache's importance net, per head
+
+
+def placed(chosen: list[int] | None, first: int, layers: int) -> list[int]:
+    """The layers that carry a component: those that were named, else one in eight from `first` on."""
+    return list(range(first, layers, 8)) if chosen is None else chosen
+
+
+def check_component(section: str, component: MemoryConfig | CacheConfig, width: int, layers: int) -> None:
+    """Validate what both have.
+
+    Args:
+        section: "memory" or "cache".
+        component: width and layers filled in.
+        width: model.hidden_size.
+        layers: model.num_layers.
+    """
+    if component.hidden_size != width:
+        raise ConfigError(
+            f"{section}.hidden_size={component.hidden_size} is not model.hidden_size={width}; leave it out or use"
+            f" {width}"
+        )
+    if component.dropout >= 1:
+        raise ConfigError(f"{section}.dropout={component.dropout}: a probability; use a number from 0 to below 1")
+    _check_layers(section, component.layers or (), layers)
+
+
+def _check_layers(section: str, chosen: Sequence[int], layers: int) -> None:
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ConfigError(
+            f"{section}.layers={list(chosen)}: name each layer that has a {section} once, or leave it out"
+        )
+    if max(chosen) >= layers:
+        raise ConfigError(
+            f"{section}.layers={list(chosen)}: model.num_layers={layers}; use numbers from 0 to {layers - 1}"
+        )

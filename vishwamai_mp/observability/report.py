@@ -1,0 +1,91 @@
+"""Runs as one self-contained HTML page: curves, what the components do, configurations side by side."""
+
+import html
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from vishwamai_mp.observability.chart import FEW, Line, legend, line_chart
+from vishwamai_mp.observability.curves import STRETCHES
+from vishwamai_mp.observability.page import page
+from vishwamai_mp.observability.panels import Panel, panels_of
+from vishwamai_mp.observability.report_style import SCRIPT, STYLE
+from vishwamai_mp.observability.report_tables import details, differences, environments, paragraph, summary
+from vishwamai_mp.observability.run_folder import Curve, Run
+
+
+def render_report(runs: Sequence[Run]) -> str:
+    """The page. Equal run folders give equal bytes."""
+    names = unique_names(runs)
+    tokens = [_finite(run.metrics.get("consumed_tokens")) for run in runs]
+    curves = [curve for run in runs for curve in run.metrics.values()]
+    span = max(int(curve.steps[-1] - curve.steps[0]) for curve in curves)
+    smoothed = any(len(curve.steps) > FEW for curve in curves)
+    half_life = max(1, round(span / 100)) if smoothed else None
+    runs_named = dict(zip(names, runs, strict=True))
+    title = f"Run report: {', '.join(names)}"
+    parts = [f"<h1>{html.escape(title)}</h1>", _facts(runs, half_life), summary(runs_named)]
+    parts.append(_controls(names, all(tokens), half_life is not None))
+    for section, panels, note in panels_of(runs_named):
+        charts = "".join(_chart(panel, dict(zip(names, tokens, strict=True)), half_life) for panel in panels)
+        parts.append(f'<section><h2>{section}</h2>{paragraph(note)}<div class="charts">{charts}</div></section>\n')
+    if len(runs) > 1:
+        parts.append(differences(runs_named))
+    parts += [environments(runs_named), *(details(name, run) for name, run in runs_named.items())]
+    return page(title, "".join(parts), STYLE, SCRIPT)
+
+
+def unique_names(runs: Sequence[Run]) -> list[str]:
+    """The folders' names, with as many folders above them as it takes to tell them apart."""
+    paths = [run.folder.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, paths))):
+        names = ["/".join(path[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def _chart(panel: Panel, tokens: Mapping[str, Curve | None], half_life: float | None) -> str:
+    lines = [Line(item.label, item.colour, item.curve, tokens[item.run]) for item in panel.curves]
+    keyed = len(tokens) == 1  # of several runs, the page's head has the legend
+    return line_chart(panel.title, lines, half_life if panel.noisy else None, keyed=keyed)
+
+
+def _finite(curve: Curve | None) -> Curve | None:
+    if curve is None or not len(curve.finite):
+        return None
+    known = np.isfinite(curve.values)
+    return Curve(curve.steps[known], curve.values[known])
+
+
+def _facts(runs: Sequence[Run], half_life: int | None) -> str:
+    longest = max(len(curve.steps) for run in runs for curve in run.metrics.values())
+    facts = f"Up to {longest:,} logged steps."
+    if longest > 5 * STRETCHES:
+        facts += (
+            f" Curves are thinned: of each of {STRETCHES} stretches the first, lowest, highest and last value are"
+            " drawn, so no peak is lost."
+        )
+    if half_life is not None:
+        facts += f" Smoothed: a mean in which a value {half_life:,} steps away, before or after, counts half."
+    return f'<p class="facts">{facts} Gaps: the number was not finite.</p>'
+
+
+def _controls(names: Sequence[str], with_tokens: bool, with_smooth: bool) -> str:
+    """Choices for all charts, made by style sheets alone."""
+    choices = [("up", ("linear", "log"))]
+    if with_tokens:
+        choices.insert(0, ("across", ("steps", "tokens")))
+    fields = "".join(
+        "<fieldset>"
+        + "".join(
+            f'<label><input type="radio" name="{group}" id="{group}-{option}"{" checked" * (not i)}> {option}</label>'
+            for i, option in enumerate(options)
+        )
+        + "</fieldset>"
+        for group, options in choices
+    )
+    smooth = '<label><input type="checkbox" id="smoothed" checked> smoothed</label>' if with_smooth else ""
+    none = np.zeros(0)
+    keys = legend([Line(name, i, Curve(none, none), None) for i, name in enumerate(names)])
+    return f'<form class="controls">{fields}{smooth}<span>{keys}</span></form>\n'

@@ -1,0 +1,129 @@
+"""Memory of activations: what a rank keeps of a forward pass for the backward pass. A test counts what is really kept.
+
+After Korthikanti et al. (arXiv 2205.05198, sections 4 and 5) for this model: SwiGLU, grouped queries, no biases, and
+an attention that never has all scores at once. Memory and cache are not counted. What is wide as the heads or as SwiGLU
+is divided over tensor parallel ranks; the residual stream is so under sequence parallelism only.
+"""
+
+from dataclasses import dataclass
+
+from vishwamai_mp.config import PretrainConfig, layers_per_stage, padded_vocab_size
+
+_QUERIES = 64  # that a CPU's attention takes at a time
+_LONGEST = 2048  # queries up to which it keeps its weights
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one micro-batch in one layer.
+
+    Attributes:
+        kept: what lies there from the forward pass to the backward pass.
+        again: what recomputation makes anew while the layer's backward pass runs.
+    """
+
+    kept: float
+    again: float
+
+
+def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
+    """Of one transformer layer, under `training.recompute` as it is set.
+
+    Args:
+        config: resolved.
+        on_gpu: Transformer Engine's attention keeps no weights; a CPU's keeps them of short sequences.
+    """
+    tokens, size = _tokens(config), number_bytes(config)
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    assert model.intermediate_size is not None
+    width = model.hidden_size / _sequence_shards(config)
+    # Inputs and outputs of two norms; gate, up and their product; of dropout the masks, which CPUs keep as numbers.
+    linears = tokens * size * (4 * width + 3 * model.intermediate_size / tensor)
+    if model.hidden_dropout:
+        linears += 2 * tokens * width * (1 if on_gpu else size)
+    output = tokens * size * _queries_width(config) / tensor
+    match config.training.recompute:
+        case "none":
+            return LayerActivations(linears + output + _attention(config, on_gpu), 0.0)
+        case "selective":
+            return LayerActivations(linears + output + _inputs(config), _attention(config, on_gpu))
+        case _:
+            return LayerActivations(tokens * size * width, linears + output + _attention(config, on_gpu))
+
+
+def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on_gpu: bool) -> float:
+    """Most bytes of activations on one rank of a pipeline stage.
+
+    Args:
+        config: resolved.
+        stage: from 0.
+        micro_batches: of a step. A stage keeps those that are on their way through the later stages (1F1B).
+        on_gpu: as `layer_activations` has it.
+    """
+    parallel, layer = config.parallel, layer_activations(config, on_gpu)
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    underway: float = min(stages - stage, micro_batches)
+    if chunks:  # the interleaved schedule starts more of them (section 4.2.3)
+        underway += min((stages - 1) / chunks, micro_batches - underway)
+    layers = layers_per_stage(config)[stage]
+    head = _head(config) if stage == stages - 1 else 0.0
+    return underway * layers * layer.kept + max(layer.again, head)
+
+
+def number_bytes(config: PretrainConfig) -> int:
+    """Of an activation."""
+    return 4 if config.precision == "fp32" else 2
+
+
+def _tokens(config: PretrainConfig) -> int:
+    training = config.training
+    return training.micro_batch_size * training.sequence_length // config.parallel.context_parallel_size
+
+
+def _sequence_shards(config: PretrainConfig) -> int:
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+
+
+def _queries_width(config: PretrainConfig) -> int:
+    assert config.model.head_dim is not None
+    return config.model.num_attention_heads * config.model.head_dim
+
+
+def _keys_width(config: PretrainConfig) -> int:
+    assert config.model.head_dim is not None
+    assert config.model.num_key_value_heads is not None
+    return config.model.num_key_value_heads * config.model.head_dim
+
+
+def _inputs(config: PretrainConfig) -> float:
+    """Queries and keys, turned by position, and all of the fused projection, for values are a part of it."""
+    numbers = _tokens(config) * (2 * _queries_width(config) + 3 * _keys_width(config))
+    return numbers * number_bytes(config) / config.parallel.tensor_model_parallel_size
+
+
+def _attention(config: PretrainConfig, on_gpu: bool) -> float:
+    """What attention keeps beside its output. Keys and values are those of all context parallel ranks."""
+    model, length, context = config.model, config.training.sequence_length, config.parallel.context_parallel_size
+    queries, keys, tokens = _queries_width(config), _keys_width(config), _tokens(config)
+    share = number_bytes(config) / config.parallel.tensor_model_parallel_size
+    if on_gpu or length // context > _LONGEST or model.attention_dropout:
+        inputs = _inputs(config) if context == 1 else tokens * (queries + 2 * keys * context) * share
+        sums = 4 * tokens * model.num_attention_heads / config.parallel.tensor_model_parallel_size  # fp32, per query
+        if on_gpu or not model.attention_dropout:
+            return inputs + sums
+        # torch's kernel for CPUs knows no dropout: weights, mask, and the product of both.
+        return inputs + 3 * tokens * length * model.num_attention_heads * share
+    # Of each block of queries the weights; keys and values once for each query head.
+    pairs = length * (length + _QUERIES) / 2 if context == 1 else length * length / context
+    weights = config.training.micro_batch_size * model.num_attention_heads * pairs * share
+    if queries == keys and context == 1:
+        return _inputs(config) + weights
+    return tokens * queries * (1 + 2 * context) * share + weights
+
+
+def _head(config: PretrainConfig) -> float:
+    """The last norm, and the logits with their gradient."""
+    width = 2 * config.model.hidden_size / _sequence_shards(config)
+    logits = 2 * padded_vocab_size(config) / config.parallel.tensor_model_parallel_size
+    return _tokens(config) * number_bytes(config) * (width + logits)

@@ -1,0 +1,103 @@
+"""What to do when memory runs out: which settings to change, in which order, and what each saves."""
+
+from dataclasses import dataclass, replace
+
+from vishwamai_mp.config import ConfigError, PretrainConfig, micro_batches_per_step, resolve
+from vishwamai_mp.planning.activations import stage_activations
+from vishwamai_mp.planning.states import gathered_parameters, stage_states
+
+_WORTH = 0.01  # of the need: what saves less is not mentioned
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of the rank that needs most."""
+
+    states: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.states + self.activations
+
+
+def rank_memory(config: PretrainConfig, world_size: int, on_gpu: bool) -> RankMemory:
+    """What training takes. Not counted: the allocator's slack, communication buffers, libraries, memory and cache.
+
+    Args:
+        config: resolved.
+        world_size: processes.
+        on_gpu: as `activations.layer_activations` has it.
+    """
+    micro_batches, gathered = micro_batches_per_step(config, world_size), gathered_parameters(config, world_size)
+    stages = [
+        RankMemory(
+            stage_states(config, stage, world_size) + gathered, stage_activations(config, stage, micro_batches, on_gpu)
+        )
+        for stage in range(config.parallel.pipeline_model_parallel_size)
+    ]
+    return max(stages, key=lambda stage: stage.total)
+
+
+def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:
+    """A line of what the run needs, and a line for each setting that would lower it, from the cheapest to the dearest.
+
+    Each line's saving supposes that those before it are followed.
+    """
+    need = rank_memory(config, world_size, on_gpu)
+    lines = [
+        f"this run needs about {_text(need.total)} per process: {_text(need.states)} for weights, gradients and"
+        f" optimizer state, {_text(need.activations)} for activations"
+        + (" (memory and cache not counted)" if config.memory.enabled or config.cache.enabled else "")
+    ]
+    steps: list[tuple[str, float]] = []
+    for section, name, value in _changes(config):
+        # More processes only where those that are there cannot be divided differently.
+        for processes in (world_size, 2 * world_size) if name.endswith("parallel_size") else (world_size,):
+            changed = _changed(config, section, name, value, processes)
+            after = need if changed is None else rank_memory(changed, processes, on_gpu)
+            if changed is not None and need.total - after.total > _WORTH * need.total:
+                more = f" on {processes} processes" if processes > world_size else ""
+                steps.append((f"{section}.{name}={str(value).lower()}{more}", need.total - after.total))
+                config, world_size, need = changed, processes, after
+                break
+    if not steps:
+        return f"{lines[0]}; make the model or training.sequence_length smaller"
+    lines[0] += ". Change in this order:"
+    width = max(len(settings) for settings, _ in steps)
+    return "\n".join([*lines, *(f"  {settings:{width}}  saves about {_text(saved)}" for settings, saved in steps)])
+
+
+def _changes(config: PretrainConfig) -> list[tuple[str, str, object]]:
+    """Section, name and value of settings to try, whether they apply or not."""
+    parallel, training = config.parallel, config.training
+    sizes = []
+    size = training.micro_batch_size
+    while size > 1:
+        size = size // 2
+        sizes.append(("training", "micro_batch_size", size))
+    return [
+        ("parallel", "sequence_parallel", True),
+        ("parallel", "use_distributed_optimizer", True),
+        ("training", "recompute", "selective"),
+        *sizes,
+        ("training", "recompute", "full"),
+        ("parallel", "fully_sharded", True),
+        ("parallel", "tensor_model_parallel_size", 2 * parallel.tensor_model_parallel_size),
+        ("parallel", "pipeline_model_parallel_size", 2 * parallel.pipeline_model_parallel_size),
+    ]
+
+
+def _changed(config: PretrainConfig, section: str, name: str, value: object, world_size: int) -> PretrainConfig | None:
+    """The configuration with one setting changed; None where it has it, would go back, or cannot have it."""
+    old = getattr(config, section)
+    if getattr(old, name) == value or (name == "recompute" and old.recompute == "full"):
+        return None
+    try:
+        return resolve(replace(config, **{section: replace(old, **{name: value})}), world_size)
+    except ConfigError:
+        return None
+
+
+def _text(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
