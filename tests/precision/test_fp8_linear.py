@@ -6,9 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from tests.precision.sharded_linear import run_sharded
 from vishwamai_mp.precision import scaling
 from vishwamai_mp.precision.fp8_linear import BlockScaling, CurrentScaling, MXScaling, _Fp8Linear, emulate_fp8
 
@@ -99,43 +99,7 @@ def test_frozen_weights_get_no_gradient():
 
 def sharded(kind: str, recipe: str, sequence_parallel: bool) -> Rounded:
     """Runs in a worker: this rank's y, dx, dw of one megatron-core linear with FP8 arithmetic."""
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer import TransformerConfig
-
-    from tests.model.builds import build
-
-    rank, size = dist.get_rank(), dist.get_world_size()
-    _, runtime, _ = build(f"parallel.tensor_model_parallel_size={size}")
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=_IN,
-        num_attention_heads=2,
-        params_dtype=torch.bfloat16,
-        perform_initialization=False,
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=size,
-        sequence_parallel=sequence_parallel,
-    )
-    common: dict[str, Any] = {"config": config, "init_method": lambda _: None, "bias": False, "skip_bias_add": False}
-    common["tp_group"] = runtime.groups.tp
-    x, w, grad = operands()
-    column = kind == "column"
-    layer = (
-        ColumnParallelLinear(_IN, _OUT, gather_output=False, **common)
-        if column
-        else RowParallelLinear(_IN, _OUT, input_is_parallel=True, **common)
-    )
-    emulate_fp8(layer, _RECIPES[recipe]())
-    layer.weight.data.copy_(w.chunk(size, 0 if column else 1)[rank])
-    if column:
-        x, grad = x.chunk(size, 0)[rank] if sequence_parallel else x, grad.chunk(size, -1)[rank]
-    else:
-        x, grad = x.chunk(size, -1)[rank], grad.chunk(size, 0)[rank] if sequence_parallel else grad
-    x = x.contiguous().requires_grad_()
-    y = layer(x)[0]
-    y.backward(grad)
-    assert x.grad is not None
-    return y.detach(), x.grad, layer.weight.grad
+    return run_sharded(kind, operands(), lambda layer: emulate_fp8(layer, _RECIPES[recipe]()), sequence_parallel)
 
 
 @pytest.mark.parametrize("recipe", _RECIPES)

@@ -5,11 +5,11 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.precision.sharded_linear import run_sharded
 from vishwamai_mp.precision import PrecisionPolicy, linears, use_transformer_engine
 from vishwamai_mp.precision.linears import _Fp32Linear
 
@@ -112,46 +112,12 @@ def test_all_linears_multiply_in_fp32_exactly_where_the_hardware_does_not_in_les
 
 def sharded(kind: str, dtype: torch.dtype, sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Runs in a worker: this rank's y, dx, dw of one megatron-core linear with our arithmetic."""
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer import TransformerConfig
 
-    from tests.model.builds import build
+    def widen(layer: Any) -> None:
+        with mock.patch.object(linears, "multiplies_natively", return_value=False):
+            linears.use_cpu_arithmetic(layer, PrecisionPolicy("bf16", dtype))
 
-    rank, size = dist.get_rank(), dist.get_world_size()
-    _, runtime, _ = build(f"parallel.tensor_model_parallel_size={size}")
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=_IN,
-        num_attention_heads=2,
-        params_dtype=dtype,
-        perform_initialization=False,
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=size,
-        sequence_parallel=sequence_parallel,
-    )
-    common: dict[str, Any] = {"config": config, "init_method": lambda _: None, "bias": False, "skip_bias_add": False}
-    common["tp_group"] = runtime.groups.tp
-    x, w, grad = operands(dtype)
-    column = kind == "column"
-    layer = (
-        ColumnParallelLinear(_IN, _OUT, gather_output=False, **common)
-        if column
-        else RowParallelLinear(_IN, _OUT, input_is_parallel=True, **common)
-    )
-    with mock.patch.object(linears, "multiplies_natively", return_value=False):
-        linears.use_cpu_arithmetic(layer, PrecisionPolicy("bf16", dtype))
-    layer.weight.data.copy_(w.chunk(size, 0 if column else 1)[rank])
-    if column:
-        x, grad = x.chunk(size, 0)[rank] if sequence_parallel else x, grad.chunk(size, -1)[rank]
-    else:
-        x, grad = x.chunk(size, -1)[rank], grad.chunk(size, 0)[rank] if sequence_parallel else grad
-    x = x.contiguous().requires_grad_()
-    y = layer(x)[0]
-    y.backward(grad)
-    dw = layer.weight.grad
-    assert dw is not None
-    assert x.grad is not None
-    return y.detach(), x.grad, dw
+    return run_sharded(kind, operands(dtype), widen, sequence_parallel)
 
 
 @pytest.mark.parametrize("name", _16_BIT)
