@@ -44,8 +44,9 @@ def open_folder(path: Path, additions: Sequence[str] = ()) -> Folder:
     Raises:
         UserError: not a model that can be converted, or tensors missing, left over or of another shape.
     """
-    tensors = safetensors_files.read_folder(path)
-    original = model_config.from_hf(model_config.read_config(path), path / "config.json")
+    described = model_config.read_config(path)
+    tensors = safetensors_files.read_folder(path)  # before what is said of the model: pickles are refused as such
+    original = model_config.from_hf(described, path / "config.json")
     config = _with_additions(original, additions, path)
     entries = {name: entry for name, entry in tensors.items() if not name.endswith(_BUFFERS)}
     if config.model.tie_word_embeddings:
