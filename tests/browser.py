@@ -132,17 +132,25 @@ def browser_window() -> Iterator[Browser]:
     """A browser that ends with the block; skips the test where none is installed."""
     if why := why_no_browser():
         pytest.skip(why)
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True) as driver,
-    ):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, _driver() as port:
+        browser = Browser(port, profile)
         try:
-            assert driver.stdout is not None
-            started = (re.search(r"successfully on port (\d+)", line) for line in driver.stdout)
-            browser = Browser(int(next(match[1] for match in started if match)), profile)
-            try:
-                yield browser
-            finally:
-                browser.close()
+            yield browser
         finally:
-            driver.terminate()
+            browser.close()
+
+
+@contextlib.contextmanager
+def _driver() -> Iterator[int]:
+    """The port of a running chromedriver. It chooses a free one, which another program may take before it does."""
+    for _ in range(3):
+        with subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
+            try:
+                assert driver.stdout is not None
+                started = (re.search(r"successfully on port (\d+)", line) for line in driver.stdout)
+                if match := next(filter(None, started), None):
+                    yield int(match[1])
+                    return
+            finally:
+                driver.terminate()
+    raise RuntimeError("chromedriver does not start")

@@ -3,9 +3,9 @@
 
     python examples/reasoning/study.py --output examples/reasoning/results [--numbers 3 --seeds 3 --train-steps 1500]
 
-Per seed: pretrains on random puzzles with solutions, samples rollouts, verifies them and fits the value head on the
-verdicts, then solves puzzles that training never saw. Strategies that choose one of several texts get as many as cost
-the tree's tokens. Writes `results.json` and `results.svg`. One seed takes minutes on two cores.
+Per seed: pretrains on random puzzles with solutions, searches some at random, verifies what was found and fits the
+value head on the verdicts, then solves puzzles that training never saw. Strategies that choose one of several texts
+get as many as cost the tree's tokens. Writes `results.json` and `results.svg`. One seed takes ten minutes on one core.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def study_config(options: argparse.Namespace, seed: int) -> PretrainConfig:
             "global_batch_size": 32,
             "max_steps": options.train_steps,
             "seed": seed,
+            "threads": options.threads,
         },
         "tree": {
             "enabled": True,
@@ -127,7 +128,7 @@ def one_seed(config: PretrainConfig, runtime: Runtime, options: argparse.Namespa
     model = getattr(model, "module", model)
     seconds = time.perf_counter() - start
     generator = Generator(config, runtime, model, max_batch=256)
-    value = fit_on_rollouts(generator, options, seed, set(exam))
+    value = fit_on_rollouts(generator, config.tree, options, set(exam))
     report: dict[str, Any] = {"seed": seed, "loss": loss, "train_seconds": round(seconds), "value": vars(value)}
     report["strategies"] = examine(generator, config.tree, exam, options, seed)
     if options.game24 and options.numbers == 4:
@@ -154,23 +155,37 @@ def pretrain(config: PretrainConfig, runtime: Runtime, chunks: list, texts: Text
     return statistics.mean(losses[-max(1, len(losses) // 10) :])
 
 
-def fit_on_rollouts(generator: Generator, options: argparse.Namespace, seed: int, examined: set[Puzzle]) -> Any:
-    """Sample solutions of other puzzles, verify them, and teach the value head the verdicts at every `[STEP]`."""
-    rng = random.Random(20_000 + seed)
+def fit_on_rollouts(generator: Generator, tree: TreeConfig, options: argparse.Namespace, examined: set[Puzzle]) -> Any:
+    """Search other puzzles without a value, and teach the value head which thoughts a right solution followed.
+
+    A search tries thoughts that the model itself would hardly write, since siblings begin differently; on texts that it
+    samples, the head would never learn that those are worthless.
+    """
+    rng = random.Random(20_000 + tree.seed)
     puzzles = [random_puzzle(rng, options.numbers)[0] for _ in range(options.rollouts)]
     puzzles = [puzzle for puzzle in puzzles if puzzle not in examined]
+    explore = replace(tree, pruning_threshold=0.0)
+    search = TreeOfThoughts(
+        generator.engine, explore, stop_tokens=(STEP,), end_token=END, scorer=lambda _: rng.random()
+    )
     rollouts = []
-    for puzzle, tokens in zip(puzzles, sampled(generator, puzzles, seed), strict=True):
-        whole = puzzle.prompt + tokens
-        places = [i for i, token in enumerate(whole) if token == STEP]
-        if places:
-            rollouts.append(Rollout(whole, places, verify(puzzle, tokens)))
+    for start in range(0, len(puzzles), _PUZZLES_AT_ONCE):
+        batch = puzzles[start : start + _PUZZLES_AT_ONCE]
+        for puzzle, result in zip(batch, search.search([p.prompt for p in batch]), strict=True):
+            rollouts += judged(puzzle, result, tree.max_depth)
     return fit_value_head(generator.engine, rollouts)
 
 
-def sampled(generator: Generator, puzzles: Sequence[Puzzle], seed: int, number: int = 0) -> list[list[int]]:
-    options = SamplingOptions(48, 1.0, seed=seed, sample=number, stop_tokens=(END,))
-    return [completion.tokens for completion in generator.generate([p.prompt for p in puzzles], options)]
+def judged(puzzle: Puzzle, result: SearchResult, max_depth: int) -> list[Rollout]:
+    """Each thought that was followed up, or is the last of a text, and whether a right solution goes through it."""
+    right = {
+        above for node in result.nodes if verify(puzzle, result.answer_to(node.id)) for above in result.path_to(node.id)
+    }
+    return [
+        Rollout(tokens := puzzle.prompt + result.answer_to(node.id), [len(tokens) - 1], node.id in right)
+        for node in result.nodes[1:]
+        if node.status in ("expanded", "complete") or node.depth == max_depth
+    ]
 
 
 def examine(
@@ -186,6 +201,8 @@ def examine(
     found["tree, random scores"] = of_trees(generator.engine, tree, puzzles, lambda _: noise.random())
     unpruned = replace(tree, pruning_threshold=0.0)
     found["tree, values, unpruned"] = of_trees(generator.engine, unpruned, puzzles)
+    both = replace(tree, value_weight=1.0, logprob_weight=1.0)
+    found["tree, values and log-probability"] = of_trees(generator.engine, both, puzzles)
     likely = replace(tree, value_weight=0.0, logprob_weight=1.0)
     found["tree, log-probability"] = of_trees(generator.engine, likely, puzzles)
     found["greedy"] = greedy
@@ -278,7 +295,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-steps", type=int, default=1500, help="of 4,096 tokens (default: 1500)")
     parser.add_argument("--hidden", type=int, default=128, help="width (default: 128)")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rollouts", type=int, default=2000, help="for the value head (default: 2000)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads: with one, seeds can run side by side")
+    parser.add_argument("--rollouts", type=int, default=600, help="puzzles for the value head (default: 600)")
     parser.add_argument("--puzzles", type=int, default=200, help="to solve (default: 200)")
     parser.add_argument("--game24", type=Path, help="CSV of the Game of 24's puzzles; needs --numbers 4")
     return parser.parse_args()
