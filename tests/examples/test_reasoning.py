@@ -76,7 +76,7 @@ def strategies() -> dict[str, dict[str, float]]:
     from vishwamai_mp.model import build_model
     from vishwamai_mp.runtime import initialize
 
-    options = argparse.Namespace(hidden=32, layers=1, numbers=3, train_steps=10)
+    options = argparse.Namespace(hidden=32, layers=1, threads=1, numbers=3, train_steps=10)
     config = study.study_config(options, 0)
     runtime = initialize(config)
     generator = Generator(config, runtime, build_model(config, runtime)[0])
