@@ -125,6 +125,7 @@ def tree(
 ) -> Iterator[dict[str, Any]]:
     """The chosen path of a search over thoughts, with the whole tree; `--html` gets a picture."""
     from vishwamai_mp.inference import Engine
+    from vishwamai_mp.observability.page import write_page
     from vishwamai_mp.observability.tree_page import to_html
     from vishwamai_mp.tree_of_thoughts import TreeOfThoughts, ending_of_thoughts
 
@@ -143,9 +144,8 @@ def tree(
         [tokenizer.encode(prompt) for prompt in options.prompt], **given(options, "max_tokens", "max_seconds")
     )
     if options.html and runtime.reports:
-        write_aside(
-            Path(options.html), to_html(results, options.prompt[0] if len(results) == 1 else "Tree of thoughts")
-        )
+        title = options.prompt[0] if len(results) == 1 else "Tree of thoughts"
+        write_page(Path(options.html), to_html(results, title), "--html")
     for prompt, result in zip(options.prompt, results, strict=True):
         text = tokenizer.decode(result.nodes[0].tokens + result.answer)
         yield {"prompt": prompt, "text": text, "new_tokens": result.answer, "tree": result.to_dict()}
@@ -154,16 +154,6 @@ def tree(
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Those of the options that the command line names."""
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"--html {path}: cannot be written ({error.strerror}); name another") from None
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,11 +11,11 @@ so that a curve takes at most 900 points.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.config.errors import run_program
+from vishwamai_mp.observability.page import write_page
 from vishwamai_mp.observability.report import render_report
 from vishwamai_mp.observability.run_folder import read_run
 
@@ -35,18 +35,8 @@ def main() -> None:
         for note in run.notes:
             print(f"{run.folder}: {note}", file=sys.stderr)
     text = render_report(runs)
-    write_aside(options.output, text)
+    write_page(options.output, text, "--output")
     print(f"{options.output}: {', '.join(run.name for run in runs)}; {len(text.encode()) / 2**20:.1f} MiB")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from None
 
 
 if __name__ == "__main__":

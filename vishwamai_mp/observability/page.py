@@ -1,6 +1,10 @@
 """The frame of the HTML pages: colours for light and dark, and text at the pointer. Pages load nothing."""
 
 import html
+import os
+from pathlib import Path
+
+from vishwamai_mp.config import UserError
 
 STYLE = """
 :root { --ink: #1c2430; --paper: #fbfaf7; --card: #fff; --line: #d5d8dd; --best: #0b7a4b; --faint: #5f6874;
@@ -49,3 +53,20 @@ def page(title: str, body: str, style: str, script: str) -> str:
         f' content="light dark"><title>{html.escape(title)}</title><style>{STYLE}{style}</style></head>\n'
         f'<body><main>{body}</main>\n<div id="tip" role="tooltip"></div><script>{_TIP}{script}</script></body></html>\n'
     )
+
+
+def write_page(path: Path, text: str, option: str) -> None:
+    """Write a page that appears whole or not at all.
+
+    Args:
+        option: of the command line, that named the path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from None
