@@ -1,7 +1,8 @@
 """Countdown: reach a target from a few numbers with + − × ÷, each number used once. Puzzles, solutions, verifier.
 
-A text is `numbers : target > a op b = c , numbers left [STEP] … [STEP] end`. Every number is one token, so a small
-model can learn arithmetic; a thought is one operation.
+A text is `numbers : target > move a b = c , numbers left [STEP] … [STEP] end`. Every number is one token, and so is
+every move (an operation and the places of its two numbers), so that a small model can learn to calculate, and thoughts
+that begin differently are different moves.
 """
 
 import csv
@@ -13,10 +14,12 @@ from pathlib import Path
 
 LARGEST = 199  # numbers above do not occur
 END, STEP, COLON, BEGIN, EQUALS, COMMA = range(6)
-_OPERATORS = {6: "+", 7: "-", 8: "*", 9: "/"}
-_FIRST_NUMBER = 10
+_OPERATORS = "+-*/"
+_PLACES = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]  # of the two numbers among those left, ascending
+_FIRST_MOVE = 6
+_FIRST_NUMBER = _FIRST_MOVE + len(_OPERATORS) * len(_PLACES)
 VOCABULARY = _FIRST_NUMBER + LARGEST + 1
-_SYMBOLS = {END: "<end>", STEP: "[STEP]", COLON: ":", BEGIN: ">", EQUALS: "=", COMMA: ",", **_OPERATORS}
+_SYMBOLS = {END: "<end>", STEP: "[STEP]", COLON: ":", BEGIN: ">", EQUALS: "=", COMMA: ","}
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,31 @@ class Puzzle:
         return [*map(_token, self.numbers), COLON, _token(self.target), BEGIN]
 
 
-Move = tuple[int, int, int, int]  # a, operator's token, b, result
+@dataclass(frozen=True)
+class Move:
+    """An operation on two numbers, the larger first, and its result; `token` names it among those of its numbers."""
+
+    token: int
+    a: int
+    b: int
+    result: int
 
 
 def moves(numbers: Sequence[int]) -> Iterator[Move]:
-    """Every operation on two of the numbers whose result is a number from 0 to `LARGEST`; larger operand first."""
-    for i, j in itertools.combinations(range(len(numbers)), 2):
-        a, b = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
-        for operator in _OPERATORS:
-            result = _apply(a, operator, b)
-            if result is not None:
-                yield a, operator, b, result
+    """Every operation on two of the numbers (ascending) whose result is a number from 0 to `LARGEST`, each once."""
+    seen = set()
+    for (i, j), (place, operator) in itertools.product(
+        itertools.combinations(range(len(numbers)), 2), enumerate(_OPERATORS)
+    ):
+        a, b = numbers[j], numbers[i]
+        result = _apply(a, operator, b)
+        if result is not None and (a, b, operator) not in seen:
+            seen.add((a, b, operator))
+            yield Move(_FIRST_MOVE + place * len(_PLACES) + _PLACES.index((i, j)), a, b, result)
 
 
-def _apply(a: int, operator: int, b: int) -> int | None:
-    match _OPERATORS[operator]:
+def _apply(a: int, operator: str, b: int) -> int | None:
+    match operator:
         case "+":
             result = a + b
         case "-":
@@ -62,17 +75,16 @@ def _apply(a: int, operator: int, b: int) -> int | None:
 def after(numbers: Sequence[int], move: Move) -> tuple[int, ...]:
     """The numbers that are left, ascending."""
     rest = list(numbers)
-    rest.remove(move[0])
-    rest.remove(move[2])
-    return tuple(sorted([*rest, move[3]]))
+    rest.remove(move.a)
+    rest.remove(move.b)
+    return tuple(sorted([*rest, move.result]))
 
 
 def solve(numbers: tuple[int, ...], target: int, rng: random.Random) -> list[Move] | None:
     """One of the solutions, found in random order; None if there is none."""
     if len(numbers) == 1:
         return [] if numbers[0] == target else None
-    options = list(set(moves(numbers)))
-    options.sort()
+    options = list(moves(numbers))
     rng.shuffle(options)
     for move in options:
         rest = solve(after(numbers, move), target, rng)
@@ -85,23 +97,32 @@ def random_puzzle(rng: random.Random, count: int, highest: int = 13) -> tuple[Pu
     """A solvable puzzle and a solution: random numbers, random operations, and what comes out is the target."""
     while True:
         numbers = tuple(sorted(rng.randint(1, highest) for _ in range(count)))
-        left, solution = numbers, []
-        while len(left) > 1:
-            move = rng.choice(list(moves(left)))
-            solution.append(move)
-            left = after(left, move)
-        if 10 <= left[0] <= 99:
-            return Puzzle(numbers, left[0]), solution
+        solution = random_moves(rng, numbers)
+        if 10 <= solution[-1].result <= 99:
+            return Puzzle(numbers, solution[-1].result), solution
 
 
-def text(puzzle: Puzzle, solution: Sequence[Move]) -> list[int]:
-    """Prompt and solution as tokens."""
+def random_moves(rng: random.Random, numbers: tuple[int, ...]) -> list[Move]:
+    """Moves until one number is left, whatever it is."""
+    made = []
+    while len(numbers) > 1:
+        made.append(rng.choice(list(moves(numbers))))
+        numbers = after(numbers, made[-1])
+    return made
+
+
+def text(puzzle: Puzzle, made: Sequence[Move]) -> list[int]:
+    """Prompt and moves as tokens."""
     tokens, left = puzzle.prompt, puzzle.numbers
-    for move in solution:
+    for move in made:
         left = after(left, move)
-        a, operator, b, result = move
-        tokens += [_token(a), operator, _token(b), EQUALS, _token(result), COMMA, *map(_token, left), STEP]
+        numbers = [_token(move.a), _token(move.b), EQUALS, _token(move.result), COMMA, *map(_token, left)]
+        tokens += [move.token, *numbers, STEP]
     return [*tokens, END]
+
+
+def is_move(token: int) -> bool:
+    return _FIRST_MOVE <= token < _FIRST_NUMBER
 
 
 def verify(puzzle: Puzzle, tokens: Sequence[int]) -> bool:
@@ -114,20 +135,23 @@ def verify(puzzle: Puzzle, tokens: Sequence[int]) -> bool:
         if STEP not in body:
             return False
         thought, body = body[: body.index(STEP)], body[body.index(STEP) + 1 :]
-        if len(thought) < 6 or thought[1] not in _OPERATORS or thought[3] != EQUALS or thought[5] != COMMA:
+        made = next((move for move in moves(left) if move.token == thought[0]), None) if thought else None
+        if made is None:
             return False
-        a, b, result = thought[0] - _FIRST_NUMBER, thought[2] - _FIRST_NUMBER, thought[4] - _FIRST_NUMBER
-        if (a, thought[1], b, result) not in moves(left):
+        following = after(left, made)
+        if thought != text(Puzzle(left, 0), [made])[len(left) + 3 : -2]:
             return False
-        left = after(left, (a, thought[1], b, result))
-        if [_token(number) for number in left] != thought[6:]:
-            return False
+        left = following
     return left == (puzzle.target,)
 
 
 def decode(tokens: Sequence[int]) -> str:
-    """Tokens as a person reads them."""
-    return " ".join(_SYMBOLS.get(token, str(token - _FIRST_NUMBER)) for token in tokens)
+    """Tokens as a person reads them; of a move, the operator."""
+    words = []
+    for token in tokens:
+        operator = _OPERATORS[(token - _FIRST_MOVE) // len(_PLACES)] if is_move(token) else ""
+        words.append(operator or _SYMBOLS.get(token, str(token - _FIRST_NUMBER)))
+    return " ".join(words)
 
 
 def game_of_24(path: Path, first: int = 901, last: int = 1000) -> list[Puzzle]:

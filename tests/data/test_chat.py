@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.data.chat import BEGINS, LEARNT, ChatEncoder, Turn, UnusableRecord, conversation
+from vishwamai_mp.data.chat import ChatEncoder, Turn, UnusableRecord, conversation
+from vishwamai_mp.data.marks import BEGINS, LEARNT
 from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -16,9 +16,10 @@ from tests.data.test_preprocess import documents_of, left_in
 from vishwamai_mp.config import ConfigError, UserError, load_config, resolve
 from vishwamai_mp.data.batches import DocumentRules, make_batch
 from vishwamai_mp.data.bins import best_fit
-from vishwamai_mp.data.chat import BEGINS, LEARNT, ChatEncoder, conversation
+from vishwamai_mp.data.chat import ChatEncoder, conversation
 from vishwamai_mp.data.corpus import Malformed
 from vishwamai_mp.data.datasets import TokenSamples, build_datasets
+from vishwamai_mp.data.marks import BEGINS, LEARNT
 from vishwamai_mp.data.prepare import prepare
 from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -142,6 +143,8 @@ def test_a_batch_of_rows():
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
     assert batch.document_ids is not None
     assert batch.document_ids.tolist() == [[1, 1, 1, 2, 2, 2, 2, 3]]
+    assert batch.verdicts is not None
+    assert batch.verdicts.isnan().all()
 
 
 def configured(prefix, *overrides):
@@ -177,6 +180,7 @@ def test_datasets_of_rows(tmp_path, tokenizer, talks):
         (["training.sequence_length=32"], "prepared with --sequence-length 48 but training.sequence_length=32"),
         (["data.consecutive=true"], "data.consecutive=false"),
         (["data.eod_mask_loss=true"], "data.eod_mask_loss=true has no effect"),
+        (["tree.enabled=true", "tree.value_signal=verdicts"], "there are none in data.train .*add rows"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, tokenizer, talks, overrides, message):

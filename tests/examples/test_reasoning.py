@@ -1,13 +1,18 @@
 """The Countdown study: its puzzles, its verifier, and that its strategies run."""
 
 import itertools
+import json
 import random
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from vishwamai_mp.data.marks import BEGINS, LEARNT
+from vishwamai_mp.tree_of_thoughts import Node, SearchResult, Thought
 
 _FOLDER = str(Path(__file__).resolve().parents[2] / "examples/reasoning")
 
@@ -20,6 +25,22 @@ def countdown(monkeypatch: pytest.MonkeyPatch) -> Any:
     return countdown
 
 
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(_FOLDER)
+    import rows
+
+    return rows
+
+
+@pytest.fixture
+def strategies(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(_FOLDER)
+    import strategies
+
+    return strategies
+
+
 def test_made_solutions_are_right_and_damaged_ones_are_not(countdown: Any) -> None:
     rng = random.Random(1)
     for count in (3, 4):
@@ -28,8 +49,7 @@ def test_made_solutions_are_right_and_damaged_ones_are_not(countdown: Any) -> No
             tokens = countdown.text(puzzle, solution)[len(puzzle.prompt) :]
             assert countdown.verify(puzzle, tokens)
             assert countdown.verify(puzzle, tokens[:-1])  # the end token may be missing
-            # Another operation may give the same: 8 / 1 = 8 * 1.
-            for place in (i for i, token in enumerate(tokens[:-1]) if countdown.decode([token]) not in "+-*/"):
+            for place in range(len(tokens) - 1):
                 damaged = list(tokens)
                 damaged[place] = damaged[place] + 1
                 assert not countdown.verify(puzzle, damaged), countdown.decode(damaged)
@@ -64,28 +84,65 @@ def test_the_solver_finds_what_is_there(countdown: Any) -> None:
             assert countdown.verify(puzzle, countdown.text(puzzle, solution)[len(puzzle.prompt) :])
 
 
-def strategies() -> dict[str, dict[str, float]]:
-    """Runs in a worker: every strategy on a few puzzles, by a model that knows nothing."""
-    import argparse
-
-    sys.path.insert(0, _FOLDER)
-    import study
-    from countdown import random_puzzle
-
-    from vishwamai_mp.inference import Generator
-    from vishwamai_mp.model import build_model
-    from vishwamai_mp.runtime import initialize
-
-    options = argparse.Namespace(hidden=32, layers=1, threads=1, numbers=3, train_steps=10)
-    config = study.study_config(options, 0)
-    runtime = initialize(config)
-    generator = Generator(config, runtime, build_model(config, runtime)[0])
-    rng = random.Random(3)
-    puzzles = [random_puzzle(rng, 3)[0] for _ in range(3)]
-    return study.examine(generator, config.tree, puzzles, options, 0)
+def test_moves_that_begin_differently_are_different(countdown: Any) -> None:
+    rng = random.Random(4)
+    for count in (2, 3, 4):
+        for _ in range(50):
+            numbers = tuple(sorted(rng.randint(0, 13) for _ in range(count)))
+            found = list(countdown.moves(numbers))
+            assert len({move.token for move in found}) == len(found)
+            assert len({(move.a, move.b, move.token // 6) for move in found}) == len(found)
+            assert all(countdown.is_move(move.token) for move in found)
 
 
-def test_all_strategies_run(workers: Any) -> None:
-    found = workers.run(strategies, 1)[0]
-    assert set(found) >= {"greedy", "beam", "best of N", "tree, values", "tree, random scores"}
-    assert all(row["tokens"] > 0 and row["chosen"] <= row["any"] for row in found.values())
+def test_no_puzzle_is_trained_on_and_asked(rows: Any) -> None:
+    seen = {
+        use: {p for p, _ in itertools.islice(rows.puzzles(use, 3, 0), 300)} for use in ("texts", "rollouts", "exam")
+    }
+    assert all(len(puzzles) > 100 for puzzles in seen.values())
+    assert not any(a & b for a, b in itertools.combinations(seen.values(), 2))
+
+
+def test_of_random_moves_only_results_are_learnt(countdown: Any, rows: Any) -> None:
+    kinds = set()
+    for tokens, marks in (rows.Texts(4, 0)[i].tolist() for i in range(20)):
+        starts = [i for i, mark in enumerate(marks) if mark & BEGINS]
+        for start, end in itertools.pairwise(starts):
+            text, learnt = tokens[start:end], [bool(mark & LEARNT) for mark in marks[start:end]]
+            numbers = [int(word) for word in countdown.decode([*text[:4], text[5]]).split()]
+            solved = countdown.verify(countdown.Puzzle(tuple(numbers[:4]), numbers[4]), text[7:])
+            of_moves = {is_learnt for token, is_learnt in zip(text, learnt, strict=True) if countdown.is_move(token)}
+            of_others = {
+                is_learnt for t, is_learnt in zip(text[7:-1], learnt[7:-1], strict=True) if not countdown.is_move(t)
+            }
+            assert (set(learnt[:7]), of_others) == ({False}, {True})
+            assert of_moves == {learnt[-1]}
+            assert solved or not learnt[-1]
+            kinds.add((solved, learnt[-1]))
+    assert kinds >= {(True, True), (False, False)}
+
+
+def test_shuffled_values_are_those_of_their_depth(strategies: Any) -> None:
+    values = strategies.ValuesByDepth()
+    nodes = [Node(0, None, 0, [1]), Node(1, 0, 1, [2], score=0.25), Node(2, 1, 2, [3], score=0.5), Node(3, 1, 2, [4])]
+    values.add(SearchResult(nodes))
+    score = values.shuffled(random.Random(0))
+    assert {score(Thought((1,), (7, 1), "", False)) for _ in range(20)} == {0.25}
+    assert {score(Thought((1,), (7, 1, 7, 1), "", False)) for _ in range(20)} == {0.0, 0.5}
+
+
+def test_a_short_run_of_the_study(tmp_path: Path) -> None:
+    small = "--seeds 2 --jobs 1 --train-steps 3 --value-steps 3 --hidden 32 --layers 1 --rollouts 3 --puzzles 3"
+    game = tmp_path / "game24.csv"
+    game.write_text("Rank,Puzzles\n901,1 4 8 8\n902,2 3 5 12\n7,1 1 4 6\n")
+    command = [sys.executable, f"{_FOLDER}/study.py", "--output", str(tmp_path), "--game24", str(game), *small.split()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [seed["seed"] for seed in found["seeds"]] == [0, 1]
+    for exam in ("countdown", "game_of_24"):
+        rows = found["summary"][exam]
+        assert set(rows) >= {"greedy", "beam", "best of N", "tree, values", "tree, shuffled values"}
+        assert all(row["tokens"] > 0 and row["lowest"] <= row["chosen"] <= row["highest"] for row in rows.values())
+        assert all(row["chosen"] <= row["any"] for row in rows.values())
+    assert (tmp_path / "results.png").stat().st_size > 1000

@@ -73,7 +73,13 @@ _TENSOR, _PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline
 
 
 @pytest.mark.parametrize(
-    "settings", [[], ["data.reset_position_ids=true", "data.eod_mask_loss=true"], ["model.sliding_window=5"]]
+    "settings",
+    [
+        [],
+        ["data.reset_position_ids=true", "data.eod_mask_loss=true"],
+        ["model.sliding_window=5"],
+        ["data.prepared_rows=true", "tree={enabled: true, value_signal: verdicts, value_gradient: true}"],
+    ],
 )
 @pytest.mark.parametrize(
     "layout",

@@ -46,10 +46,17 @@ def test_values_are_learnt_where_documents_and_steps_begin():
     assert marked_tokens(tokens, None, None).int().tolist() == [[1, 0, 0, 0, 0, 0]] * 2
 
 
-@pytest.mark.parametrize("variant", [[], ["tree.value_gradient=true", "data.reset_attention_mask=true"]])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        [],
+        ["tree.value_gradient=true", "data.reset_attention_mask=true"],
+        ["tree.value_gradient=true", "data.prepared_rows=true", "tree.value_signal=verdicts"],
+    ],
+)
 def test_every_layout_trains_the_same(workers, variant):
     expected = workers.run(train, 1, [*_ON, *variant], 4)[0]
-    without = workers.run(train, 1, variant[1:], 4)[0]
+    without = workers.run(train, 1, variant[1:2], 4)[0]
     assert expected[0][0] == pytest.approx(without[0][0], abs=1e-6)
     assert expected[0][1] > without[0][1]  # there is a gradient more
     for name, (processes, layout) in _LAYOUTS.items():
@@ -104,6 +111,7 @@ def test_measures_tell_how_good_the_values_are(workers):
         (["tree.pruning_threshold=1.5"], "tree.pruning_threshold=1.5: a share of the best"),
         (["tree.value_weight=0"], "tree.value_weight=0 and tree.logprob_weight=0 leave no score"),
         (["tree.value_gradient=true", "tree.value_loss_weight=0"], "tree.value_gradient=true has no effect"),
+        (["tree.enabled=true", "tree.value_signal=verdicts"], "set data.prepared_rows=true"),
     ],
 )
 def test_impossible_settings_are_refused(overrides, message):

@@ -7,6 +7,7 @@ import torch
 
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.data.batches import BatchStream, DocumentRules
+from vishwamai_mp.data.marks import BEGINS, JUDGED, LEARNT, SOLVED
 from vishwamai_mp.model import build_model
 from vishwamai_mp.runtime import initialize, shutdown
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
@@ -43,6 +44,18 @@ class RandomSamples:
         return text.masked_fill(torch.rand(self.length + 1, generator=generator) < 0.1, 0)
 
 
+class RandomRows(RandomSamples):
+    """The same with marks: documents begin behind those tokens, and of some tokens verdicts are known."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        text = super().__getitem__(index)
+        generator = torch.Generator().manual_seed(index % 16)
+        judged, solved = torch.rand(2, self.length + 1, generator=generator) < 0.3
+        begins = text.roll(1) == 0
+        begins[0] = True
+        return torch.stack((text, begins * BEGINS | ~begins * LEARNT | judged * (JUDGED | solved * SOLVED)))
+
+
 def train(overrides: list[str], steps: int = 10) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, as this rank sees them."""
     import torch.distributed as dist
@@ -53,13 +66,16 @@ def train(overrides: list[str], steps: int = 10) -> list[tuple[float, float]]:
     optimizer = build_optimizer(config, runtime, chunks)
     step = TrainStep(config, runtime, chunks, optimizer)
     data, training = config.data, config.training
+    samples = RandomRows if data.prepared_rows else RandomSamples
     stream = BatchStream(
-        RandomSamples(config.model.vocab_size, training.sequence_length),
+        samples(config.model.vocab_size, training.sequence_length),
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         data_rank=runtime.data_rank,
         data_parallel_size=runtime.data_parallel_size,
-        rules=DocumentRules(0, data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss),
+        rules=DocumentRules(
+            0, data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss, marked=data.prepared_rows
+        ),
     )
     curve = []
     for number in range(steps):

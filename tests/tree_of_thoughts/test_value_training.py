@@ -5,7 +5,8 @@ import torch
 
 from tests.tree_of_thoughts.test_search import trees
 from vishwamai_mp.config import TreeConfig, UserError
-from vishwamai_mp.tree_of_thoughts.value_training import Rollout, ValueReport, fit_value_head
+from vishwamai_mp.tree_of_thoughts import Rollout
+from vishwamai_mp.tree_of_thoughts.value_training import ValueReport, fit_value_head
 
 _TREE = TreeConfig(enabled=True, branching=4)
 
@@ -17,7 +18,7 @@ def rollouts(count: int) -> list[Rollout]:
     for i in range(count):
         text = torch.randint(1, 250, (12,), generator=random)
         text[[4, 5, 10, 11]] = text[[4, 5, 10, 11]] % 9 + 100 * (i % 2)
-        made.append(Rollout(text.tolist(), [5, 11], i % 2 == 0))
+        made.append(Rollout(text.tolist(), dict.fromkeys((5, 11), i % 2 == 0)))
     return made
 
 

@@ -54,6 +54,20 @@ def check_trained_parts(config: PretrainConfig) -> None:
         )
 
 
+def check_verdicts(config: PretrainConfig) -> None:
+    """Verdicts come with prepared rows alone.
+
+    Raises:
+        ConfigError: the value head would learn nothing.
+    """
+    tree = config.tree
+    if tree.enabled and tree.value_signal == "verdicts" and not config.data.prepared_rows:
+        raise ConfigError(
+            "tree.value_signal=verdicts needs rows that have some: write them with"
+            " vishwamai_mp.tree_of_thoughts.write_rollouts and set data.prepared_rows=true"
+        )
+
+
 def frozen_parts(config: PretrainConfig) -> frozenset[str]:
     """Parts of the model that are not trained: those of `training.freeze`, and with adapters the base.
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from vishwamai_mp.config.cache import resolve_cache
 from vishwamai_mp.config.errors import ConfigError
-from vishwamai_mp.config.finetuning import check_trained_parts, resolve_rows
+from vishwamai_mp.config.finetuning import check_trained_parts, check_verdicts, resolve_rows
 from vishwamai_mp.config.fp8 import resolve_fp8
 from vishwamai_mp.config.fully_sharded import check_fully_sharded
 from vishwamai_mp.config.logging import check_logging
@@ -38,6 +38,7 @@ def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainCo
     config = replace(config, memory=resolve_memory(config), cache=resolve_cache(config))
     config = resolve_fp8(config)
     check_trained_parts(config)
+    check_verdicts(config)
     _check_order(config)
     _check_training(config)
     check_logging(config, world_size)

@@ -135,6 +135,7 @@ class TreeConfig:
     seed: NonNegativeInt = 0
     value_loss_weight: NonNegativeFloat = 0.05  # per marked token, beside 1 per token of the language model's loss
     value_gradient: bool = False  # whether the value loss trains the layers below the head too
+    value_signal: Literal["likelihood", "verdicts"] = "likelihood"  # of the text to come; of rollouts, in prepared rows
     step_token: NonNegativeInt | None = None  # id where values are learnt; `stop` in data.tokenizer
     prompts: str | None = None  # text file searched at each evaluation: a prompt a line, or prompt, tab, answer
 

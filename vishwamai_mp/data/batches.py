@@ -5,6 +5,7 @@ a global batch.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from vishwamai_mp.config import PretrainConfig, UserError
-from vishwamai_mp.data.chat import BEGINS, LEARNT
 from vishwamai_mp.data.consecutive import ConsecutiveSegments
 from vishwamai_mp.data.datasets import Datasets, EvaluationSamples, Samples
 from vishwamai_mp.data.given import GivenSamples, StreamedSamples
+from vishwamai_mp.data.marks import BEGINS, JUDGED, LEARNT, SOLVED
 from vishwamai_mp.runtime import Runtime
 
 
@@ -30,6 +31,8 @@ class Batch:
         position_ids: int64 [B, T], from 0 at the start of each row (or of each document, `reset_position_ids`).
         document_ids: int32 [B, T], which document of its row a token belongs to, counted from 0; a token attends only
             to tokens of its own. None: rows are one document.
+        verdicts: float32 [B, T], whether the text up to a token leads to a solution: 1, 0, or NaN where that is not
+            known. None: known of no token.
     """
 
     tokens: torch.Tensor
@@ -37,6 +40,7 @@ class Batch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     document_ids: torch.Tensor | None
+    verdicts: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,12 @@ def _marked_batch(text: torch.Tensor, marks: torch.Tensor, apart: bool) -> Batch
         loss_mask=learnt[:, 1:].float(),
         position_ids=places - starts,
         document_ids=begins[:, :-1].cumsum(dim=1).to(torch.int32) if apart else None,
+        verdicts=_verdicts(marks[:, :-1]),
     )
+
+
+def _verdicts(marks: torch.Tensor) -> torch.Tensor:
+    return ((marks & SOLVED) > 0).float().masked_fill((marks & JUDGED) == 0, math.nan)
 
 
 class BatchStream:

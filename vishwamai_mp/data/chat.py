@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vishwamai_mp.data.corpus import unusable
+from vishwamai_mp.data.marks import BEGINS, LEARNT
 from vishwamai_mp.data.tokenizer import Tokenizer
 
-LEARNT = 1  # of a token's mark: predicting it counts in the loss
-BEGINS = 2  # of a token's mark: a conversation begins with it
 _HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
 _AFTER_TEXT = "\n\n"
 _ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in _HEADINGS}}

@@ -21,7 +21,7 @@ from vishwamai_mp.data.indexed import check_indexed
 from vishwamai_mp.data.order import Interleaving, permute
 from vishwamai_mp.data.packing import PackedDocuments
 from vishwamai_mp.data.position import DataFingerprint
-from vishwamai_mp.data.rows import PreparedRows, check_rows
+from vishwamai_mp.data.rows import PreparedRows, check_rows, check_verdicts
 from vishwamai_mp.runtime import Runtime, local_rank
 
 # isort: split
@@ -177,6 +177,8 @@ def _build(config: PretrainConfig, tokenizer: Vocabulary | None, rows: int | Non
     assert data.train is not None
     eod_id = -1 if tokenizer is None else tokenizer.eod_id
     corpora = [_open(source, config, eod_id) for source in parse_blend("data.train", data.train)]
+    if config.tree.enabled and config.tree.value_signal == "verdicts":
+        check_verdicts([corpus.source.prefix for corpus in corpora])
     cache_dir = Path(data.cache_dir) if data.cache_dir else Path(corpora[0].source.prefix).parent / "cache"
     shares = parse_split(data.split)
     notes: list[str] = []

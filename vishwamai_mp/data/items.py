@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from vishwamai_mp.config import ConfigError, UserError
-from vishwamai_mp.data.chat import LEARNT
+from vishwamai_mp.data.marks import LEARNT
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 _IGNORED = -100  # as a label: no loss on predicting this token (Hugging Face's and torch's convention)
 
 
 class ItemEncoder:
-    """Turns items into rows of int64 [2, T + 1]: token ids, and marks (`chat.LEARNT`) of those whose prediction counts.
+    """Turns items into rows of int64 [2, T + 1]: token ids, and marks, `LEARNT` where a token's prediction counts.
 
     An item is token ids (a list, an array, a tensor), a text, or a mapping with `input_ids` (and `labels` as long as
     these, with -100 where no loss counts; and `attention_mask`, 0 at padding) or with `text`. An item is a row: what

@@ -1,8 +1,8 @@
 """Conversations to rows for fine-tuning: whole conversations side by side, with a mark on every token.
 
-A row is one document of `<prefix>.bin/.idx`: `sequence_length` + 1 tokens, of which the last is only a label. Beside it
-`<prefix>_marks.bin/.idx` has a byte for each token (`chat.LEARNT`, `chat.BEGINS`). What conversations leave of a row is
-filled with padding, a document of its own without loss.
+A row is one document of `<prefix>.bin/.idx`: `sequence_length` + 1 tokens, of which the last is only a label. Beside
+it `<prefix>_marks.bin/.idx` has a byte for each token (see `marks`). What conversations leave of a row is filled with
+padding, a document of its own without loss.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ import numpy as np
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.data.bins import best_fit
-from vishwamai_mp.data.chat import BEGINS, LEARNT, ChatEncoder, UnusableRecord, conversation
+from vishwamai_mp.data.chat import ChatEncoder, UnusableRecord, conversation
 from vishwamai_mp.data.corpus import Block, CorpusReader, Malformed, kind_of, read_records
 from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
+from vishwamai_mp.data.marks import BEGINS, LEARNT, SUFFIX
 from vishwamai_mp.data.preprocess import OnError, encoded_blocks
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 TooLong = Literal["stop", "truncate", "skip"]
-MARKS = "_marks"  # what the prefix of the marks has behind that of the tokens
 _ROWS_AT_ONCE = 256
 
 
@@ -113,7 +113,7 @@ def prepare(
     dtype = token_dtype(vocabulary.vocab_size)
     with contextlib.ExitStack() as stack:
         rows = stack.enter_context(IndexedWriter(output_prefix, dtype))
-        marks = stack.enter_context(IndexedWriter(f"{output_prefix}{MARKS}", np.dtype(np.uint8)))
+        marks = stack.enter_context(IndexedWriter(f"{output_prefix}{SUFFIX}", np.dtype(np.uint8)))
         spool = stack.enter_context(_Spool(Path(output_prefix).absolute().parent, dtype))
         for block in stack.enter_context(encoded_blocks(reader, workers, make)):
             _stop_at(block, too_long, on_error)

@@ -86,6 +86,7 @@ class VishwamAIModel(GPTModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
+        verdicts: Tensor | None = None,
         inference_context: Any = None,
     ) -> Tensor:
         """Run this stage.
@@ -95,13 +96,14 @@ class VishwamAIModel(GPTModel):
             position_ids: (B, T); None: 0 … T−1.
             labels: (B, T) target ids.
             document_ids: (B, T); tokens attend within their own document only.
+            verdicts: (B, T) what the value head may learn: 1, 0, or NaN where none is known.
             inference_context: megatron-core's key-value cache; `tokens` then continue what it holds.
 
         Returns:
             on the last stage, losses (B, Q) fp32 with labels and logits (Q, B, V) without; else hidden states.
         """
         if document_ids is not None and self.attends_without_mask:
-            return self._forward_packed(tokens, labels, document_ids)
+            return self._forward_packed(tokens, labels, document_ids, verdicts)
         whole, cp, device = tokens, self.pg_collection.cp, tokens.device
         start = inference_context.sequence_len_offset if inference_context else 0
         keys = [local_positions(start + tokens.shape[1], rank, cp.size(), device) for rank in range(cp.size())]
@@ -117,9 +119,11 @@ class VishwamAIModel(GPTModel):
             inference_context=inference_context,
             context=document_ids,
         )
-        return self._head(hidden, labels, whole, document_ids) if self.post_process else hidden
+        return self._head(hidden, labels, whole, document_ids, verdicts) if self.post_process else hidden
 
-    def _forward_packed(self, tokens: Tensor, labels: Tensor | None, document_ids: Tensor) -> Tensor:
+    def _forward_packed(
+        self, tokens: Tensor, labels: Tensor | None, document_ids: Tensor, verdicts: Tensor | None
+    ) -> Tensor:
         """`forward` with the rows laid end to end as one. Between stages hidden states keep the schedule's shape."""
         rows, length = tokens.shape
         documents = (document_ids + torch.arange(rows, device=tokens.device)[:, None] * length).reshape(1, -1)
@@ -136,11 +140,20 @@ class VishwamAIModel(GPTModel):
         if not self.post_process:
             return hidden.reshape(-1, rows, self.config.hidden_size)
         if labels is None:
-            return self._head(hidden, None, tokens, documents).reshape(rows, length, -1).transpose(0, 1)
-        return self._head(hidden, labels.reshape(1, -1), tokens.reshape(1, -1), documents).reshape(rows, length)
+            return self._head(hidden, None, tokens, documents, None).reshape(rows, length, -1).transpose(0, 1)
+        verdicts = verdicts if verdicts is None else verdicts.reshape(1, -1)
+        losses = self._head(hidden, labels.reshape(1, -1), tokens.reshape(1, -1), documents, verdicts)
+        return losses.reshape(rows, length)
 
-    def _head(self, hidden: Tensor, labels: Tensor | None, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
-        """Losses with labels, else logits. Tokens and document ids are the whole sequence's, for the value head."""
+    def _head(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        tokens: Tensor,
+        document_ids: Tensor | None,
+        verdicts: Tensor | None,
+    ) -> Tensor:
+        """Losses with labels, else logits. All but hidden states and labels is the whole sequence's."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=tied)
         if labels is None:
@@ -150,7 +163,7 @@ class VishwamAIModel(GPTModel):
         ).transpose(0, 1)
         if self.value_head is None or not (self.training and torch.is_grad_enabled()):
             return losses
-        return self.value_head.add_loss(losses, hidden, tokens, document_ids)
+        return self.value_head.add_loss(losses, hidden, tokens, document_ids, verdicts)
 
     def _mask(self, queries: Tensor, keys: Tensor, document_ids: Tensor | None) -> Tensor | None:
         """None where plain causal order says it all, which attention kernels know by themselves."""

@@ -20,9 +20,11 @@ from vishwamai_mp.runtime.measures import Measures, attach_loss
 class ValueHead(MegatronModule):
     """σ(w · h + b), in fp32.
 
-    Pretraining signal: where a document or a reasoning step begins, the value is to be exp(−mean cross-entropy of the
-    next `tree.max_thought_tokens` tokens), the probability per token, which lies between 0 and 1. The loss is the
-    binary cross-entropy to that target.
+    The loss is the binary cross-entropy to a target, which `tree.value_signal` names:
+
+    - `likelihood`, for pretraining: where a document or a reasoning step begins, exp(−mean cross-entropy of the next
+      `tree.max_thought_tokens` tokens), the probability per token, which lies between 0 and 1.
+    - `verdicts`, for fine-tuning: where the data say whether the text up to a token leads to a solution, 1 or 0.
 
     Args:
         tree: resolved.
@@ -44,7 +46,14 @@ class ValueHead(MegatronModule):
         """Values of hidden states (…, D): fp32 (…)."""
         return self._logits(hidden).sigmoid()
 
-    def add_loss(self, losses_BQ: Tensor, hidden_SBD: Tensor, tokens_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+    def add_loss(
+        self,
+        losses_BQ: Tensor,
+        hidden_SBD: Tensor,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None,
+        verdicts_BT: Tensor | None = None,
+    ) -> Tensor:
         """`losses_BQ` with the value loss attached to its gradient. For training steps only: it counts measures.
 
         Args:
@@ -52,11 +61,17 @@ class ValueHead(MegatronModule):
             hidden_SBD: what the logits come from.
             tokens_BT: ids.
             documents_BT: document ids, or None.
+            verdicts_BT: 1, 0, or NaN where none is known; for the signal `verdicts`.
         """
         length = tokens_BT.shape[1]
+        if self.tree.value_signal == "verdicts":
+            assert verdicts_BT is not None, "config.resolve asks for rows that have them"
+            marked, targets = ~verdicts_BT.isnan(), verdicts_BT.nan_to_num()
+        else:
+            targets = self._likelihood(losses_BQ.detach(), documents_BT, length)
+            marked = marked_tokens(tokens_BT, documents_BT, self.tree.step_token)
         mine = self._positions(length, hidden_SBD.shape[0], tokens_BT.device)
-        targets = self._targets(losses_BQ.detach(), documents_BT, length)[:, mine]
-        marked = marked_tokens(tokens_BT, documents_BT, self.tree.step_token)[:, mine]
+        marked, targets = marked[:, mine], targets[:, mine]
         hidden = hidden_SBD if self.tree.value_gradient else hidden_SBD.detach()
         logits = self._logits(hidden).transpose(0, 1)
         entropy = (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * marked).sum()
@@ -72,7 +87,7 @@ class ValueHead(MegatronModule):
         local = local_positions(length, cp.rank(), cp.size(), device)
         return local[tp.rank() * count :][:count] if self.config.sequence_parallel else local
 
-    def _targets(self, losses_BQ: Tensor, documents_BT: Tensor | None, length: int) -> Tensor:
+    def _likelihood(self, losses_BQ: Tensor, documents_BT: Tensor | None, length: int) -> Tensor:
         """(B, T)."""
         cp = self.groups.cp
         losses = losses_BQ

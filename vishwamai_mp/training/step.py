@@ -155,6 +155,7 @@ class TrainStep:
             position_ids=batch.position_ids if self.config.data.reset_position_ids else None,
             labels=batch.labels,
             document_ids=batch.document_ids,
+            verdicts=batch.verdicts,
         )
         cp = self.runtime.groups.cp
         return output, partial(_loss, context_shard(batch.loss_mask, cp.rank(), cp.size()))

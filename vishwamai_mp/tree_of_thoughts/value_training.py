@@ -1,10 +1,11 @@
-"""The value head's fine-tuning signal: whether rollouts turned out right.
+"""The value head fitted to verdicts on rollouts, on hidden states as they are.
 
-Shapes: N places in the rollouts, D width.
+Shapes: N judged tokens of the rollouts, D width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -13,29 +14,15 @@ from torch import Tensor
 from vishwamai_mp.config import UserError
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.tree_of_thoughts.rollouts import Rollout
 
 _BATCH = 64  # rollouts read at once
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One text and its verdict.
-
-    Attributes:
-        tokens: prompt and continuation.
-        places: indices of the tokens whose value is learnt, such as the `[STEP]`s.
-        solved: what a verifier said.
-    """
-
-    tokens: Sequence[int]
-    places: Sequence[int]
-    solved: bool
-
-
-@dataclass(frozen=True)
 class ValueReport:
     """Of the rollouts that were held out: cross-entropy in nats, mean value − share solved, and the share of pairs of
-    a solved and an unsolved place whose values are in the right order (0.5 is chance)."""
+    a solved and an unsolved token whose values are in the right order (0.5 is chance)."""
 
     loss: float
     calibration: float
@@ -45,7 +32,10 @@ class ValueReport:
 def fit_value_head(
     engine: Engine, rollouts: Sequence[Rollout], held_out: float = 0.2, weight_decay: float = 1e-3
 ) -> ValueReport:
-    """Fit w and b by binary cross-entropy on whether rollouts were verified; the layers below stay as they are.
+    """Fit w and b by binary cross-entropy on verdicts; the layers below stay as they are.
+
+    Where hidden states do not tell how texts will turn out, train the layers on `rollout_rows` as well
+    (`tree.value_signal=verdicts tree.value_gradient=true`).
 
     The loss is convex, so it is minimised to the end (L-BFGS). All ranks of a replica call this and get the report.
 
@@ -55,16 +45,17 @@ def fit_value_head(
         weight_decay: factor of ‖w‖²/2, where hidden states are scaled to unit variance.
 
     Raises:
-        UserError: no value head, or all rollouts have one verdict.
+        UserError: no value head, or all verdicts are the same.
     """
     if not engine.config.tree.enabled:
         raise UserError("the model has no value head; build it with tree.enabled=true")
-    if len({rollout.solved for rollout in rollouts}) < 2:
+    verdicts = [float(solved) for rollout in rollouts for solved in rollout.verdicts.values()]
+    if len(set(verdicts)) < 2:
         raise UserError("all rollouts have the same verdict; there is nothing to learn from them")
     first_held_out = round(len(rollouts) * (1 - held_out))
     hidden = _read(engine, rollouts)
-    labels = torch.cat([torch.full((len(r.places),), float(r.solved)) for r in rollouts]).to(engine.runtime.device)
-    split = sum(len(r.places) for r in rollouts[:first_held_out])
+    labels = torch.tensor(verdicts, device=engine.runtime.device)
+    split = sum(len(rollout.verdicts) for rollout in rollouts[:first_held_out])
     report = torch.zeros(3, dtype=torch.float64, device=engine.runtime.device)
     head = engine.model.value_head
     if hidden is not None and head is not None:
@@ -81,7 +72,7 @@ def fit_value_head(
 
 
 def _read(engine: Engine, rollouts: Sequence[Rollout]) -> Tensor | None:
-    """Hidden states at the places of all rollouts, (N, D) fp32; None where this is not the last stage."""
+    """Hidden states of all judged tokens, (N, D) fp32; None where this is not the last stage."""
     parts = []
     for start in range(0, len(rollouts), _BATCH):
         batch = rollouts[start : start + _BATCH]
@@ -90,10 +81,8 @@ def _read(engine: Engine, rollouts: Sequence[Rollout]) -> Tensor | None:
         for sequence in sequences:
             engine.release(sequence)
         if output.hidden is not None:
-            rows, first = [], 0
-            for rollout in batch:
-                rows += [first + place for place in rollout.places]
-                first += len(rollout.tokens)
+            firsts = accumulate((len(rollout.tokens) for rollout in batch), initial=0)
+            rows = [first + place for first, rollout in zip(firsts, batch, strict=False) for place in rollout.verdicts]
             parts.append(output.hidden[rows].float())
     return torch.cat(parts).clone() if parts else None  # a clone made here is an ordinary tensor
 
