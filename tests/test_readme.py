@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,15 @@ _NOT_HERE = ("bash launch/quickstart.sh", "bash tests/run.sh", "python -m venv",
 
 
 def commands() -> list[str]:
-    """Every command of the README's shell blocks, continued lines joined, comments dropped."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", _README, flags=re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0] for line in lines if line.strip() and not line.startswith("#")]
+    """Every command of the README's shell blocks, continued lines joined, comments dropped, and its Python blocks."""
+    found = []
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", _README, flags=re.MULTILINE | re.DOTALL):
+        if language == "python":
+            found.append(shlex.join(["python", "-c", block]))
+            continue
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [line.split("  #")[0] for line in lines if line.strip() and not line.startswith("#")]
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from vishwamai_mp.inference import Engine
 from vishwamai_mp.tree_of_thoughts import Rollout, rollout_rows, rollouts_of
 
 LENGTH = 128  # tokens of a row
-_AT_RANDOM = 0.25  # of the texts: moves that lead anywhere
+_AT_RANDOM = 0.3  # of the texts: moves that lead anywhere
 
 
 def puzzles(use: Literal["texts", "rollouts", "exam"], numbers: int, seed: int) -> Iterator[tuple[Puzzle, list[Move]]]:
@@ -37,8 +37,9 @@ def puzzles(use: Literal["texts", "rollouts", "exam"], numbers: int, seed: int) 
 class Texts:
     """Endless rows of puzzles end to end.
 
-    Most are solved, and their solutions are learnt. In some, moves are made at random: of these only what moves result
-    in is learnt, so that the model calculates where it cannot reach the target, and does not just write it down.
+    Most are solved; of these all is learnt but the last result. In the others moves are made at random, and only what
+    moves result in is learnt. So the model calculates the last result like every other, where it would else learn to
+    write down the target.
     """
 
     def __init__(self, numbers: int, seed: int) -> None:
@@ -53,9 +54,11 @@ class Texts:
             solved = rng.random() >= _AT_RANDOM
             whole = text(puzzle, solution if solved else random_moves(rng, puzzle.numbers))
             asked = len(puzzle.prompt)
+            learnt = [LEARNT if solved or not (is_move(token) or token == END) else 0 for token in whole[asked:]]
+            if solved:
+                learnt[-5] = learnt[-3] = 0  # move a b = RESULT , RESULT [STEP] end
             tokens += whole
-            marks += [BEGINS] + [0] * (asked - 1)
-            marks += [LEARNT if solved or not (is_move(token) or token == END) else 0 for token in whole[asked:]]
+            marks += [BEGINS] + [0] * (asked - 1) + learnt
             if len(tokens) > LENGTH:
                 break
         return torch.tensor([tokens, marks])[:, : LENGTH + 1]
@@ -77,14 +80,15 @@ class WithRollouts:
 
 
 def explore(engine: Engine, tree: TreeConfig, numbers: int, count: int) -> list[Rollout]:
-    """Searches puzzles without values, keeping thoughts by chance, and judges each thought by what was found below it.
+    """Searches puzzles, follows up every thought, and judges each by what was found below it.
 
     A search tries thoughts that the model itself would hardly write, since siblings begin differently; on texts that it
     samples, values would never be learnt of those. Most last thoughts are wrong and easily seen to be: of paths that
     tell nothing else, one in four is kept.
     """
     rng = random.Random(tree.seed)
-    search = tree_search(engine, replace(tree, pruning_threshold=0.0), scorer=lambda _: rng.random())
+    everything = replace(tree, pruning_threshold=0.0, temperature=1.0, branching=4, beam_width=4**tree.max_depth)
+    search = tree_search(engine, everything)
     asked = [puzzle for puzzle, _ in itertools.islice(puzzles("rollouts", numbers, tree.seed), count)]
     return [
         rollout

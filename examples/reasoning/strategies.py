@@ -15,7 +15,7 @@ from vishwamai_mp.inference import BeamOptions, Engine, Generator, SamplingOptio
 from vishwamai_mp.tree_of_thoughts import SearchResult, Thought, TreeOfThoughts
 
 LONGEST = 48  # tokens of an answer
-_AT_ONCE = 50  # puzzles
+_AT_ONCE = 20  # puzzles
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 
 # isort: split
@@ -89,7 +92,7 @@ def study_config(options: argparse.Namespace, seed: int) -> PretrainConfig:
             "step_token": STEP,
             "max_depth": options.numbers - 1,
             "max_thought_tokens": 16,
-            "temperature": 1.0,
+            "temperature": 0.5,
             "seed": seed,
             "value_signal": "verdicts",
             "value_gradient": True,
@@ -101,28 +104,44 @@ def study_config(options: argparse.Namespace, seed: int) -> PretrainConfig:
 
 
 def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Train, learn values, solve with every strategy."""
+    """Train, learn values, solve with every strategy. A seed whose weights are in the folder is trained already."""
     config = study_config(options, seed)
-    numbers, tree = options.numbers, config.tree
-    report: dict[str, Any] = {"seed": seed}
+    numbers, weights = options.numbers, options.output / f"seed_{seed}.safetensors"
     with distributed_session(config) as runtime:
         chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
-        texts = Texts(numbers, seed)
-        report["pretraining"] = train(config, runtime, chunks, texts, f"seed {seed}: texts")
         model = chunks[0].module
-        generator = Generator(config, runtime, getattr(model, "module", model), max_batch=256)
-        rollouts = explore(generator.engine, tree, numbers, options.rollouts)
-        learnt = round(len(rollouts) * (1 - _HELD_OUT))
-        tuning = WithRollouts(texts, rollouts[:learnt], seed)
-        report["values"] = train(value_config(config, options), runtime, chunks, tuning, f"seed {seed}: values")
-        held_out = rollouts[learnt:]
-        if len({solved for rollout in held_out for solved in rollout.verdicts.values()}) > 1:
-            report["value_head"] = vars(fit_value_head(generator.engine, held_out, held_out=0.5))
+        model = getattr(model, "module", model)
+        generator = Generator(config, runtime, model, max_batch=256)
+        if not weights.exists():
+            report = train_all(config, runtime, chunks, generator, options)
+            save_file(dict(model.named_parameters()), weights, {"report": json.dumps(report)})
+        model.load_state_dict(load_file(weights), strict=False)  # the rest is no weights
+        with safe_open(weights, "pt") as file:
+            report = {"seed": seed, **json.loads(file.metadata()["report"])}
         asked = dict.fromkeys(puzzle for puzzle, _ in itertools.islice(puzzles("exam", numbers, seed), options.puzzles))
-        report["countdown"] = examine(generator, tree, list(asked), seed)
+        report["countdown"] = examine(generator, config.tree, list(asked), seed)
         if options.game24 and numbers == 4:
-            report["game_of_24"] = examine(generator, tree, game_of_24(options.game24), seed)
+            report["game_of_24"] = examine(generator, config.tree, game_of_24(options.game24), seed)
     print(json.dumps(report), flush=True)
+    return report
+
+
+def train_all(
+    config: PretrainConfig, runtime: Runtime, chunks: list, generator: Generator, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Pretraining, exploration, values; what each came to."""
+    seed, numbers = config.training.seed, options.numbers
+    texts = Texts(numbers, seed)
+    report: dict[str, Any] = {"pretraining": train(config, runtime, chunks, texts, f"seed {seed}: texts")}
+    rollouts = explore(generator.engine, config.tree, numbers, options.rollouts)
+    learnt = round(len(rollouts) * (1 - _HELD_OUT))
+    tuning = WithRollouts(texts, rollouts[:learnt], seed)
+    report["values"] = train(value_config(config, options), runtime, chunks, tuning, f"seed {seed}: values")
+    held_out = rollouts[learnt:]
+    verdicts = [solved for rollout in rollouts for solved in rollout.verdicts.values()]
+    report["verdicts"], report["solved"] = len(verdicts), statistics.mean(verdicts)
+    if len({solved for rollout in held_out for solved in rollout.verdicts.values()}) > 1:
+        report["value_head"] = vars(fit_value_head(generator.engine, held_out, held_out=0.5))
     return report
 
 
@@ -208,11 +227,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seeds", type=int, default=3, help="models, each trained from nothing (default: 3)")
     parser.add_argument("--jobs", type=int, default=3, help="seeds at a time, a process each (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: 1)")
-    parser.add_argument("--train-steps", type=int, default=2000, help="of 4,096 tokens (default: 2000)")
-    parser.add_argument("--value-steps", type=int, default=1000, help="of 4,096 tokens (default: 1000)")
+    parser.add_argument("--train-steps", type=int, default=1500, help="of 4,096 tokens (default: 1500)")
+    parser.add_argument("--value-steps", type=int, default=1200, help="of 4,096 tokens (default: 1200)")
     parser.add_argument("--hidden", type=int, default=128, help="width (default: 128)")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rollouts", type=int, default=4000, help="puzzles for values to learn from (default: 4000)")
+    parser.add_argument("--rollouts", type=int, default=2000, help="puzzles for values to learn from (default: 2000)")
     parser.add_argument("--puzzles", type=int, default=200, help="to solve (default: 200)")
     parser.add_argument("--game24", type=Path, help="CSV of the Game of 24's puzzles; needs --numbers 4")
     return parser.parse_args(arguments)

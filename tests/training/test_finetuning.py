@@ -114,6 +114,26 @@ def test_adapters_start_on_a_plain_checkpoint_and_resume_exactly(workers, corpus
     assert abs(whole[0].losses[0] - continued.losses[0]) < 1e-6  # fresh adapters change nothing
 
 
+@pytest.mark.parametrize("layout", [_SEQUENCE, ["parallel.fully_sharded=true"]], ids=["TP2 SP", "FSDP"])
+def test_a_value_head_starts_on_a_checkpoint_without_one(workers, corpus, tmp_path, layout):
+    workers.run(train, 1, tmp_path / "base", corpus, ["training.max_steps=2"])
+    start = [f"checkpoint.load={tmp_path}/base/checkpoints/step_00000002", "checkpoint.load_optimizer=false"]
+    more = [*start, *layout, "training.max_steps=2", "checkpoint.save_every=1"]
+    plain = workers.run(train, 2, tmp_path / "plain", corpus, more)
+    valued = workers.run(train, 2, tmp_path / "valued", corpus, [*more, "tree.enabled=true"])
+    for without, with_head in zip(plain, valued, strict=True):
+        assert with_head.losses[0] == pytest.approx(without.losses[0], abs=1e-6)
+        assert any("value_head" in key for key in with_head.tensors)
+    again = workers.run(train, 2, tmp_path / "valued", corpus, [*more, "tree.enabled=true", "training.max_steps=3"])
+    assert "resumed from step_00000002" in again[0].said
+
+
+def test_a_run_is_not_resumed_with_a_value_head_that_it_lacks(workers, corpus, tmp_path):
+    workers.run(train, 1, tmp_path, corpus, ["training.max_steps=2"])
+    with pytest.raises(Exception, match=r"has no value head .*checkpoint\.load_optimizer=false, else set tree"):
+        workers.run(train, 1, tmp_path, corpus, ["training.max_steps=3", "tree.enabled=true"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -1,10 +1,11 @@
-"""Whether a checkpoint has the components and adapters that the model has, in the same layers."""
+"""Whether a checkpoint has the components, adapters and value head that the model has, in the same layers."""
 
 import re
 from collections.abc import Iterable, Mapping
 
 from vishwamai_mp.checkpoint.manifest import TensorRecord
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.config.finetuning import VALUE_HEAD_STATE
 
 _COMPONENT = re.compile(r"decoder\.layers\.(\d+)\.(memory|cache)\.")
 _ADAPTER = re.compile(r"decoder\.layers\.\d+\.\w+\.(\w+)_adapter\.a")
@@ -69,6 +70,25 @@ def check_adapters(path: object, tensors: Mapping[str, TensorRecord], config: Pr
     raise UserError(
         f"{path} has adapters that are not this model's; set {settings} and the lora.alpha of its run{more}"
     )
+
+
+def check_value_head(path: object, tensors: Iterable[str], config: PretrainConfig, fresh: bool) -> None:
+    """Refuse a checkpoint without a value head for a model with one. The reverse is a model that does without.
+
+    Args:
+        path: of the checkpoint, for the message.
+        tensors: names of its tensors.
+        config: resolved.
+        fresh: whether the model may have a new one.
+
+    Raises:
+        UserError: says which settings make them agree.
+    """
+    if config.tree.enabled and not fresh and not set(tensors) & set(VALUE_HEAD_STATE):
+        raise UserError(
+            f"{path} has no value head and this model has; to train a new one on its weights name it in checkpoint.load"
+            " with checkpoint.load_optimizer=false, else set tree.enabled=false"
+        )
 
 
 def _list(layers: list[int]) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 
 from vishwamai_mp.checkpoint import guard, manifest, sharded, store
 from vishwamai_mp.checkpoint.collective import Failure, on_all_ranks, on_first_rank
-from vishwamai_mp.checkpoint.components import check_adapters, check_components
+from vishwamai_mp.checkpoint.components import check_adapters, check_components, check_value_head
 from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.checkpoint.record import manifest_of
 from vishwamai_mp.checkpoint.writer import PlannedWrite, Written, plan_write
@@ -158,7 +158,8 @@ class CheckpointManager:
             path: the checkpoint's folder.
             model_chunks: this rank's chunks, wrapped or not.
             optimizer: None: only weights.
-            weights_only: the optimizer starts afresh from the loaded weights; so do adapters that these lack.
+            weights_only: the optimizer starts afresh from the loaded weights; so do adapters and value head if these
+                have none.
 
         Returns:
             the trainer state that was saved.
@@ -259,7 +260,7 @@ class CheckpointManager:
         """On rank 0: what the checkpoint holds, after all checks that need no other rank.
 
         Args:
-            starts: training starts from its weights, maybe with adapters that it lacks.
+            starts: training starts from its weights, maybe with adapters and a value head that it lacks.
         """
         found = manifest.read_manifest(path)
         model = asdict(self.config.model)
@@ -268,6 +269,7 @@ class CheckpointManager:
             raise UserError(f"{path} is a checkpoint of another model: {'; '.join(different)}")
         check_components(path, found.tensors, self.config)
         check_adapters(path, found.tensors, self.config, fresh=starts)
+        check_value_head(path, found.tensors, self.config, fresh=starts)
         for difference in manifest.differences(found.model, model, _BEHAVIOUR_KEYS):
             _log.warning("%s: %s; the former is used", path, difference)
         if with_optimizer and not found.has_optimizer:

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from vishwamai_mp.config.finetuning import ADAPTER_STATE
+from vishwamai_mp.config.finetuning import ADAPTER_STATE, VALUE_HEAD_STATE
 from vishwamai_mp.config.fp8 import SCALING_STATE
 from vishwamai_mp.runtime import Runtime  # before megatron.core
 
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from vishwamai_mp.model.fully_sharded import FullySharded
 
+_MAY_BEGIN = (*ADAPTER_STATE, *VALUE_HEAD_STATE)
 _MAIN = "optimizer.state.fp32_param."
 _DISTRIBUTED_MAIN = "optimizer.state.param."  # the distributed optimizer's name for the same
 
@@ -52,13 +53,15 @@ def model_state(chunks: Sequence[nn.Module], runtime: Runtime) -> dict[str, Any]
 def load_model(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
     """Put what `model_state` asked for into the model."""
     for i, model in enumerate(map(unwrap, chunks)):
+        given = loaded[f"model{i}"]
         if model.sharding:
             for name, item in model.sharded_state_dict().items():
-                item.data.copy_(loaded[f"model{i}"][name])
+                if name in given or not item.key.endswith(_MAY_BEGIN):
+                    item.data.copy_(given[name])
             continue
-        result = model.load_state_dict(loaded[f"model{i}"], strict=False)
-        # A checkpoint of another precision lacks these scaling factors; they form anew. Adapters may begin on it.
-        fresh = ("_extra_state", *SCALING_STATE, *ADAPTER_STATE)
+        result = model.load_state_dict(given, strict=False)
+        # A checkpoint of another precision lacks these scaling factors; they form anew. The others may begin on it.
+        fresh = ("_extra_state", *SCALING_STATE, *_MAY_BEGIN)
         missing = [key for key in result.missing_keys if not key.endswith(fresh)]
         assert not missing, missing
         assert not result.unexpected_keys, result.unexpected_keys
@@ -148,11 +151,11 @@ def split_request(state: dict[str, Any], tensors: Mapping[str, tuple[int, ...]],
 
     _, wanted = _split(wanted, is_new_scaling)  # another precision, or another length of history
 
-    def is_new_adapter(item: Any) -> bool:
+    def begins(item: Any) -> bool:
         key = getattr(item, "key", "")
-        return key.endswith(ADAPTER_STATE) and key not in tensors
+        return key.endswith(_MAY_BEGIN) and key not in tensors
 
-    _, wanted = _split(wanted, is_new_adapter)  # whether there may be any was checked before
+    _, wanted = _split(wanted, begins)  # whether any may was checked before
     named = [item for item in nested_values(wanted) if isinstance(item, ShardedBase)]
     missing = [item.key for item in named if not isinstance(item, ShardedObject) and item.key not in tensors]
     return SplitRequest(wanted, borrowed, plain, sorted(set(missing)))

@@ -6,7 +6,9 @@ from typing import get_args
 from vishwamai_mp.config.errors import ConfigError
 from vishwamai_mp.config.schema import DataConfig, LoraTarget, PretrainConfig
 
-ADAPTER_STATE = ("_adapter.a", "_adapter.b")  # how names of adapters' parameters end
+# How names of parameters end that may begin anew on a checkpoint without them.
+ADAPTER_STATE = ("_adapter.a", "_adapter.b")
+VALUE_HEAD_STATE = ("value_head.weight", "value_head.bias")
 
 
 def resolve_rows(data: DataConfig) -> DataConfig:
