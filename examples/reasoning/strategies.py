@@ -12,6 +12,7 @@ from countdown import END, STEP, Puzzle, verify
 
 from vishwamai_mp.config import TreeConfig
 from vishwamai_mp.inference import BeamOptions, Engine, Generator, SamplingOptions, beam_search
+from vishwamai_mp.inference.blocks import CachedSequence
 from vishwamai_mp.tree_of_thoughts import SearchResult, Thought, TreeOfThoughts
 
 LONGEST = 48  # tokens of an answer
@@ -34,6 +35,8 @@ def examine(generator: Generator, tree: TreeConfig, asked: Sequence[Puzzle], see
     shuffled = values.shuffled(random.Random(seed))
     found["tree, shuffled values"] = solve_by_tree(engine, tree, asked, scorer=shuffled)
     found["tree, values, unpruned"] = solve_by_tree(engine, replace(tree, pruning_threshold=0.0), asked)
+    found["tree, values, best-first"] = solve_by_tree(engine, replace(tree, strategy="best-first"), asked)
+    found["tree, values and log-probability"] = solve_by_tree(engine, replace(tree, logprob_weight=0.5), asked)
     likely = replace(tree, value_weight=0.0, logprob_weight=1.0)
     found["tree, log-probability"] = solve_by_tree(engine, likely, asked)
     found["greedy"] = solve_greedily(generator, asked)
@@ -41,7 +44,7 @@ def examine(generator: Generator, tree: TreeConfig, asked: Sequence[Puzzle], see
     length = max(8.0, statistics.mean(outcome.tokens for outcome in found["greedy"]))
     count = max(1, round(statistics.mean(outcome.tokens for outcome in found["tree, values"]) / length))
     found["beam"] = solve_by_beams(engine, asked, count)
-    found["best of N"] = solve_by_samples(generator, tree, asked, count, seed)
+    found["best of N"], found["best of N, values"] = solve_by_samples(generator, tree, asked, count, seed)
     return {
         name: {
             "chosen": statistics.mean(outcome.chosen for outcome in outcomes),
@@ -116,17 +119,35 @@ def solve_by_beams(engine: Engine, asked: Sequence[Puzzle], count: int) -> list[
 
 def solve_by_samples(
     generator: Generator, tree: TreeConfig, asked: Sequence[Puzzle], count: int, seed: int
-) -> list[Outcome]:
-    """Of `count` samples at the tree's temperature the one with the highest probability per token."""
+) -> tuple[list[Outcome], list[Outcome]]:
+    """Of `count` samples at the tree's temperature the one with the highest probability per token, or value."""
     drawn = []
     for number in range(count):
         options = SamplingOptions(
             LONGEST, tree.temperature, seed=seed, sample=number, stop_tokens=(END,), log_probs=True
         )
         drawn.append(generator.generate([puzzle.prompt for puzzle in asked], options))
-    outcomes = []
+    likeliest: list[Outcome] = []
+    most_valued: list[Outcome] = []
     for puzzle, *completions in zip(asked, *drawn, strict=True):
-        best = max(completions, key=lambda c: sum(c.log_probs) / max(len(c.tokens), 1))
-        right = any(verify(puzzle, completion.tokens) for completion in completions)
-        outcomes.append(Outcome(verify(puzzle, best.tokens), right, sum(len(c.tokens) for c in completions)))
-    return outcomes
+        right = [verify(puzzle, completion.tokens) for completion in completions]
+        cost = sum(len(completion.tokens) for completion in completions)
+        mean_log_probs = [sum(c.log_probs) / max(len(c.tokens), 1) for c in completions]
+        values = values_of(generator.engine, [puzzle.prompt + c.tokens for c in completions])
+        for outcomes, scores in ((likeliest, mean_log_probs), (most_valued, values)):
+            outcomes.append(Outcome(right[scores.index(max(scores))], any(right), cost))
+    return likeliest, most_valued
+
+
+def values_of(engine: Engine, texts: Sequence[list[int]]) -> list[float]:
+    """Values at the last `[STEP]` of texts, or at their end where they have none."""
+    work = []
+    for tokens in texts:
+        steps = [place for place, token in enumerate(tokens) if token == STEP]
+        work.append((CachedSequence(), tokens[: steps[-1] + 1] if steps else tokens))
+    output = engine.run(work)
+    for sequence, _ in work:
+        engine.release(sequence)
+    head = engine.model.value_head
+    assert head is not None
+    return engine.decide(output, lambda _, hidden: head(hidden)[:, None], 1)[:, 0].tolist()

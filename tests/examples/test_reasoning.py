@@ -136,7 +136,8 @@ def test_a_short_run_of_the_study(tmp_path: Path) -> None:
     small = "--seeds 2 --jobs 1 --train-steps 3 --value-steps 3 --hidden 32 --layers 1 --rollouts 3 --puzzles 3"
     game = tmp_path / "game24.csv"
     game.write_text("Rank,Puzzles\n901,1 4 8 8\n902,2 3 5 12\n7,1 1 4 6\n")
-    command = [sys.executable, f"{_FOLDER}/study.py", "--output", str(tmp_path), "--game24", str(game), *small.split()]
+    folders = ["--output", str(tmp_path), "--weights", str(tmp_path / "weights")]
+    command = [sys.executable, f"{_FOLDER}/study.py", *folders, "--game24", str(game), *small.split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "results.json").read_text())
@@ -147,3 +148,7 @@ def test_a_short_run_of_the_study(tmp_path: Path) -> None:
         assert all(row["tokens"] > 0 and row["lowest"] <= row["chosen"] <= row["highest"] for row in rows.values())
         assert all(row["chosen"] <= row["any"] for row in rows.values())
     assert (tmp_path / "results.png").stat().st_size > 1000
+    other = subprocess.run([*command, "--train-steps", "4"], capture_output=True, text=True, timeout=300)
+    assert other.returncode == 1
+    assert "was trained with" in other.stderr.splitlines()[-1]
+    assert "give another --weights" in other.stderr.splitlines()[-1]
