@@ -41,11 +41,28 @@ def test_thoughts_are_judged_by_what_was_found_below_them():
     ]
 
 
-def test_a_thought_that_nobody_followed_up_is_not_judged():
+def test_a_thought_that_no_ended_text_goes_through_is_not_judged():
     result = tree()
     result.nodes += [Node(8, 4, 3, [5], status="complete")]  # then 5 and 7 are no last thoughts
     rollouts = rollouts_of(result, lambda answer: answer[-1] == _GOOD)
     assert [rollout.tokens[-1] for rollout in rollouts] == [61, 5]
+    assert rollouts[1].verdicts == {3: False, 5: False, 6: False}
+
+
+def test_a_search_that_ended_early_does_not_judge_what_it_left_open():
+    result = tree()
+    for node in result.nodes[4:]:
+        node.status = "open" if node.status == "complete" else node.status
+    assert [rollout.tokens[-1] for rollout in rollouts_of(result, lambda answer: False)] == [61]
+
+
+def test_nothing_is_said_of_thoughts_where_the_budget_ended():
+    result = tree()
+    result.nodes[7].status, result.nodes[7].ending = "unfinished", "budget"  # under 3, beside 6
+    found = {rollout.tokens[-1]: rollout.verdicts for rollout in rollouts_of(result, lambda answer: False)}
+    assert found == {41: {3: False, 5: False}, _GOOD: {4: False}, 61: {5: False}}
+    solved = {rollout.tokens[-1]: rollout.verdicts for rollout in rollouts_of(result, lambda answer: answer[-1] == 61)}
+    assert solved[61] == {3: True, 5: True}
 
 
 rollouts_strategy = st.lists(

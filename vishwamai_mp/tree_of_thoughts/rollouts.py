@@ -30,27 +30,31 @@ class Rollout:
 
 
 def rollouts_of(result: SearchResult, solves: Callable[[list[int]], bool]) -> list[Rollout]:
-    """The paths of a tree, each thought judged by whether a solution was found below it.
+    """The texts of a tree that have ended, each thought judged by whether one that goes through it is a solution.
 
-    Nothing is said of thoughts that the search did not follow up. A thought that several paths share is judged in one
-    of them, so that all thoughts count alike.
+    Nothing is said of thoughts that no such text goes through, nor that nothing comes of a thought where the search's
+    budget ended first. A thought that several texts share is judged in one of them, so that all thoughts count alike.
 
     Args:
         result: of a search; one that pruned little tells more.
-        solves: whether an answer (tokens behind the prompt) is a solution; asked of every text that has ended.
+        solves: whether an answer (tokens behind the prompt) is a solution; asked once of every text that has ended.
     """
-    deepest = max(node.depth for node in result.nodes)
-    parents = {node.parent for node in result.nodes}
-    ended = [node.id for node in result.nodes[1:] if node.ending in ("end", "context") or node.depth == deepest]
+    nodes = result.nodes
+    deepest = max(node.depth for node in nodes)
+    # At the greatest depth that a search may reach, nodes are complete for that reason alone, before some are cut.
+    at_bottom = [node for node in nodes if node.depth == deepest and node.status != "unfinished"]
+    reached = any(node.status == "complete" and node.ending in ("stop", "cap") for node in at_bottom)
+    bottom = {node.id for node in at_bottom} if reached else set()
+    ended = [node.id for node in nodes[1:] if node.ending in ("end", "context") or node.id in bottom]
     solved = {above for leaf in ended if solves(result.answer_to(leaf)) for above in result.path_to(leaf)}
-    known = (parents | set(ended)) - {0, None}
-    rollouts = []
-    for leaf in (node.id for node in result.nodes if node.id in known and node.id not in parents):
-        tokens, verdicts = list(result.nodes[0].tokens), {}
+    unknown = {above for node in nodes if node.status == "unfinished" for above in result.path_to(node.id)} - solved
+    rollouts, judged = [], unknown | {0}
+    for leaf in ended:
+        tokens, verdicts = list(nodes[0].tokens), {}
         for above in result.path_to(leaf)[1:]:
-            tokens += result.nodes[above].tokens
-            if above in known:
-                known.remove(above)
+            tokens += nodes[above].tokens
+            if above not in judged:
+                judged.add(above)
                 verdicts[len(tokens) - 1] = above in solved
         rollouts.append(Rollout(tokens, verdicts))
     return rollouts
