@@ -76,7 +76,7 @@ class Engine:
         self.computed_tokens += len(batch.tokens)
         hidden = self.stage.run(batch, self.pool, self._receive(len(batch.tokens)))
         if not self.runtime.is_last_stage:
-            dist.send(hidden, self._neighbour(1), group=self.runtime.groups.pp)
+            dist.send(hidden.contiguous(), self._neighbour(1), group=self.runtime.groups.pp)
             return Output(len(batch.tokens) if every_token else len(batch.counts))
         if not every_token and len(batch.tokens) > len(batch.counts):
             hidden = hidden[batch.last]

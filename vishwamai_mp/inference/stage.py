@@ -192,7 +192,7 @@ class Stage:
             if layer.components:
                 x = self._run_components(number, layer, x, batch)
             normed = F.rms_norm(x, x.shape[-1:], layer.attention_norm, eps)
-            qkv = self._multiply(normed, layer.qkv).view(-1, self.heads, self.repeat + 2, self.width)
+            qkv = self._multiply(normed, layer.qkv).contiguous().view(-1, self.heads, self.repeat + 2, self.width)
             turned = qkv[:, :, : self.repeat + 1]  # queries and the key of each group
             turned.copy_(torch.addcmul(turned * cosine, turned.roll(self.width // 2, -1), sine))
             memory = pool.keys_and_values[number]
@@ -229,6 +229,7 @@ class Stage:
     def _sum(self, partial: Tensor) -> Tensor:
         """Over the tensor parallel ranks."""
         if self._group is not None:
+            partial = partial.contiguous()
             dist.all_reduce(partial, group=self._group)
         return partial
 

@@ -9,12 +9,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_FEW_ROWS = range(8, 65)  # where changing sides pays: a decoding batch
 _WORTH_A_CALL = 2**21  # multiplications; below, one batched call of MKL is as fast as several of oneDNN
 
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ of fp32 (or fp64) tensors, (…, I) and (O, I) → (…, O)."""
-    return _onednn(x, weight) if _uses_onednn(x) else x @ weight.t()
+    """x Wᵀ of fp32 (or fp64) tensors, (…, I) and (O, I) → (…, O). Columns of a few rows lie in a row, not rows."""
+    if not _uses_onednn(x):
+        return x @ weight.t()
+    if x.dim() == 2 and x.shape[0] in _FEW_ROWS:
+        # oneDNN lays its second matrix out anew at each call: let that be the small one, and read weights once.
+        return _onednn(weight, x).t()
+    return _onednn(x, weight)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

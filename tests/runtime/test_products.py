@@ -1,0 +1,28 @@
+"""fp32 products of CPUs against products in fp64, on either side of each switch between libraries."""
+
+import pytest
+import torch
+
+from vishwamai_mp.runtime.products import add_product, linear_fp32, product
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 16, 64, 65])
+def test_linear(rows):
+    random = torch.Generator().manual_seed(rows)
+    weight = torch.randn(96, 48, generator=random)
+    for x in (torch.randn(rows, 48, generator=random), torch.randn(48, rows, generator=random).t()):
+        torch.testing.assert_close(linear_fp32(x, weight), (x.double() @ weight.double().t()).float())
+        folded = linear_fp32(x.contiguous().view(rows, 1, 48), weight)
+        torch.testing.assert_close(folded[:, 0], linear_fp32(x, weight))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 16, 24), (2, 1, 128, 128, 128)])
+def test_products_of_many_matrices(shape):
+    *batch, rows, inner, columns = shape
+    random = torch.Generator().manual_seed(rows)
+    a, b = torch.randn(*batch, rows, inner, generator=random), torch.randn(*batch, inner, columns, generator=random)
+    into = torch.randn(*batch, rows, columns, generator=random)
+    exact = a.double() @ b.double()
+    torch.testing.assert_close(product(a, b), exact.float(), rtol=1e-5, atol=1e-4)
+    expected = (into.double() - 0.5 * exact).float()
+    torch.testing.assert_close(add_product(into, a, b, scale=-0.5), expected, rtol=1e-5, atol=1e-4)
