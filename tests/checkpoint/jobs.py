@@ -154,6 +154,16 @@ def save_twice_with_final(root: Path, settings: PretrainConfig) -> tuple[bool, b
     return there, before == (root / "step_00000002").stat().st_ino
 
 
+def save_and_let_the_core_save(root: Path, folder: Path, settings: PretrainConfig) -> None:
+    from megatron.core import dist_checkpointing
+
+    job = TinyJob(settings, root)
+    job.train(1)
+    job.save()
+    folder.mkdir()
+    dist_checkpointing.save(job.chunks[0].module.sharded_state_dict(), str(folder))
+
+
 def latest(root: Path, settings: PretrainConfig) -> Found:
     return TinyJob(settings, root).manager.latest()
 

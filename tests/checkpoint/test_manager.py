@@ -207,6 +207,11 @@ def test_the_final_save_is_written_before_returning_and_once(workers: WorkerPool
     assert workers.run(jobs.save_twice_with_final, 2, tmp_path, config) == [(True, True)] * 2
 
 
+def test_megatron_cores_own_saving_still_works_afterwards(workers: WorkerPool, tmp_path: Path) -> None:
+    workers.run(jobs.save_and_let_the_core_save, 1, tmp_path / "ours", tmp_path / "core", jobs.config())
+    assert (tmp_path / "core/.metadata").exists()
+
+
 def test_latest_skips_what_is_broken_on_all_ranks(workers: WorkerPool, tmp_path: Path) -> None:
     workers.run(jobs.save_every_step, 2, tmp_path, jobs.config(), 3)
     damaged = next((tmp_path / "step_00000003").glob("*.distcp"))

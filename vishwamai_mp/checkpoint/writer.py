@@ -95,11 +95,15 @@ def plan_write(sharded: ShardedStateDict, folder: Path, replicas: dist.ProcessGr
         folder: exists.
         replicas: the data parallel ranks, which share the writing of what they hold alike.
     """
-    # Anything but None keeps megatron-core from starting its extra process, for a queue that is not used here.
-    filesystem_async._results_queue = filesystem_async._results_queue or "unused"
     strategy = _PlanOnly("torch_dist", 1, thread_count=_THREADS)
     shared = FullyParallelSaveStrategyWrapper(strategy, replicas) if replicas.size() > 1 else strategy
-    shared.async_save(sharded, str(folder))
+    # Anything but None keeps megatron-core from starting its extra process, for a queue that is not used here.
+    queue = filesystem_async._results_queue
+    filesystem_async._results_queue = queue or "unused"
+    try:
+        shared.async_save(sharded, str(folder))
+    finally:
+        filesystem_async._results_queue = queue
     assert strategy.planned is not None
     return strategy.planned
 
