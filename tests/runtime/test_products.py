@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vishwamai_mp.runtime.products import add_product, linear_fp32, product
+from vishwamai_mp.runtime.products import add_product, linear_fp32, product, skinny_linear_fp32
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 16, 64, 65])
@@ -11,9 +11,10 @@ def test_linear(rows):
     random = torch.Generator().manual_seed(rows)
     weight = torch.randn(96, 48, generator=random)
     for x in (torch.randn(rows, 48, generator=random), torch.randn(48, rows, generator=random).t()):
-        torch.testing.assert_close(linear_fp32(x, weight), (x.double() @ weight.double().t()).float())
-        folded = linear_fp32(x.contiguous().view(rows, 1, 48), weight)
-        torch.testing.assert_close(folded[:, 0], linear_fp32(x, weight))
+        exact = (x.double() @ weight.double().t()).float()
+        torch.testing.assert_close(linear_fp32(x, weight), exact)
+        torch.testing.assert_close(skinny_linear_fp32(x, weight), exact)
+        torch.testing.assert_close(linear_fp32(x.contiguous().view(rows, 1, 48), weight)[:, 0], exact)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 16, 24), (2, 1, 128, 128, 128)])

@@ -24,7 +24,7 @@ from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, CachedSequenc
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime, multiplies_natively
-from vishwamai_mp.runtime.products import linear_fp32, product
+from vishwamai_mp.runtime.products import product, skinny_linear_fp32
 
 _WORTH_SHARING = 4  # blocks; fewer are sooner read once per sequence
 Work = Sequence[tuple[CachedSequence, Sequence[int]]]
@@ -221,9 +221,9 @@ class Stage:
         return self._sum(F.embedding(local.masked_fill(outside, 0), weight).masked_fill(outside[:, None], 0))
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x Wᵀ."""
+        """x Wᵀ, (N, O); of some N it lies in memory as (O, N)."""
         if self._in_fp32:
-            return linear_fp32(x.float(), weight.float()).to(x.dtype)
+            return skinny_linear_fp32(x.float(), weight.float()).to(x.dtype)
         return F.linear(x, weight)
 
     def _sum(self, partial: Tensor) -> Tensor:

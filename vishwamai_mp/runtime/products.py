@@ -9,18 +9,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_FEW_ROWS = range(8, 65)  # where changing sides pays: a decoding batch
+_SKINNY = range(8, 65)  # rows; with fewer or more, changing sides is no faster
 _WORTH_A_CALL = 2**21  # multiplications; below, one batched call of MKL is as fast as several of oneDNN
 
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ of fp32 (or fp64) tensors, (…, I) and (O, I) → (…, O). Columns of a few rows lie in a row, not rows."""
-    if not _uses_onednn(x):
-        return x @ weight.t()
-    if x.dim() == 2 and x.shape[0] in _FEW_ROWS:
-        # oneDNN lays its second matrix out anew at each call: let that be the small one, and read weights once.
+    """x Wᵀ of fp32 (or fp64) tensors, (…, I) and (O, I) → (…, O)."""
+    return _onednn(x, weight) if _uses_onednn(x) else x @ weight.t()
+
+
+def skinny_linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear_fp32` of a decoding batch, (N, I) and (O, I) → (N, O), which may be a view of (O, N).
+
+    oneDNN lays its second matrix out anew at each call. That is the smaller one here, so weights are read once.
+    """
+    if x.shape[0] in _SKINNY and _uses_onednn(x):
         return _onednn(weight, x).t()
-    return _onednn(x, weight)
+    return linear_fp32(x, weight)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
