@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from service import Service
@@ -31,6 +32,8 @@ from vishwamai_mp.observability.tree_page import SCRIPT, STYLE
 from vishwamai_mp.tree_of_thoughts import SearchResult
 from vishwamai_mp.tree_of_thoughts.picture import to_svg
 
+_OF_SAMPLE = {"max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop"}
+_OF_TREE = {"beam_width", "max_depth"}
 _PAGE = Path(__file__).with_name("page.html")  # what is within <main>
 
 
@@ -66,7 +69,12 @@ def build_app(service: Service, name: str, end_token: int | None) -> FastAPI:
 
     @app.exception_handler(UserError)
     async def mistake(_: Request, error: UserError) -> JSONResponse:
-        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, 400)
+        return refusal(str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return refusal(f"{'.'.join(map(str, first['loc'][1:])) or 'the request'}: {first['msg'].lower()}")
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
@@ -78,6 +86,9 @@ def build_app(service: Service, name: str, end_token: int | None) -> FastAPI:
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: Body) -> StreamingResponse | dict[str, Any]:
+        useless = body.model_fields_set & (_OF_SAMPLE if body.strategy == "tree" else _OF_TREE)
+        if useless:
+            raise UserError(f"{min(useless)} has no effect on strategy {body.strategy}; leave it out")
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -95,6 +106,11 @@ def build_app(service: Service, name: str, end_token: int | None) -> FastAPI:
         return StreamingResponse(server_sent(head, first, events), media_type="text/event-stream")
 
     return app
+
+
+def refusal(message: str) -> JSONResponse:
+    """As OpenAI's clients read it."""
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, 400)
 
 
 async def server_sent(

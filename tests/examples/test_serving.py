@@ -84,10 +84,24 @@ def conversation() -> dict[str, Any]:
                 post(port, prompt="x", top_p=2.0, stream=True),
                 post(port, prompt="x", colour="blue"),
                 post(port, prompt="x", max_tokens=0),
+                post(port),
+                post(port, prompt="x", strategy="tree", top_p=0.5),
+                post(port, prompt="x", beam_width=2),
             ],
             "parallel": in_parallel(port, body),
         }
-        # A client that leaves in the middle of its stream.
+        # A client that leaves in the middle of its stream: 60 slow tokens take longer than it takes to notice.
+        step, submit, submitted = generator.step, generator.submit, []
+
+        def slow_step() -> None:
+            time.sleep(0.1)
+            step()
+
+        def noted_submit(*request: Any) -> Any:
+            submitted.append(submit(*request))
+            return submitted[-1]
+
+        generator.step, generator.submit = slow_step, noted_submit
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request(
             "POST",
@@ -95,12 +109,15 @@ def conversation() -> dict[str, Any]:
             json.dumps({"prompt": "a", "max_tokens": 60, "stream": True}),
             {"content-type": "application/json"},
         )
-        connection.getresponse().read(1)
-        connection.sock.close() if connection.sock else None
+        response = connection.getresponse()
+        response.read(1)
+        response.close()  # it shares the socket, which stays open for as long as one of them is
+        connection.close()
         deadline = time.monotonic() + 20
         while (generator.busy or generator.engine.pool.used_blocks) and time.monotonic() < deadline:
             time.sleep(0.02)
         found["blocks"] = generator.engine.pool.used_blocks
+        found["left"] = [completion.finish for completion in submitted]
         return found
 
 
@@ -140,9 +157,18 @@ def test_the_endpoint(workers: WorkerPool) -> None:
     assert len(sizes) == 3
     assert all(event["svg"].startswith("<svg") for event in grown)
     assert len(grown[-1]["choices"][0]["text"]) == grown[-1]["tree"]["answer_tokens"]
-    assert [status for status, _ in found["bad"]] == [400, 400, 400, 422, 422]
-    assert "the prompt is empty" in found["bad"][0][1]
-    assert "top_p=2.0" in found["bad"][2][1]
+    assert {status for status, _ in found["bad"]} == {400}
+    messages = [json.loads(text)["error"]["message"] for _, text in found["bad"]]
+    assert messages[0] == "the prompt is empty; give at least one token"
+    assert "top_p=2.0" in messages[2]
+    assert messages[3:] == [
+        "colour: extra inputs are not permitted",
+        "max_tokens: input should be greater than or equal to 1",
+        "prompt: field required",
+        "top_p has no effect on strategy tree; leave it out",
+        "beam_width has no effect on strategy sample; leave it out",
+    ]
+    assert found["left"] == ["cancelled"]
     assert found["blocks"] == 0
 
 
