@@ -74,6 +74,8 @@ def build_app(service: Service, name: str, end_token: int | None) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return refusal(f"the request is not JSON: {first['ctx']['error']}")
         return refusal(f"{'.'.join(map(str, first['loc'][1:])) or 'the request'}: {first['msg'].lower()}")
 
     @app.get("/", response_class=HTMLResponse)

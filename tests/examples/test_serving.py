@@ -51,9 +51,9 @@ def server() -> Iterator[tuple[Any, int]]:
         service.close()
 
 
-def post(port: int, **body: Any) -> tuple[int, str]:
+def post(port: int, text: str = "", **body: Any) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    connection.request("POST", "/v1/completions", text or json.dumps(body), {"content-type": "application/json"})
     response = connection.getresponse()
     return response.status, response.read().decode()
 
@@ -87,6 +87,7 @@ def conversation() -> dict[str, Any]:
                 post(port),
                 post(port, prompt="x", strategy="tree", top_p=0.5),
                 post(port, prompt="x", beam_width=2),
+                post(port, "{oops"),
             ],
             "parallel": in_parallel(port, body),
         }
@@ -161,7 +162,8 @@ def test_the_endpoint(workers: WorkerPool) -> None:
     messages = [json.loads(text)["error"]["message"] for _, text in found["bad"]]
     assert messages[0] == "the prompt is empty; give at least one token"
     assert "top_p=2.0" in messages[2]
-    assert messages[3:] == [
+    assert messages[-1].startswith("the request is not JSON: ")
+    assert messages[3:-1] == [
         "colour: extra inputs are not permitted",
         "max_tokens: input should be greater than or equal to 1",
         "prompt: field required",
