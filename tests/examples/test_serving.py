@@ -51,9 +51,13 @@ def server() -> Iterator[tuple[Any, int]]:
         service.close()
 
 
-def post(port: int, text: str = "", **body: Any) -> tuple[int, str]:
+def post(port: int, **body: Any) -> tuple[int, str]:
+    return send(port, json.dumps(body))
+
+
+def send(port: int, text: str) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/v1/completions", text or json.dumps(body), {"content-type": "application/json"})
+    connection.request("POST", "/v1/completions", text, {"content-type": "application/json"})
     response = connection.getresponse()
     return response.status, response.read().decode()
 
@@ -87,7 +91,7 @@ def conversation() -> dict[str, Any]:
                 post(port),
                 post(port, prompt="x", strategy="tree", top_p=0.5),
                 post(port, prompt="x", beam_width=2),
-                post(port, "{oops"),
+                send(port, "{oops"),
             ],
             "parallel": in_parallel(port, body),
         }
