@@ -1,6 +1,6 @@
 """Key-value memory in reference-counted blocks, shared between sequences that start alike.
 
-Shapes: L layers of this stage, S slots (one per token), G key-value heads (local), K head width.
+Shapes: L layers of this stage, G key-value heads (local), T tokens of a block, K head width.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class CachedSequence:
 
 
 class BlockPool:
-    """Blocks of 16 tokens for the layers of this stage.
+    """Blocks of 16 tokens for the layers of this stage: `keys_and_values`, (L, blocks, G, 2, T, K).
 
     Args:
         tokens: capacity.
@@ -44,7 +44,7 @@ class BlockPool:
         self.capacity = -(-tokens // BLOCK_TOKENS)
         # Memory that no block uses yet is not touched, so on a CPU it costs nothing.
         self.keys_and_values = torch.empty(
-            layers, self.capacity * BLOCK_TOKENS, heads, 2, width, dtype=dtype, device=device
+            layers, self.capacity, heads, 2, BLOCK_TOKENS, width, dtype=dtype, device=device
         )
         self._references = [0] * self.capacity
         self._free: list[int] = []
@@ -61,10 +61,10 @@ class BlockPool:
     @property
     def used_bytes(self) -> int:
         """2 · layers · heads · width · bytes per number, for 16 tokens of each block in use."""
-        return self.used_blocks * self._slots(0).nbytes
+        return self.used_blocks * self._block(0).nbytes
 
-    def extend(self, sequence: CachedSequence, count: int) -> list[int]:
-        """Make room for `count` more tokens and return their slots. A partly filled block that is shared is copied.
+    def extend(self, sequence: CachedSequence, count: int) -> None:
+        """Make room for `count` more tokens. A partly filled block that is shared is copied.
 
         Raises:
             UserError: no block is free. The sequence then is as before.
@@ -80,12 +80,10 @@ class BlockPool:
             )
         if last is not None and copies:
             own = self._take()
-            self._slots(own).copy_(self._slots(last))
+            self._block(own).copy_(self._block(last))
             self._drop(last)
             sequence.blocks[-1] = own
         sequence.blocks.extend(self._take() for _ in range(needed))
-        blocks = sequence.blocks
-        return [blocks[i // BLOCK_TOKENS] * BLOCK_TOKENS + i % BLOCK_TOKENS for i in range(sequence.length, end)]
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """Another sequence that starts with the same tokens. Nothing is copied until one of them writes."""
@@ -95,7 +93,7 @@ class BlockPool:
 
     def release(self, sequence: CachedSequence) -> None:
         """Give back what only this sequence used. It is empty then."""
-        for block in reversed(sequence.blocks):  # so that the next sequence takes them in order
+        for block in sequence.blocks:
             self._drop(block)
         sequence.length, sequence.blocks, sequence.states = 0, [], {}
 
@@ -105,7 +103,7 @@ class BlockPool:
         else:
             block = self._touched
             self._touched += 1
-            self._slots(block).zero_()  # attention gives unwritten slots no weight, and 0 · NaN would be NaN
+            self._block(block).zero_()  # attention gives unwritten places no weight, and 0 · NaN would be NaN
         self._references[block] = 1
         return block
 
@@ -114,5 +112,5 @@ class BlockPool:
         if self._references[block] == 0:
             self._free.append(block)
 
-    def _slots(self, block: int) -> Tensor:
-        return self.keys_and_values[:, block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+    def _block(self, block: int) -> Tensor:
+        return self.keys_and_values[:, block]

@@ -72,14 +72,14 @@ class Engine:
             check_fits(sequence.length + len(tokens) - 1, self.context)
         if self.model.training:
             self.model.eval()
-        batch = Batch(work, self.pool, self.config.model.sliding_window, self.runtime.device)
+        batch = Batch(work, self.pool, self.config.model)
         self.computed_tokens += len(batch.tokens)
-        hidden = self.stage.run(batch, self.pool, self._receive(len(batch.tokens)))
+        every_token = every_token or len(batch.tokens) == len(batch.counts)
+        wanted = None if every_token or not self.runtime.is_last_stage else batch.last
+        hidden = self.stage.run(batch, self.pool, self._receive(len(batch.tokens)), wanted)
         if not self.runtime.is_last_stage:
             dist.send(hidden.contiguous(), self._neighbour(1), group=self.runtime.groups.pp)
             return Output(len(batch.tokens) if every_token else len(batch.counts))
-        if not every_token and len(batch.tokens) > len(batch.counts):
-            hidden = hidden[batch.last]
         logits, normed = self.stage.head(hidden)
         shard = Shard.of(logits, self.config.model.vocab_size, self.runtime.groups.tp)
         return Output(logits.shape[0], shard, normed)

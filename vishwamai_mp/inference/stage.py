@@ -4,11 +4,12 @@ It reads the model's weights and calls torch directly, without megatron-core's m
 small operations, and what surrounds each of them is what it costs. Weights are those of the model, not copies.
 
 Shapes: N tokens of all sequences, B sequences, D width, H heads (local), G key-value heads (local), R = H/G, K head
-width, S keys, F intermediate width (local), V vocabulary (local).
+width, T tokens of a block, S keys, F intermediate width (local), V vocabulary (local).
 """
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config import ModelConfig, PretrainConfig
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, CachedSequence
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.precision import PrecisionPolicy
@@ -27,6 +28,8 @@ from vishwamai_mp.runtime import Runtime, multiplies_natively
 from vishwamai_mp.runtime.products import product, skinny_linear_fp32
 
 _WORTH_SHARING = 4  # blocks; fewer are sooner read once per sequence
+_WORTH_IN_PLACE = 256  # keys of all sequences; fewer are sooner collected
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # only its pattern of places is used
 Work = Sequence[tuple[CachedSequence, Sequence[int]]]
 
 
@@ -66,26 +69,33 @@ class Batch:
 
     Args:
         work: sequences and what each reads now, at least one token. A sequence appears once.
-        window: tokens that a token sees, or None.
+        pool: of keys and values.
+        settings: of the model.
     """
 
-    def __init__(self, work: Work, pool: BlockPool, window: int | None, device: torch.device) -> None:
-        self.window, self.device = window, device
+    def __init__(self, work: Work, pool: BlockPool, settings: ModelConfig) -> None:
+        assert settings.num_key_value_heads is not None
+        self.window, self.repeat = settings.sliding_window, settings.num_attention_heads // settings.num_key_value_heads
+        self.memory = pool.keys_and_values[0]
+        self.device = self.memory.device
         self.sequences = [sequence for sequence, _ in work]
         self.counts = [len(tokens) for _, tokens in work]
         self.past = [sequence.length for sequence in self.sequences]
-        slots: list[int] = []
+        blocks: list[int] = []
         positions: list[int] = []
         for sequence, tokens in work:
-            slots += pool.extend(sequence, len(tokens))
-            positions += range(sequence.length, sequence.length + len(tokens))
+            pool.extend(sequence, len(tokens))
+            new = range(sequence.length, sequence.length + len(tokens))
+            blocks += [sequence.blocks[position // BLOCK_TOKENS] for position in new]
+            positions += new
             sequence.length += len(tokens)
-        self.tokens = torch.tensor([token for _, tokens in work for token in tokens], device=device)
-        self.slots = torch.tensor(slots, device=device)
-        self.positions = torch.tensor(positions, device=device)
+        self.tokens = torch.tensor([token for _, tokens in work for token in tokens], device=self.device)
+        self.positions = torch.tensor(positions, device=self.device)
+        self.blocks = torch.tensor(blocks, device=self.device)
+        self.places = self.positions % BLOCK_TOKENS
         ends = torch.tensor(self.counts).cumsum(0)
         self.ends = ends.tolist()
-        self.last = (ends - 1).to(device)
+        self.last = (ends - 1).to(self.device)
 
     @cached_property
     def single(self) -> list[int]:
@@ -117,14 +127,29 @@ class Batch:
             keys, length = torch.arange(max(lengths), device=self.device), torch.tensor(lengths, device=self.device)
             mask = ((keys < length[:, None]) & (keys >= length[:, None] - window))[:, None, None]
         widest = max(map(len, blocks))
-        own = [block for row in blocks for block in row + [row[0]] * (widest - len(row))]
-        return _Reads(rows, self._in_a_row(common), self._in_a_row(own), max(lengths), mask)
+        own = [row + [row[0]] * (widest - len(row)) for row in blocks]
+        return _Reads(
+            rows=rows,
+            common=_pieces([common], self.memory) if common else None,
+            own=_pieces(own, self.memory),
+            count=max(lengths),
+            mask=mask,
+            repeat=self.repeat,
+            size=self.memory.numel() // self.memory.shape[-1],
+        )
 
-    def _in_a_row(self, blocks: list[int]) -> Tensor | slice:
-        """A slice of blocks, which costs no copy, where each is behind the one before."""
-        if blocks == list(range(blocks[0], blocks[0] + len(blocks)) if blocks else []):
-            return slice(blocks[0], blocks[-1] + 1) if blocks else slice(0)
-        return torch.tensor(blocks, device=self.device)
+
+def _pieces(blocks: list[list[int]], memory: Tensor) -> Tensor:
+    """Numbers of the pieces (T, K) of memory that these blocks of B sequences consist of, (B, G, 2, blocks)."""
+    heads = memory.shape[1]
+    first = torch.tensor(blocks, device=memory.device)[:, None, None] * (2 * heads)
+    return first + torch.arange(2 * heads, device=memory.device).view(heads, 2, 1)
+
+
+def _collect(pieces: Tensor, memory: Tensor) -> Tensor:
+    """Keys and values in these pieces, (B, G, 2, S, K)."""
+    found = memory.view(-1, BLOCK_TOKENS * memory.shape[-1]).index_select(0, pieces.flatten())
+    return found.view(*pieces.shape[:3], -1, memory.shape[-1])
 
 
 def _beginning(rows: list[list[int]]) -> list[int]:
@@ -137,19 +162,60 @@ def _beginning(rows: list[list[int]]) -> list[int]:
 class _Reads:
     """Keys of some sequences that read one token each.
 
+    On a CPU, collecting what lies in many blocks costs more than the attention. Two operators of torch read rows where
+    they lie: the product of matrices at given places, for q Kᵀ, and the weighted sum of embeddings, for the values.
+
     Attributes:
         rows: of `Batch.single`, ascending.
-        common: blocks that all of them begin with.
-        own: blocks behind, of one sequence after the other, as many of each.
-        count: own keys.
+        common: pieces of the blocks that all of them begin with, (1, G, 2, blocks), if any.
+        own: of the blocks behind, as many for each, (B, G, 2, blocks).
+        count: own keys, S.
         mask: (B, 1, 1, S) of own keys, where not all are seen.
+        repeat: R.
+        size: of memory, in rows of K.
     """
 
     rows: list[int]
-    common: Tensor | slice
-    own: Tensor | slice
+    common: Tensor | None
+    own: Tensor
     count: int
     mask: Tensor | None
+    repeat: int
+    size: int
+
+    def in_place(self, memory: Tensor) -> bool:
+        """Own keys and values are better not collected."""
+        return memory.is_cpu and memory.dtype == torch.float32 and len(self.rows) * self.count >= _WORTH_IN_PLACE
+
+    def scores(self, q_BGRK: Tensor, memory: Tensor) -> Tensor:
+        """q Kᵀ with own keys, (B, G, R, S)."""
+        width = q_BGRK.shape[-1]
+        table = memory.view(-1, width)
+        found = torch.sparse.sampled_addmm(self._key_places, q_BGRK.reshape(-1, width), table.t(), beta=0.0)
+        return found.values().view(*q_BGRK.shape[:3], -1)
+
+    def mix(self, weights_BGRS: Tensor, memory: Tensor) -> Tensor:
+        """Own values by their weights, (B, G, R, K)."""
+        table, weights = memory.view(-1, memory.shape[-1]), weights_BGRS.flatten(0, 2)
+        mixed = F.embedding_bag(self._places[1], table, mode="sum", per_sample_weights=weights)
+        return mixed.view(*weights_BGRS.shape[:3], -1)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Rows of own keys and of own values in memory, of each query, (B·G·R, S)."""
+        tokens = torch.arange(BLOCK_TOKENS, device=self.own.device)
+        rows = (self.own[..., None] * BLOCK_TOKENS + tokens).flatten(-2)[..., : self.count]
+        keys, values = rows[:, :, None].expand(-1, -1, self.repeat, -1, -1).flatten(0, 2).unbind(1)
+        return keys, values.contiguous()
+
+    @cached_property
+    def _key_places(self) -> Tensor:
+        """As a matrix with an entry at each, (B·G·R, rows of memory)."""
+        keys, _ = self._places
+        starts = torch.arange(len(keys) + 1) * self.count
+        return torch.sparse_csr_tensor(
+            starts, keys.flatten(), torch.zeros(keys.numel()), (len(keys), self.size), check_invariants=False
+        )
 
 
 class Stage:
@@ -177,13 +243,14 @@ class Stage:
         """Memory for this stage's keys and values of so many tokens."""
         return BlockPool(tokens, len(self.layers), self.heads, self.width, self.dtype, self.runtime.device)
 
-    def run(self, batch: Batch, pool: BlockPool, hidden_ND: Tensor | None) -> Tensor:
-        """Hidden states after this stage's layers, (N, D).
+    def run(self, batch: Batch, pool: BlockPool, hidden_ND: Tensor | None, wanted: Tensor | None = None) -> Tensor:
+        """Hidden states after this stage's layers, (N, D), or of the wanted tokens.
 
         Args:
             batch: the new tokens.
             pool: of keys and values.
             hidden_ND: of the stage before; None on the first.
+            wanted: tokens by number; None: all. The others end with the last layer's attention.
         """
         x = self._embed(batch.tokens) if hidden_ND is None else hidden_ND
         cosine, sine = self._cosine[batch.positions][:, None, None], self._sine[batch.positions][:, None, None]
@@ -196,8 +263,10 @@ class Stage:
             turned = qkv[:, :, : self.repeat + 1]  # queries and the key of each group
             turned.copy_(torch.addcmul(turned * cosine, turned.roll(self.width // 2, -1), sine))
             memory = pool.keys_and_values[number]
-            memory[batch.slots] = qkv[:, :, self.repeat :]
+            memory[batch.blocks, :, :, batch.places] = qkv[:, :, self.repeat :]
             attended = self._attend(qkv, memory, batch).reshape(x.shape[0], -1)
+            if wanted is not None and number == len(self.layers) - 1:
+                x, attended = x[wanted], attended[wanted]
             x = x + self._sum(self._multiply(attended, layer.projection))
             normed = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, eps)
             gate, up = self._multiply(normed, layer.fc1).chunk(2, -1)
@@ -266,42 +335,35 @@ class Stage:
         return out
 
     def _attend_together(self, q_BGRK: Tensor, memory: Tensor, reads: _Reads) -> Tensor:
-        k, v = self._found(memory, reads.own, q_BGRK.shape[0])[:, : reads.count].permute(3, 0, 2, 1, 4)
-        common = self._found(memory, reads.common, 1)
-        if not common.numel():
-            return self._softmax_attention(q_BGRK, k, v, reads.mask)
-        # Keys that all sequences share are read once for all queries: (G, B·R, K) by (G, K, S).
-        rows, wide = q_BGRK.shape[0], self._wide
+        rows, wide, in_place = q_BGRK.shape[0], self._wide, reads.in_place(memory)
+        if not in_place:
+            k, v = _collect(reads.own, memory)[..., : reads.count, :].unbind(2)
+            if reads.common is None:
+                return self._softmax_attention(q_BGRK, k, v, reads.mask)
         q = (q_BGRK * (1 / math.sqrt(self.width))).to(wide)
-        common_k, common_v = common[0].to(wide).permute(2, 1, 0, 3)
-        scores = product(q.transpose(0, 1).flatten(1, 2), common_k.mT).unflatten(1, (rows, -1)).transpose(0, 1)
-        own = q @ k.to(wide).mT
-        own = own if reads.mask is None else own.masked_fill(~reads.mask, -math.inf)
-        weights = torch.cat((scores, own), -1).softmax(-1)
-        shared, own = weights.split([scores.shape[-1], own.shape[-1]], -1)
+        scores = reads.scores(q, memory) if in_place else q @ k.to(wide).mT
+        scores = scores if reads.mask is None else scores.masked_fill(~reads.mask, -math.inf)
+        if reads.common is None:
+            return reads.mix(scores.softmax(-1), memory)
+        # Keys that all sequences share are read once for all queries: (G, B·R, K) by (G, K, S).
+        common_k, common_v = _collect(reads.common, memory)[0].to(wide).unbind(1)
+        shared = product(q.transpose(0, 1).flatten(1, 2), common_k.mT).unflatten(1, (rows, -1)).transpose(0, 1)
+        shared, own = torch.cat((shared, scores), -1).softmax(-1).split([shared.shape[-1], reads.count], -1)
         out = product(shared.transpose(0, 1).flatten(1, 2), common_v).unflatten(1, (rows, -1)).transpose(0, 1)
-        return (out + own @ v.to(wide)).to(self.dtype)
-
-    def _found(self, memory: Tensor, blocks: Tensor | slice, sequences: int) -> Tensor:
-        """Keys and values in these blocks, (B, S, G, 2, K)."""
-        by_block = memory.view(-1, BLOCK_TOKENS * memory[0].numel())
-        found = by_block[blocks] if isinstance(blocks, slice) else by_block.index_select(0, blocks)
-        return found.view(sequences, -1, self.heads, 2, self.width)
+        return (out + (reads.mix(own, memory) if in_place else own @ v.to(wide))).to(self.dtype)
 
     def _attend_many(self, qkv: Tensor, memory: Tensor, blocks: list[int], past: int) -> Tensor:
         """All new tokens of one sequence, after `past` that were read before."""
         new, window = qkv.shape[0], self.settings.sliding_window
         q_1HNK = qkv[:, :, : self.repeat].reshape(1, new, -1, self.width).transpose(1, 2)
         if past:
-            table = torch.tensor(blocks, device=qkv.device)
-            found = memory.view(-1, BLOCK_TOKENS, *memory.shape[1:])[table].flatten(0, 1)[: past + new]
+            k_GSK, v_GSK = _collect(_pieces([blocks], memory), memory)[0, ..., : past + new, :].unbind(1)
         else:
-            found = qkv[:, :, self.repeat :]
+            k_GSK, v_GSK = qkv[:, :, self.repeat :].permute(2, 1, 0, 3)
         mask = None
         if past or (window is not None and new > window):
             mask = torch.ones(new, past + new, dtype=torch.bool, device=qkv.device).tril(past)
             mask = mask if window is None else mask.triu(past - window + 1)
-        k_GSK, v_GSK = found.permute(2, 1, 0, 3)
         out = self._softmax_attention(q_1HNK, k_GSK[None], v_GSK[None], mask, causal=mask is None)
         return out[0].transpose(0, 1).reshape(new, self.heads, self.repeat, self.width)
 
