@@ -1,5 +1,6 @@
 """Generation with shared key-value blocks against full passes, at every layout."""
 
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -54,32 +55,33 @@ def gathered(ours: Generator, work: list, every_token: bool = True) -> Tensor:
     ).float()
 
 
-_in_both_ways = pytest.mark.parametrize("least", [0, 10**9], ids=["keys in place", "keys collected"])
+in_both_ways = pytest.mark.parametrize("least", [0, 10**9], ids=["keys in place", "keys collected"])
 
 
-@_in_both_ways
+def reading(least: int, logits: Callable[[list[str]], Any], overrides: list[str]) -> Any:
+    """Runs in a worker: these logits, with keys read in place where there are at least so many."""
+    with patch.object(stage, "_WORTH_IN_PLACE", least):
+        return logits(overrides)
+
+
+@in_both_ways
 @pytest.mark.parametrize("variant", list(_VARIANTS))
 def test_ragged_batches_have_the_logits_of_full_passes(workers, variant, least):
-    parts, full = workers.run(ragged_logits, 1, _VARIANTS[variant], least)[0]
+    parts, full = workers.run(reading, 1, least, ragged_logits, _VARIANTS[variant])[0]
     for ours, whole in zip(parts, full, strict=True):
         torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
     for name, (processes, layout) in _LAYOUTS.items():
         if processes > 1:
-            for found, _ in workers.run(ragged_logits, processes, [*layout, *_VARIANTS[variant]], least):
+            for found, _ in workers.run(reading, processes, least, ragged_logits, [*layout, *_VARIANTS[variant]]):
                 for ours, whole in zip(found, full, strict=True):
                     torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5, msg=f"{name} differs")
 
 
-def ragged_logits(overrides: list[str], least: int) -> tuple[list[Tensor], list[Tensor]]:
+def ragged_logits(overrides: list[str]) -> tuple[list[Tensor], list[Tensor]]:
     """Runs in a worker: logits of four texts read in uneven pieces together, forks included.
 
-    In one process also those of the model's own forward pass. Of at least so many, keys are read in place.
+    In one process also those of the model's own forward pass.
     """
-    with patch.object(stage, "_WORTH_IN_PLACE", least):
-        return _ragged_logits(overrides)
-
-
-def _ragged_logits(overrides: list[str]) -> tuple[list[Tensor], list[Tensor]]:
     ours = generator(*overrides)
     texts = [prompt + list(range(30, 45)) for prompt in _PROMPTS]
     sequences = [CachedSequence() for _ in texts]
@@ -115,25 +117,20 @@ def _ragged_logits(overrides: list[str]) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.stack(rows) for rows in parts], full
 
 
-@_in_both_ways
+@in_both_ways
 @pytest.mark.parametrize("variant", ["grouped", "window"])
 @pytest.mark.parametrize("layout", ["one process", "TP2"])
 def test_texts_that_begin_alike_read_their_beginning_together(workers, layout, variant, least):
     processes, overrides = _LAYOUTS[layout]
-    for parts, full in workers.run(branched_logits, processes, [*overrides, *_VARIANTS[variant]], least):
+    for parts, full in workers.run(reading, processes, least, branched_logits, [*overrides, *_VARIANTS[variant]]):
         torch.testing.assert_close(parts, full, rtol=0, atol=1e-5)
 
 
-def branched_logits(overrides: list[str], least: int) -> tuple[Tensor, Tensor]:
+def branched_logits(overrides: list[str]) -> tuple[Tensor, Tensor]:
     """Runs in a worker: logits of texts of two families and of one of its own, read token by token in one batch.
 
     And the same of each text read at once.
     """
-    with patch.object(stage, "_WORTH_IN_PLACE", least):
-        return _branched_logits(overrides)
-
-
-def _branched_logits(overrides: list[str]) -> tuple[Tensor, Tensor]:
     ours = generator("model.max_position_embeddings=128", *overrides)
     beginnings = [[(7 * family + 3 * i) % 250 for i in range(length)] for family, length in ((1, 70), (2, 83), (3, 5))]
     owners = [0, 1, 0, 2, 1, 0]  # families lie in each other's way
