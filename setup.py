@@ -36,7 +36,7 @@ setup(
     packages=find_packages(include=["vishwamai_mp", "vishwamai_mp.*"]),
     package_data={
         "vishwamai_mp.config": ["presets/*.yaml"],
-        "vishwamai_mp.checkpoint.huggingface": ["remote_code/*.py"],
+        "vishwamai_mp.conversion": ["remote_code/*.py"],
     },
     install_requires=[
         "torch>=2.6",

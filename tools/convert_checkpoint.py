@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from vishwamai_mp.config.errors import UserError, run_program
 
 if TYPE_CHECKING:
-    from vishwamai_mp.checkpoint.huggingface.source import Source
+    from vishwamai_mp.conversion.source import Source
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DTYPES = ("fp32", "bf16", "fp16", "fp8")
@@ -83,8 +83,8 @@ def size(text: str) -> int:
 
 
 def to_hf(options: argparse.Namespace) -> None:
-    from vishwamai_mp.checkpoint.huggingface.dtypes import by_option
-    from vishwamai_mp.checkpoint.huggingface.to_hf import ExportOptions, export_folder
+    from vishwamai_mp.conversion.dtypes import by_option
+    from vishwamai_mp.conversion.to_hf import ExportOptions, export_folder
 
     source = open_source(options.load)
     tokenizer = tokenizer_path(options, source)
@@ -97,7 +97,7 @@ def to_hf(options: argparse.Namespace) -> None:
 
 
 def to_peft(options: argparse.Namespace) -> None:
-    from vishwamai_mp.checkpoint.huggingface.adapters import export_adapters
+    from vishwamai_mp.conversion.adapters import export_adapters
 
     source = open_source(options.load)
     export_adapters(source, options.output, options.base)
@@ -105,9 +105,9 @@ def to_peft(options: argparse.Namespace) -> None:
 
 
 def from_hf(options: argparse.Namespace) -> None:
-    from vishwamai_mp.checkpoint.huggingface.dtypes import by_option
-    from vishwamai_mp.checkpoint.huggingface.folder import open_folder
-    from vishwamai_mp.checkpoint.huggingface.from_hf import import_folder
+    from vishwamai_mp.conversion.dtypes import by_option
+    from vishwamai_mp.conversion.folder import open_folder
+    from vishwamai_mp.conversion.from_hf import import_folder
 
     folder = open_folder(options.load, options.additions)
     notes = import_folder(folder, options.output, by_option(options.dtype) if options.dtype else None)
@@ -118,7 +118,7 @@ def from_hf(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    from vishwamai_mp.checkpoint.huggingface.verify import compare
+    from vishwamai_mp.conversion.verify import compare
 
     if options.tokens < 1:
         raise UserError(f"--tokens {options.tokens}: use 1 or more")
@@ -139,7 +139,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def open_source(load: Path) -> "Source":
-    from vishwamai_mp.checkpoint.huggingface.source import open_source
+    from vishwamai_mp.conversion.source import open_source
 
     source = open_source(load)
     for reason in source.skipped:

@@ -35,9 +35,11 @@ from vishwamai_mp.config import (
     resolve,
 )
 from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.inference import Engine
 from vishwamai_mp.model.initialization import copy_components
 from vishwamai_mp.neural_memory import ReasoningMemoryTransformer
 from vishwamai_mp.observability.environment import write_run_description
+from vishwamai_mp.opening.loaded_model import LoadedModel, check_runs_alone, load_model
 from vishwamai_mp.runtime import standing_session
 from vishwamai_mp.runtime.distributed import world_size
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
@@ -45,7 +47,6 @@ from vishwamai_mp.training.arguments import TrainingArguments
 from vishwamai_mp.training.assembly import changed, data_settings, module_sections, with_steps
 from vishwamai_mp.training.callbacks import Callback
 from vishwamai_mp.training.callbacks.search import with_step_token
-from vishwamai_mp.training.loaded_model import LoadedModel, load_model
 from vishwamai_mp.training.loop import Trainer, usual_callbacks
 from vishwamai_mp.tree_of_thoughts import TreeOfThoughts
 
@@ -118,7 +119,11 @@ class VishwamAIPretrainer:
         for note in [*datasets.notes, *self.args.notes(self.config, runtime.device.type == "cuda")]:
             self.trainer.say(note)
         self._components, self._resumed = own[0], False
-        model.stand_for(self.trainer)
+        model.stand_for(self._engine)
+
+    def _engine(self) -> Engine:
+        check_runs_alone(self.config)
+        return Engine(self.config, self.trainer.runtime, unwrap(self.trainer.chunks[0]))
 
     def train(self) -> TrainOutput:
         """Train from the newest checkpoint in `output_dir`, or from the start, to the end."""

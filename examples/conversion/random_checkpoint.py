@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, plain_mapping
 from vishwamai_mp.checkpoint.manifest import NAME, FileRecord, Manifest, TensorRecord, record_of
 from vishwamai_mp.checkpoint.store import publish, write_file
 from vishwamai_mp.checkpoint.writer import ChecksummedFile
 from vishwamai_mp.config import PretrainConfig, load_config, padded_vocab_size, resolve, to_yaml
+from vishwamai_mp.conversion.mapping import Mapped, plain_mapping
 
 TENSOR, STAGES, FILES_PER_RANK = 4, 2, 2
 _LAYOUT = {"tensor_model_parallel_size": TENSOR, "pipeline_model_parallel_size": STAGES}

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from vishwamai_mp.checkpoint.huggingface.source import open_source
-from vishwamai_mp.checkpoint.huggingface.to_hf import ExportOptions, export_folder
 from vishwamai_mp.config import run_program
+from vishwamai_mp.conversion.source import open_source
+from vishwamai_mp.conversion.to_hf import ExportOptions, export_folder
 from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
 from vishwamai_mp.trainer import TrainingArguments, VishwamAIPretrainer, load_model
 

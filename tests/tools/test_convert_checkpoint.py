@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint.huggingface import models
+from tests.conversion import models
 from tests.workers import WorkerPool
 from vishwamai_mp.checkpoint import read_manifest
 from vishwamai_mp.data.tokenizer import train_tokenizer

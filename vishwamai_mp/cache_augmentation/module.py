@@ -20,10 +20,10 @@ from vishwamai_mp.cache_augmentation.decoding import CacheState, Decoder
 from vishwamai_mp.cache_augmentation.read import Latents, with_null
 from vishwamai_mp.cache_augmentation.segments import Segments, locate
 from vishwamai_mp.cache_augmentation.write import Widths, initial_positions, latents_of, pool_whole_rows
+from vishwamai_mp.components.head_sharded import HeadShardedModule, Linears
+from vishwamai_mp.components.standalone import Standalone, alone
 from vishwamai_mp.config import CacheConfig
 from vishwamai_mp.config.components import IMPORTANCE_WIDTH
-from vishwamai_mp.precision.modules import HeadShardedModule, Linears
-from vishwamai_mp.precision.standalone import Standalone, alone
 from vishwamai_mp.runtime.measures import Measures
 
 _MEASURES = (

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vishwamai_mp.checkpoint.huggingface.pieces import PieceReader
 from vishwamai_mp.checkpoint.manifest import is_optimizer, read_manifest
+from vishwamai_mp.checkpoint.pieces import PieceReader
+from vishwamai_mp.components.standalone import write_component
 from vishwamai_mp.config import PretrainConfig
-from vishwamai_mp.precision.standalone import write_component
 
 _NAME = re.compile(r"(?:decoder\.layers\.(\d+)\.)?(memory|cache|value_head)\.(.+)")
 _SECTIONS = {"memory": "memory", "cache": "cache", "value_head": "tree"}

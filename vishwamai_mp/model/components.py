@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from vishwamai_mp.components.head_sharded import Linears
 from vishwamai_mp.config import PretrainConfig
-from vishwamai_mp.precision.modules import Linears
 
 
 def layer_components(config: PretrainConfig, layer: int, linears: Linears) -> dict[str, Callable[..., nn.Module]]:

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import nn
 
+from vishwamai_mp.components.head_sharded import Linears
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.model.attention import CoreAttention
 from vishwamai_mp.model.components import layer_components
@@ -20,7 +21,6 @@ from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.swiglu import SwiGLU
 from vishwamai_mp.precision import use_transformer_engine
-from vishwamai_mp.precision.modules import Linears
 
 
 class TorchSpecProvider(LocalSpecProvider):

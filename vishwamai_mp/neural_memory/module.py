@@ -16,6 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from vishwamai_mp.components.head_sharded import HeadShardedModule, Linears
+from vishwamai_mp.components.standalone import Standalone, alone
 from vishwamai_mp.config import MemoryConfig
 from vishwamai_mp.config.components import CONVOLUTION_TAPS as TAPS
 from vishwamai_mp.neural_memory.carry import CarriedState
@@ -23,8 +25,6 @@ from vishwamai_mp.neural_memory.context import gather_tokens, scatter_tokens
 from vishwamai_mp.neural_memory.convolution import causal_convolution
 from vishwamai_mp.neural_memory.gates import gate_count, initial_biases
 from vishwamai_mp.neural_memory.levels import LevelReport, LevelState, run_levels
-from vishwamai_mp.precision.modules import HeadShardedModule, Linears
-from vishwamai_mp.precision.standalone import Standalone, alone
 from vishwamai_mp.runtime.measures import Measures, attach_loss
 
 

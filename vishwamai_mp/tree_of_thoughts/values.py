@@ -6,8 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from vishwamai_mp.components.standalone import read_section, read_weights, write_component
 from vishwamai_mp.config import TreeConfig, UserError
-from vishwamai_mp.precision.standalone import read_section, read_weights, write_component
 
 
 class KeepsValues:

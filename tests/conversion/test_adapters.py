@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint.huggingface import models
+from tests.conversion import models
 from tests.workers import WorkerPool
-from vishwamai_mp.checkpoint.huggingface.adapters import export_adapters
-from vishwamai_mp.checkpoint.huggingface.source import open_source
 from vishwamai_mp.config import UserError
+from vishwamai_mp.conversion.adapters import export_adapters
+from vishwamai_mp.conversion.source import open_source
 
 LORA = ["lora={enabled: true, rank: 4, alpha: 10}"]
 TP2_PP2 = models.TP2_PP2_VPP2[:2]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
 
-from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, whole
 from vishwamai_mp.config import CacheConfig, MemoryConfig, PretrainConfig
 from vishwamai_mp.config.components import CONVOLUTION_TAPS, IMPORTANCE_WIDTH
+from vishwamai_mp.conversion.mapping import Mapped, whole
 
 ARCHITECTURE = "VishwamaiForCausalLM"
 _VALUE_HEAD = ("value_head.weight", "value_head.bias")
@@ -141,5 +141,5 @@ def from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def code_files() -> dict[str, bytes]:
     """The Python files that a folder with components carries for `trust_remote_code`."""
-    folder = resources.files("vishwamai_mp.checkpoint.huggingface") / "remote_code"
+    folder = resources.files("vishwamai_mp.conversion") / "remote_code"
     return {name: (folder / name).read_bytes() for name in _CODE}

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.huggingface import models
-from tests.checkpoint.huggingface.test_third_party import write_folder
+from tests.conversion import models
+from tests.conversion.test_third_party import write_folder
 from tests.workers import WorkerPool
-from vishwamai_mp.checkpoint.huggingface import journal
-from vishwamai_mp.checkpoint.huggingface.dtypes import FP16
 from vishwamai_mp.config import UserError
+from vishwamai_mp.conversion import journal
+from vishwamai_mp.conversion.dtypes import FP16
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 LAST = "model-00006-of-00006.safetensors"

@@ -1,20 +1,16 @@
 """A model by its configuration or its run, for programs that train or search: the guide's `load_model`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vishwamai_mp.checkpoint import CheckpointManager, locate
-from vishwamai_mp.checkpoint.sharded import unwrap
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.model import build_model
 from vishwamai_mp.runtime import standing_session
 from vishwamai_mp.runtime.distributed import world_size
-
-if TYPE_CHECKING:
-    from vishwamai_mp.training.loop import Trainer
 
 
 class LoadedModel:
@@ -30,31 +26,26 @@ class LoadedModel:
 
     def __init__(self, config: PretrainConfig, weights: Path | None = None) -> None:
         self.config, self.weights = config, weights
-        self._trainer: Trainer | None = None
+        self._make_engine: Callable[[], Engine] = self._load
         self._engine: Engine | None = None
 
     def engine(self) -> Engine:
         """Runs the model: what searches and generation are built on. All ranks call it together."""
         if self._engine is None:
-            self._engine = self._of_trainer(self._trainer) if self._trainer else self._fresh_engine()
+            self._engine = self._make_engine()
         return self._engine
 
     def tokenizer(self) -> Tokenizer | None:
         """The one that the configuration names."""
         return Tokenizer(self.config.data.tokenizer) if self.config.data.tokenizer else None
 
-    def stand_for(self, trainer: "Trainer") -> None:
-        """Be the model that `trainer` trains, from here on."""
-        self._trainer, self._engine = trainer, None
+    def stand_for(self, make_engine: Callable[[], Engine]) -> None:
+        """Be a model that is laid out already, as one in training is: `engine` calls this once from here on."""
+        self._make_engine, self._engine = make_engine, None
 
-    @staticmethod
-    def _of_trainer(trainer: "Trainer") -> Engine:
-        _check_runs_alone(trainer.config)
-        return Engine(trainer.config, trainer.runtime, unwrap(trainer.chunks[0]))
-
-    def _fresh_engine(self) -> Engine:
+    def _load(self) -> Engine:
         config = resolve(self.config, world_size())
-        _check_runs_alone(config)
+        check_runs_alone(config)
         runtime = standing_session(config)
         models = build_model(config, runtime, initialize=self.weights is None)
         if self.weights is not None:
@@ -62,7 +53,7 @@ class LoadedModel:
         return Engine(config, runtime, models[0])
 
 
-def _check_runs_alone(config: PretrainConfig) -> None:
+def check_runs_alone(config: PretrainConfig) -> None:
     if config.parallel.virtual_pipeline_model_parallel_size or config.parallel.fully_sharded:
         key = "fully_sharded" if config.parallel.fully_sharded else "virtual_pipeline_model_parallel_size"
         raise UserError(

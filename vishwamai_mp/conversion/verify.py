@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vishwamai_mp.checkpoint import CheckpointManager
-from vishwamai_mp.checkpoint.huggingface import block_scaled, components, dtypes, model_config
-from vishwamai_mp.checkpoint.huggingface.dtypes import BF16, FP8, DType
-from vishwamai_mp.checkpoint.huggingface.source import Source
 from vishwamai_mp.config import UserError, resolve
+from vishwamai_mp.conversion import block_scaled, components, dtypes, model_config
+from vishwamai_mp.conversion.dtypes import BF16, FP8, DType
+from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.model import VishwamAIModel, build_model
 from vishwamai_mp.runtime import distributed_session
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.huggingface import models
+from tests.conversion import models
 from tests.workers import WorkerPool
 
 PP2 = ["parallel.pipeline_model_parallel_size=2"]

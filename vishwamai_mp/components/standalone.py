@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from vishwamai_mp.components.head_sharded import Linears
 from vishwamai_mp.config import (
     CacheConfig,
     ConfigError,
@@ -24,7 +25,6 @@ from vishwamai_mp.config import (
     load_config,
     resolve,
 )
-from vishwamai_mp.precision.modules import Linears
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _Section = TypeVar("_Section", MemoryConfig, CacheConfig)

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vishwamai_mp.checkpoint.huggingface import components
-from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, nearest, plain_mapping
 from vishwamai_mp.checkpoint.manifest import NAME, Manifest, check_files, is_optimizer, read_manifest
 from vishwamai_mp.checkpoint.store import locate
 from vishwamai_mp.config import LoraConfig, PretrainConfig, UserError, load_config, resolve
 from vishwamai_mp.config.finetuning import ADAPTER_STATE
 from vishwamai_mp.config.fp8 import SCALING_STATE
+from vishwamai_mp.conversion import components
+from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
 
 
 @dataclass(frozen=True)

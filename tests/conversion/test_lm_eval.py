@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint.huggingface import models
+from tests.conversion import models
 from tests.workers import WorkerPool
 from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vishwamai_mp.checkpoint.huggingface import components
 from vishwamai_mp.config import ConfigError, ModelConfig, PretrainConfig, UserError, load_config, resolve
+from vishwamai_mp.conversion import components
 
 PLAIN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 _NO_ROOM_FOR = {

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.huggingface import models
+from tests.conversion import models
 from tests.workers import WorkerPool
 from vishwamai_mp.checkpoint import read_manifest
-from vishwamai_mp.checkpoint.huggingface.dtypes import BF16, FP32
 from vishwamai_mp.config import UserError, load_config
+from vishwamai_mp.conversion.dtypes import BF16, FP32
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48,

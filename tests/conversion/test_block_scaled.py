@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.checkpoint.huggingface import models
+from tests.conversion import models
 from tests.workers import WorkerPool
-from vishwamai_mp.checkpoint.huggingface.block_scaled import quantized
-from vishwamai_mp.checkpoint.huggingface.dtypes import FP8
+from vishwamai_mp.conversion.block_scaled import quantized
+from vishwamai_mp.conversion.dtypes import FP8
 
 WIDE = ["model.hidden_size=256", "model.intermediate_size=384", "model.num_layers=1", "precision=bf16"]
 

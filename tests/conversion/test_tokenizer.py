@@ -11,8 +11,8 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vishwamai_mp.checkpoint.huggingface.tokenizer import import_tokenizer, tokenizer_files
 from vishwamai_mp.config import ModelConfig, UserError
+from vishwamai_mp.conversion.tokenizer import import_tokenizer, tokenizer_files
 from vishwamai_mp.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 VOCAB = 900

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.huggingface import models
+from tests.conversion import models
 from tests.workers import WorkerPool
-from vishwamai_mp.checkpoint.huggingface.folder import open_folder
-from vishwamai_mp.checkpoint.huggingface.from_hf import import_folder
 from vishwamai_mp.config import UserError
+from vishwamai_mp.conversion.folder import open_folder
+from vishwamai_mp.conversion.from_hf import import_folder
 
 BOTH = [models.MEMORY, models.CACHE]
 VARIANTS: dict[str, tuple[int, list[str]]] = {

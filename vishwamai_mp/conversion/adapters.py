@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vishwamai_mp.checkpoint.huggingface.journal import disk_errors
-from vishwamai_mp.checkpoint.huggingface.mapping import Mapped
-from vishwamai_mp.checkpoint.huggingface.pieces import PieceReader
-from vishwamai_mp.checkpoint.huggingface.source import Source, adapter_names
+from vishwamai_mp.checkpoint.pieces import PieceReader
 from vishwamai_mp.checkpoint.store import write_file
 from vishwamai_mp.config import LoraConfig, UserError
+from vishwamai_mp.conversion.journal import disk_errors
+from vishwamai_mp.conversion.mapping import Mapped
+from vishwamai_mp.conversion.source import Source, adapter_names
 
 _ROWS = 4096  # of a product held at a time
 

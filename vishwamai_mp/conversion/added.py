@@ -10,8 +10,8 @@ import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import save_file
 
-from vishwamai_mp.checkpoint.huggingface.safetensors_files import Entry, read_header
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.conversion.safetensors_files import Entry, read_header
 from vishwamai_mp.model.initialization import initialize_parameters
 from vishwamai_mp.model.specs import layer_spec, spec_provider
 from vishwamai_mp.model.transformer_config import transformer_config

@@ -32,19 +32,19 @@ from torch.distributed.checkpoint.metadata import (
 
 from vishwamai_mp import __version__
 from vishwamai_mp.checkpoint import manifest, store
-from vishwamai_mp.checkpoint.huggingface import dtypes
-from vishwamai_mp.checkpoint.huggingface.dtypes import FP8, FP32, DType
-from vishwamai_mp.checkpoint.huggingface.folder import Folder
-from vishwamai_mp.checkpoint.huggingface.journal import Files, Journal, check_space, disk_errors
-from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, padded_rows
-from vishwamai_mp.checkpoint.huggingface.pieces import bytes_of
-from vishwamai_mp.checkpoint.huggingface.progress import Progress
-from vishwamai_mp.checkpoint.huggingface.safetensors_files import Entry, plan_shards
-from vishwamai_mp.checkpoint.huggingface.to_hf import ahead
-from vishwamai_mp.checkpoint.huggingface.tokenizer import import_tokenizer
 from vishwamai_mp.checkpoint.manifest import FileRecord, Manifest, TensorRecord
+from vishwamai_mp.checkpoint.pieces import bytes_of
 from vishwamai_mp.checkpoint.writer import ChecksummedFile
 from vishwamai_mp.config import PretrainConfig, UserError, to_yaml
+from vishwamai_mp.conversion import dtypes
+from vishwamai_mp.conversion.dtypes import FP8, FP32, DType
+from vishwamai_mp.conversion.folder import Folder
+from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
+from vishwamai_mp.conversion.mapping import Mapped, padded_rows
+from vishwamai_mp.conversion.progress import Progress
+from vishwamai_mp.conversion.safetensors_files import Entry, plan_shards
+from vishwamai_mp.conversion.to_hf import ahead
+from vishwamai_mp.conversion.tokenizer import import_tokenizer
 
 _PIECE_BYTES = 64 << 20  # a tensor is stored in pieces of rows of about this size: so much is held at once
 _FILE_BYTES = 2 << 30
@@ -109,7 +109,7 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
         check_space(output, sum(sizes[name] for name in todo), f"--output {output}")
         done = sum(sizes.values()) - sum(sizes[name] for name in todo)
         if folder.added:
-            from vishwamai_mp.checkpoint.huggingface.added import write_components  # builds modules: rarely needed
+            from vishwamai_mp.conversion.added import write_components  # builds modules: rarely needed
 
             fresh = write_components(config, output / _ADDED)
             folder = replace(folder, entries={**folder.entries, **fresh})

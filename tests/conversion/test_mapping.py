@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vishwamai_mp.checkpoint.huggingface.components import component_mapping
-from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, nearest, padded_rows, plain_mapping
 from vishwamai_mp.config import ModelConfig, PretrainConfig, load_config, preset_names, resolve
+from vishwamai_mp.conversion.components import component_mapping
+from vishwamai_mp.conversion.mapping import Mapped, nearest, padded_rows, plain_mapping
 from vishwamai_mp.model import build_model
 from vishwamai_mp.planning import parameter_count
 from vishwamai_mp.runtime import initialize, shutdown
@@ -58,7 +58,7 @@ def test_every_tensor_of_the_model_has_its_place_and_none_is_left(workers, prese
 def test_transformers_llama_has_these_tensors_and_no_other(preset):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from vishwamai_mp.checkpoint.huggingface.model_config import to_hf
+    from vishwamai_mp.conversion.model_config import to_hf
 
     model = resolved(preset).model
     table = plain_mapping(model)

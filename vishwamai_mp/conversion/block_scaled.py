@@ -7,7 +7,7 @@ Shapes: M rows, N columns.
 import torch
 from torch import Tensor
 
-from vishwamai_mp.checkpoint.huggingface.mapping import Part
+from vishwamai_mp.conversion.mapping import Part
 
 BLOCK = 128
 _ROWS_AT_ONCE = 8 * BLOCK

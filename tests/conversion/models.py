@@ -18,13 +18,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from tests.checkpoint import jobs
 from tests.training.layouts import SMALL
 from vishwamai_mp.checkpoint import CheckpointManager
-from vishwamai_mp.checkpoint.huggingface.folder import open_folder
-from vishwamai_mp.checkpoint.huggingface.from_hf import import_folder
-from vishwamai_mp.checkpoint.huggingface.source import open_source
-from vishwamai_mp.checkpoint.huggingface.to_hf import ExportOptions, export_folder
-from vishwamai_mp.checkpoint.huggingface.verify import Comparison, compare
 from vishwamai_mp.config import PretrainConfig, load_config, resolve, to_yaml
 from vishwamai_mp.config.fp8 import SCALING_STATE
+from vishwamai_mp.conversion.folder import open_folder
+from vishwamai_mp.conversion.from_hf import import_folder
+from vishwamai_mp.conversion.source import open_source
+from vishwamai_mp.conversion.to_hf import ExportOptions, export_folder
+from vishwamai_mp.conversion.verify import Comparison, compare
 from vishwamai_mp.model import build_model
 from vishwamai_mp.model.initialization import _sharded_tensors
 from vishwamai_mp.runtime import initialize, shutdown

@@ -15,20 +15,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vishwamai_mp.checkpoint.huggingface import components, dtypes, model_config, safetensors_files
-from vishwamai_mp.checkpoint.huggingface.adapters import merged
-from vishwamai_mp.checkpoint.huggingface.block_scaled import BLOCK, is_block_scaled, quantized
-from vishwamai_mp.checkpoint.huggingface.dtypes import BF16, FP8, FP32, DType
-from vishwamai_mp.checkpoint.huggingface.journal import Files, Journal, check_space, disk_errors
-from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, Part
-from vishwamai_mp.checkpoint.huggingface.model_card import model_card
-from vishwamai_mp.checkpoint.huggingface.pieces import PieceReader, bytes_of
-from vishwamai_mp.checkpoint.huggingface.progress import Progress
-from vishwamai_mp.checkpoint.huggingface.safetensors_files import Planned
-from vishwamai_mp.checkpoint.huggingface.source import Source
-from vishwamai_mp.checkpoint.huggingface.tokenizer import TokenizerFiles, tokenizer_files
+from vishwamai_mp.checkpoint.pieces import PieceReader, bytes_of
 from vishwamai_mp.checkpoint.store import write_file
 from vishwamai_mp.config import LoraConfig
+from vishwamai_mp.conversion import components, dtypes, model_config, safetensors_files
+from vishwamai_mp.conversion.adapters import merged
+from vishwamai_mp.conversion.block_scaled import BLOCK, is_block_scaled, quantized
+from vishwamai_mp.conversion.dtypes import BF16, FP8, FP32, DType
+from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
+from vishwamai_mp.conversion.mapping import Mapped, Part
+from vishwamai_mp.conversion.model_card import model_card
+from vishwamai_mp.conversion.progress import Progress
+from vishwamai_mp.conversion.safetensors_files import Planned
+from vishwamai_mp.conversion.source import Source
+from vishwamai_mp.conversion.tokenizer import TokenizerFiles, tokenizer_files
 
 T = TypeVar("T")
 R = TypeVar("R")

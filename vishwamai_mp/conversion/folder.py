@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vishwamai_mp.checkpoint.huggingface import components, model_config, safetensors_files
-from vishwamai_mp.checkpoint.huggingface.mapping import Mapped, nearest, plain_mapping
-from vishwamai_mp.checkpoint.huggingface.safetensors_files import Entry
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve, to_dict
+from vishwamai_mp.conversion import components, model_config, safetensors_files
+from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
+from vishwamai_mp.conversion.safetensors_files import Entry
 
 _BUFFERS = (".rotary_emb.inv_freq",)  # not parameters; early Llamas' folders have them
 

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from vishwamai_mp import __version__
-from vishwamai_mp.checkpoint.huggingface.dtypes import DType
-from vishwamai_mp.checkpoint.huggingface.source import Source
+from vishwamai_mp.conversion.dtypes import DType
+from vishwamai_mp.conversion.source import Source
 
 
 def model_card(source: Source, config: Mapping[str, Any], dtype: DType) -> str:

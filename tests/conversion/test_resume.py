@@ -7,13 +7,13 @@ from unittest import mock
 
 import pytest
 
-from tests.checkpoint.huggingface import models
-from tests.checkpoint.huggingface.test_bad_input import contents
+from tests.conversion import models
+from tests.conversion.test_bad_input import contents
 from tests.workers import WorkerError, WorkerPool
 from vishwamai_mp.checkpoint import find_checkpoint
-from vishwamai_mp.checkpoint.huggingface import from_hf
-from vishwamai_mp.checkpoint.huggingface.dtypes import BF16
 from vishwamai_mp.config import UserError
+from vishwamai_mp.conversion import from_hf
+from vishwamai_mp.conversion.dtypes import BF16
 
 SHARD = {"max_shard_size": 50_000}
 
