@@ -28,6 +28,7 @@ from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.checkpoint.record import manifest_of
 from vishwamai_mp.checkpoint.writer import PlannedWrite, Written, plan_write
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.config.files import write_through
 
 _log = logging.getLogger(__name__)
 _TRAINER_FILE = "trainer.json"
@@ -226,13 +227,13 @@ class CheckpointManager:
         folder = pending.partial
         torch.save({}, folder / "common.pt")  # megatron-core wants one; what it would hold is in trainer.json
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        store.write_file(folder / _TRAINER_FILE, json.dumps(pending.trainer, indent=1).encode())
+        write_through(folder / _TRAINER_FILE, json.dumps(pending.trainer, indent=1).encode())
         files = {name: record for part in written for name, record in part.files.items()}
         for path in folder.iterdir():
             if path.name not in files:
                 files[path.name] = manifest.record_of(path)
         described = manifest_of(self.config, self.runtime, pending.step, metadata, files)
-        store.write_file(folder / manifest.NAME, described.to_json().encode())
+        write_through(folder / manifest.NAME, described.to_json().encode())
         store.publish(folder, pending.step)
         try:
             options = self.config.checkpoint
