@@ -73,7 +73,7 @@ def test_the_single_node_command(tmp_path):
     )
     assert (result.returncode, result.stderr) == (0, "")
     words = shlex.split(result.stdout)
-    assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert words[:3] == [sys.executable, "-m", "vishwamai_mp.launch"]
     assert words[words.index("--nproc-per-node") + 1] == "2"
     assert words[words.index("--max-restarts") + 1] == "0"
     assert words[words.index("--tee") + 1] == "3"
