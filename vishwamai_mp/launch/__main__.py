@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ class Launcher:
 
     def __init__(self, arguments: list[str], restarts: int) -> None:
         self._command = [sys.executable, "-m", "vishwamai_mp.launch.attempt", *arguments]
+        # torch shows a stack of C++ frames for each lost connection; the attempt says it in a line.
+        self._environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
         self._restarts = restarts
         self._wish: signal.Signals | None = None
         self._attempt: subprocess.Popen | None = None
@@ -65,7 +68,7 @@ class Launcher:
         """One attempt, in a session of its own: a terminal's Ctrl-C comes from here alone."""
         if self._wish is not None:
             return NEVER_MET
-        with subprocess.Popen(self._command, start_new_session=True) as self._attempt:
+        with subprocess.Popen(self._command, env=self._environment, start_new_session=True) as self._attempt:
             told: set[int] = set()
             while True:
                 try:
