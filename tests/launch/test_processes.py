@@ -36,12 +36,14 @@ with (folder / f"rank_{rank}").open("a") as file:
 behaviour = sys.argv[2 + int(rank)]
 if behaviour.isdigit():
     sys.exit(int(behaviour))
-if behaviour == "saves":
+if behaviour.startswith("saves"):
     wishes = []
     signal.signal(signal.SIGTERM, lambda number, frame: wishes.append(number))
     (folder / f"ready_{rank}").touch()
     while not wishes:
         time.sleep(0.05)
+    if behaviour == "saves and fails":
+        sys.exit(1)
     time.sleep(3)  # a long save
     (folder / f"saved_{rank}").touch()
 if behaviour == "sleeps":
@@ -164,6 +166,14 @@ def test_failures_are_retried_and_mistakes_are_not(launches, tmp_path):
     assert launch.wait() == 1
     assert starts(tmp_path, 0) == 3
     assert launch.text() == ""
+
+
+def test_a_failure_after_the_signal_is_a_failure(launches, tmp_path):
+    launch = launches("saves", "saves and fails", restarts=3)
+    launch.wait_for(lambda: (tmp_path / "ready_0").exists() and (tmp_path / "ready_1").exists())
+    launch.process.terminate()
+    assert launch.wait() == 1
+    assert launch.text() == "launch: rank 1 ended with status 1\n"
 
 
 @pytest.mark.parametrize("mistaken", [0, 1])

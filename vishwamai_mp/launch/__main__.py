@@ -12,7 +12,7 @@ from types import FrameType
 import psutil
 
 from vishwamai_mp.config.errors import USER_ERROR_STATUS
-from vishwamai_mp.launch import NEVER_MET
+from vishwamai_mp.launch import NEVER_MET, STOPPED
 
 _PATIENCE_SECONDS = 900.0  # for machines that do not come together, as torchrun's join_timeout
 _BREATH_SECONDS = 2.0  # between attempts
@@ -57,6 +57,8 @@ class Launcher:
                     return 1
                 time.sleep(_BREATH_SECONDS)
                 continue
+            if status == STOPPED:
+                _say("a worker was ended by a signal that did not come from here")
             failures += 1
             if failures > self._restarts:
                 return 1

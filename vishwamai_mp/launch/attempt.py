@@ -108,7 +108,9 @@ def main(arguments: list[str]) -> int:
             meeting.tell_final(config.max_nodes, hosts)
             return USER_ERROR_STATUS
         rank, failure = error.get_first_failure()
-        why, outcome = f"rank {rank} {_how(failure.exitcode)}", STOPPED if statuses & _ENDED_BY_SIGNAL else FAILED
+        why, outcome = f"rank {rank} {_how(failure.exitcode)}", FAILED
+        if failure.exitcode in _ENDED_BY_SIGNAL:  # the first: the agent ends the others by a signal itself
+            outcome = STOPPED
     except (RendezvousError, DistError) as error:
         lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]
         why, outcome = f"the machines lost touch ({lines[0][:160]})", FAILED if meeting.complete else NEVER_MET

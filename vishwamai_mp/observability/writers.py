@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from vishwamai_mp.config import ConfigError, PretrainConfig, to_dict
+from vishwamai_mp.config import ConfigError, PretrainConfig, UserError, to_dict
 from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.observability.panels import tensorboard_layout
 
@@ -35,8 +35,11 @@ class JsonLines:
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot be written ({error.strerror}); free space there") from None
 
     def close(self) -> None:
         self._file.close()
