@@ -212,13 +212,17 @@ def recipe(tmp_path) -> Path:
     return path
 
 
-def test_training_in_two_processes_stops_in_order(recipe, tmp_path):
+def test_training_stops_in_order_and_shares_its_folder_with_nobody(recipe, tmp_path):
     run = tmp_path / "run"
     command = ["bash", str(_REPOSITORY / "launch/torchrun_single_node.sh"), "--config", str(recipe)]
     command += [f"data.train={tmp_path / 'corpus'}", f"training.output_dir={run}"]
     launch = Launch(command, tmp_path / "log", NPROC="2", LOG_DIR=str(tmp_path / "logs"))
     try:
         launch.wait_for(lambda: "step 3/" in launch.text())
+        second = Launch(command, tmp_path / "second", LOG_DIR=str(tmp_path / "logs"), MAX_RESTARTS="3")
+        assert second.wait() == 1
+        (error,) = second.text().splitlines()[-1:]
+        assert re.search(rf"error: training not started: training.output_dir={run} is in use by process \d+ on", error)
         launch.process.terminate()
         assert launch.wait() == 0, launch.text()
     finally:
