@@ -34,12 +34,12 @@ import psutil
 from kill_and_resume import compare, leftovers
 from killable_job import LAYOUTS, Job, command, digest, losses, newest_whole, write_corpus  # beside this file
 
-from vishwamai_mp.checkpoint.store import step_of
+from vishwamai_mp.checkpoint.store import LATEST, step_of
 from vishwamai_mp.config import UserError, run_program
 from vishwamai_mp.config.files import write_whole
 
 _SAVE_EVERY = 2  # steps
-_STEPS_PER_EVENT = 14  # about
+_STEPS_PER_EVENT = 20  # about
 _DISK_MIB = 96
 _DAY = 86400.0
 
@@ -104,7 +104,7 @@ class Chaos:
     def settle(self) -> None:
         """Wait until the run has done a step more and has something to lose."""
         before = self.steps()
-        self.wait_for(lambda: self.steps() > before and newest_whole(self.checkpoints) is not None)
+        self.wait_for(lambda: self.steps() > before and (self.checkpoints / LATEST).exists())
 
     def random_moment(self) -> None:
         """Wait, half of the times for a save and for a part of that."""
@@ -113,7 +113,7 @@ class Chaos:
             self.wait_for(lambda: bool(leftovers(self.checkpoints) - before))
             time.sleep(self.random.uniform(0, 0.05))
         else:
-            time.sleep(self.random.uniform(0, 1.0))
+            time.sleep(self.random.uniform(0, 0.5))
 
     def processes(self, layer: int) -> list[psutil.Process]:
         """Living ones: 0 the launcher, 1 its agent, 2 the ranks."""
@@ -123,12 +123,17 @@ class Chaos:
         return found
 
     def kill(self, layer: int) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-            victim = self.random.choice(self.processes(layer))
-            victim.kill()
-            victim.wait(60)
+        """SIGKILL a process of a layer. What is below a launcher ends with it, by the kernel."""
         if layer == 0:
-            self.living_or_dead().kill()
+            job = self.living()
+            below = psutil.Process(job.process.pid).children(recursive=True)
+            job.process.kill()
+            job.process.wait()
+            if psutil.wait_procs(below, 60)[1]:
+                raise RuntimeError("processes outlived their launcher")
+            return
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            self.random.choice(self.processes(layer)).kill()
 
     def living_or_dead(self) -> Job:
         assert self.job is not None
@@ -332,9 +337,9 @@ def suite(folder: Path, options: argparse.Namespace) -> int:
         chaos = Chaos(run, folder, random.Random(options.seed), mounts)
         try:
             events = torment(chaos, options, begun)
-            chaos.wait_for(lambda: False)
-        except Finished:
-            pass
+            print("no more events; on to the last step", flush=True)
+            with contextlib.suppress(Finished):
+                chaos.wait_for(lambda: False)
         finally:
             if chaos.job is not None:
                 chaos.job.kill()
@@ -351,6 +356,7 @@ def torment(chaos: Chaos, options: argparse.Namespace, begun: float) -> list[tup
         try:
             lost = suffer(chaos, kind)
         except Finished:
+            print("the run was done before all events", flush=True)
             break
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             lost = " ".join(str(error).split())[-400:]

@@ -97,7 +97,8 @@ class Launch:
 @pytest.fixture
 def launches(tmp_path) -> Iterator[Callable[..., Launch]]:
     """Starts `python -m vishwamai_mp.launch` with the program above."""
-    program, running = tmp_path / "program.py", []
+    program = tmp_path / "program.py"
+    running: list[Launch] = []
     program.write_text(_PROGRAM)
 
     def start(*behaviours: str, restarts: int = 0, node: int | None = None, port: int = 0) -> Launch:
