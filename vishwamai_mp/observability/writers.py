@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from vishwamai_mp.config import ConfigError, PretrainConfig, to_dict
+from vishwamai_mp.config import ConfigError, PretrainConfig, UserError, to_dict
+from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.observability.panels import tensorboard_layout
 
 
@@ -29,15 +30,16 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [line for line in _lines(path) if _step_of(line) <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot be written ({error.strerror}); free space there") from None
 
     def close(self) -> None:
         self._file.close()
@@ -109,9 +111,7 @@ class WeightsAndBiases:
 def _run_id(file: Path) -> str:
     """What the file says; a new one where there is none."""
     if not file.exists():
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(secrets.token_hex(4))
-        partial.replace(file)
+        write_whole(file, secrets.token_hex(4))
     return file.read_text()
 
 

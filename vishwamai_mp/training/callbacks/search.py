@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.config import ConfigError, PretrainConfig
+from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.observability.tree_page import to_html
@@ -76,10 +77,7 @@ class Search(Callback):
         step = trainer.state.step
         folder = trainer.folder / "search"
         folder.mkdir(exist_ok=True)
-        page = folder / f"step_{step:08d}.html"
-        aside = page.with_suffix(".partial")
-        aside.write_text(to_html(results, f"Step {step}"), encoding="utf-8")
-        aside.replace(page)
+        write_whole(folder / f"step_{step:08d}.html", to_html(results, f"Step {step}"))
         for callback in trainer.callbacks:
             for writer in callback.writers if isinstance(callback, Metrics) else []:
                 if isinstance(writer, TensorBoard):
