@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.data.corpus import CorpusReader, Malformed, kind_of, read_block, read_documents
+from vishwamai_mp.data.streams import zstd
 
 TEXTS = ["one\ntwo", "", "Ünï \u2028 ☃ 𐍈", '\\ " \t', "x" * 5000]
 
@@ -21,7 +21,7 @@ TEXTS = ["one\ntwo", "", "Ünï \u2028 ☃ 𐍈", '\\ " \t', "x" * 5000]
 def compressed(path, content, suffix):
     """Write `content` under `path` + suffix, in two members or frames, as concatenated shards are."""
     half = len(content) // 2
-    packers: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+    packers: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
     pack = packers[suffix]
     target = path.with_name(path.name + suffix)
     target.write_bytes(pack(content[:half]) + pack(content[half:]))

@@ -32,6 +32,7 @@ KINDS: dict[str, Kind] = {
 BLOCK_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 28  # a longer line or text file is a mistake, and would be held in memory whole
 _MAX_MIB = MAX_DOCUMENT_BYTES >> 20
+_JSON_SPACE = b" \t\r"  # within a line; bytes.isspace() takes form feeds and others for space too
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
@@ -224,7 +225,7 @@ def read_records(part: Part) -> Iterator[tuple[str, Any] | Malformed]:
     if not part.data:
         yield Malformed(f"{part.path}:{part.first}", "the file is empty")
     for number, line in enumerate(part.data.split(b"\n"), start=part.first):
-        if not line or line.isspace():
+        if not line.strip(_JSON_SPACE):
             continue
         where = f"{part.path}:{number}"
         try:
