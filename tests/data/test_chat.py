@@ -162,7 +162,10 @@ def test_other_records_and_the_beginning_of_a_sequence(vocabularies):
         ({"messages": [{"role": "tool", "content": "x"}]}, "'role'='tool'; known: human"),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no answer"),
         ({"messages": [ANSWER | {"weight": 0}]}, "has no answer to learn"),
-        ({"messages": [ANSWER | {"tool_calls": [{"id": "1"}]}]}, "message 1 has 'tool_calls'.*--ignore-keys tool_calls"),
+        (
+            {"messages": [ANSWER | {"tool_calls": [{"id": "1"}]}]},
+            "message 1 has 'tool_calls'.*--ignore-keys tool_calls",
+        ),
         ({"messages": [ANSWER | {"content": None, "tool_calls": [{}]}]}, "message 1 has 'tool_calls'"),
         ({"messages": [ANSWER], "tools": [{"name": "f"}]}, "the record has 'tools'.*--ignore-keys tools"),
         ({"messages": [ANSWER], "conversations": [{"from": "gpt", "value": "y"}]}, "the record has 'conversations'"),
@@ -170,7 +173,10 @@ def test_other_records_and_the_beginning_of_a_sequence(vocabularies):
         ({"prompt": "x", "completion": "y", "weight": 0}, "the record has 'weight'"),
         ({"messages": [ANSWER | {"weight": 0.5}]}, "'weight'=0.5; use true or 1, false or 0"),
         ({"messages": [ANSWER | {"loss": "no"}]}, "'loss'='no'; use true"),
-        ({"messages": [{"role": "user", "content": "x", "train": True}, ANSWER]}, "message 1 has 'train'=True, but only"),
+        (
+            {"messages": [{"role": "user", "content": "x", "train": True}, ANSWER]},
+            "message 1 has 'train'=True, but only",
+        ),
         ({"messages": [ANSWER | {"weight": 1, "loss": False}]}, "marks that disagree: weight=1, loss=False"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "'value' is null, not a string"),
     ],

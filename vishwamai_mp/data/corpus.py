@@ -4,18 +4,19 @@ The two halves run apart. `CorpusReader` only cuts files into `Block`s, cheap en
 `read_block` parses one, which workers do side by side. Neither holds more than a block and the longest document.
 
 Suffixes (each also with `.gz` or `.zst`): `.jsonl`, `.json` one JSON object per line; `.parquet` one row per
-document; `.txt`, `.md`, `.rst`, `.py` the whole file is one document.
+document, whose text is a string or binary column of any kind; `.txt`, `.md`, `.rst`, `.py` the whole file is one
+document.
 """
 
 import itertools
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.data.parquet import row_blocks, rows_of
 from vishwamai_mp.data.streams import COMPRESSED_SUFFIXES, open_stream
 
 Kind = Literal["jsonl", "text", "parquet"]
@@ -103,7 +104,9 @@ class CorpusReader:
                 elif kind == "text":
                     yield _text_part(path, stream)
                 else:
-                    yield from _row_parts(path, stream, self._keys, self._block_bytes)
+                    columns = list(dict.fromkeys(self._keys))
+                    for row, data in row_blocks(path, stream, columns, self._block_bytes, MAX_DOCUMENT_BYTES):
+                        yield Part(str(path), row, data)
             finally:
                 self._current = None
         self._finished_bytes += path.stat().st_size
@@ -180,46 +183,6 @@ def _text_part(path: Path, stream: BinaryIO) -> Part:
     return Part(str(path), 1, data.removeprefix(_UTF8_MARK))
 
 
-def _row_parts(path: Path, stream: BinaryIO, keys: Sequence[str], block_bytes: int) -> Iterator[Part]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with tempfile.TemporaryFile() as spool:
-        if path.suffix in COMPRESSED_SUFFIXES:  # parquet is read from its end, a compressed stream is not
-            while data := stream.read(1 << 20):
-                spool.write(data)
-            spool.seek(0)
-            stream = spool
-        try:
-            file = pyarrow.parquet.ParquetFile(stream)
-            _check_columns(path, file.schema_arrow, keys)
-            rows = file.metadata.num_rows
-            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            batch_rows = min(max(1, block_bytes * rows // max(size, 1)), 1 << 16)
-            row = 0
-            for batch in file.iter_batches(batch_size=batch_rows, columns=list(dict.fromkeys(keys))):
-                sink = pyarrow.BufferOutputStream()
-                with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
-                    writer.write_batch(batch)
-                yield Part(str(path), row, sink.getvalue().to_pybytes())
-                row += batch.num_rows
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not a whole parquet file: {' '.join(str(error).split())}") from error
-
-
-def _check_columns(path: Path, schema, keys: Sequence[str]) -> None:
-    import pyarrow
-
-    for key in keys:
-        if key not in schema.names:
-            raise UserError(f"{path}: no column {key!r} (columns: {', '.join(schema.names)})")
-        column = schema.field(key).type
-        if pyarrow.types.is_dictionary(column):
-            column = column.value_type
-        if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
-            raise UserError(f"{path}: column {key!r} is {column}, not text")
-
-
 def read_records(part: Part) -> Iterator[tuple[str, Any] | Malformed]:
     """The JSON values of some lines, each with its `file:line`; blank lines are none."""
     if not part.data:
@@ -275,12 +238,7 @@ def _read_texts(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malform
 
 
 def _read_rows(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
-    import pyarrow
-
-    table = pyarrow.ipc.open_stream(part.data).read_all()
-    # As bytes, because Arrow does not promise that a string column is UTF-8.
-    columns = [table.column(key).cast(pyarrow.large_binary()).to_pylist() for key in keys]
-    for row, values in enumerate(zip(*columns, strict=True), start=part.first):
+    for row, values in enumerate(rows_of(part.data, keys), start=part.first):
         try:
             texts = [value if value is None else value.decode() for value in values]
         except UnicodeDecodeError as error:

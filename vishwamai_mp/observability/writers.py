@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, to_dict
+from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.observability.panels import tensorboard_layout
 
 
@@ -28,9 +29,11 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [line for line in _lines(path) if _step_of(line) <= resume_step]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            for line in text_lines(path, errors="replace") if path.exists() else ():
+                if _step_of(line) <= resume_step:
+                    file.write(f"{line}\n")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -43,14 +46,10 @@ class JsonLines:
         self._file.close()
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-
-
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf  # the torn last line of a killed run
 
 
@@ -72,7 +71,7 @@ class TensorBoard:
 
     def write_text(self, step: int, key: str, text: str) -> None:
         """Show `text` as it is, in the dashboard's text page."""
-        self._writer.add_text(key, "".join(f"    {line}\n" for line in text.splitlines()), step)  # Markdown's code
+        self._writer.add_text(key, "".join(f"    {line}\n" for line in text.split("\n")), step)  # Markdown's code
 
     def close(self) -> None:
         self._writer.close()
