@@ -81,28 +81,48 @@ class WeightsAndBiases:
     """Scalars for Weights & Biases; one run id per run folder, so that a resumed run continues its curves.
 
     WANDB_MODE=offline keeps all in `wandb/` of the run folder, for `wandb sync` to send later.
+
+    Raises:
+        ConfigError: the package is missing or broken, or cannot begin a run: no key, no network.
     """
 
     def __init__(self, folder: Path, config: PretrainConfig) -> None:
+        wandb = _import_wandb()
         try:
-            import wandb
-        except ImportError:
+            self._run = wandb.init(
+                project=config.logging.project,
+                dir=str(folder),
+                id=_run_id(folder / "wandb_id"),
+                resume="allow",
+                config=to_dict(config),
+            )
+        except wandb.Error as error:
             raise ConfigError(
-                "logging.report_to names wandb, which is not installed; pip install 'vishwamai-mp[wandb]'"
-            ) from None
-        self._run = wandb.init(
-            project=config.logging.project,
-            dir=str(folder),
-            id=_run_id(folder / "wandb_id"),
-            resume="allow",
-            config=to_dict(config),
-        )
+                f"logging.report_to names wandb, which cannot begin a run: {' '.join(str(error).split())} Set"
+                " WANDB_API_KEY, set WANDB_MODE=offline to send the run later, or leave wandb out"
+            ) from error
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         self._run.log(dict(record), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except Exception as error:  # whatever a package's own modules raise
+        if isinstance(error, ModuleNotFoundError) and error.name == "wandb":
+            raise ConfigError(
+                "logging.report_to names wandb, which is not installed; pip install 'vishwamai-mp[wandb]'"
+            ) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"logging.report_to names wandb, which is installed and cannot be imported ({reason}); mend the"
+            " installation, or leave wandb out"
+        ) from error
+    return wandb
 
 
 def _run_id(file: Path) -> str:
