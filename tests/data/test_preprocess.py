@@ -141,9 +141,10 @@ def test_a_vocabulary_without_the_tokens_asked_for_is_refused(tmp_path, corpus):
         sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=33, bos_id=-1, eos_id=-1, minloglevel=2
     )
     (tmp_path / "bare.model").write_bytes(model.getvalue())
-    for asked, lacks in (("append_bos", "beginning-of-sequence"), ("append_eod", "end-of-document")):
-        with pytest.raises(UserError, match=f"has no {lacks} token"):
-            preprocess([corpus], tmp_path / "bare.model", tmp_path / "out", **{asked: True})
+    with pytest.raises(UserError, match="has no beginning-of-sequence token"):
+        preprocess([corpus], tmp_path / "bare.model", tmp_path / "out", append_bos=True)
+    with pytest.raises(UserError, match="has no end-of-document token"):
+        preprocess([corpus], tmp_path / "bare.model", tmp_path / "out", append_eod=True)
     assert left_in(tmp_path) == []
 
 

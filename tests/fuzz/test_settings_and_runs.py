@@ -58,9 +58,9 @@ VALUES = [
 
 @fuzzed
 @given(
-    key=st.one_of(st.sampled_from(KEYS), st.text(max_size=12)),
+    key=st.one_of(st.sampled_from(KEYS), st.text(st.characters(exclude_characters="\n"), max_size=12)),
     sign=st.sampled_from(["=", ""]),
-    value=st.one_of(st.sampled_from(VALUES), st.text(max_size=12)),
+    value=st.one_of(st.sampled_from(VALUES), st.text(st.characters(exclude_characters="\n"), max_size=12)),
 )
 def test_overrides(key: str, sign: str, value: str) -> None:
     found = outcome(lambda: load_config("tiny", [f"{key}{sign}{value}"]))

@@ -22,7 +22,7 @@ else:
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 ZSTD_WINDOW_LOG = 27  # 128 MiB, the most that the zstd program takes without --long
-_ZSTD_OPTIONS = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+_ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
 _BUFFER_BYTES = 1 << 20
 
 
