@@ -37,11 +37,13 @@ setup(
     package_data={
         "vishwamai_mp.config": ["presets/*.yaml"],
         "vishwamai_mp.conversion": ["remote_code/*.py"],
+        "vishwamai_mp.observability": ["templates/*.html"],
     },
     install_requires=[
         "backports.zstd>=1.0; python_version < '3.14'",  # compression.zstd of Python 3.14
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "packaging>=24.2",
         "protobuf>=4.25",  # reads the settings in a tokenizer's file
