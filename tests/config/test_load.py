@@ -131,7 +131,7 @@ def test_the_presets_are_the_six_announced():
         ("training=3", "training=3: expected keys under it, such as training.sequence_length"),
         (
             "data.train=[{a: 3}]",
-            "data.train=[{'a': '3'}]: use a prefix, or a list [weight, prefix, weight, prefix, ...]",
+            "data.train=[{'a': '3'}]: use a prefix, or a list [weight, prefix, ",
         ),
         ("data.train=[]", "data.train=[]: use a prefix, or a list"),
         ("model.num_layers", "override 'model.num_layers': write section.key=value"),
@@ -236,6 +236,7 @@ _TRAPS = (
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from(_TEXT_FIELDS), _TEXT.filter(str.strip) | st.sampled_from(_TRAPS))
 def test_a_text_comes_back_to_the_letter(key, text):
     section, name = key.split(".")

@@ -211,8 +211,8 @@ def switched_off(folder: Path, _: str) -> str:
 @pytest.mark.parametrize(
     ("attempt", "name", "message"),
     [
-        (other_width, "memory", "memory.hidden_size=64 is not model.hidden_size=32; leave it out or use 32"),
-        (other_width, "cache", "cache.hidden_size=64 is not model.hidden_size=32; leave it out or use 32"),
+        (other_width, "memory", "memory.hidden_size=64 is not model.hidden_size=32; use 32 or leave it out"),
+        (other_width, "cache", "cache.hidden_size=64 is not model.hidden_size=32; use 32 or leave it out"),
         (switched_off, "", "use_neural_memory=False but a memory_module is given; leave one of them out"),
     ],
 )

@@ -21,6 +21,7 @@ def resolve_cache(config: PretrainConfig) -> CacheConfig:
         return cache
     cache = replace(
         cache,
+        num_heads=_heads(config.model.hidden_size) if cache.num_heads is None else cache.num_heads,
         hidden_size=config.model.hidden_size if cache.hidden_size is None else cache.hidden_size,
         layers=placed(cache.layers, min(8, layers) // 2, layers),
     )
@@ -30,7 +31,13 @@ def resolve_cache(config: PretrainConfig) -> CacheConfig:
     return cache
 
 
+def _heads(width: int) -> int:
+    """Up to 8, of a width of at least 16 each."""
+    return next((heads for heads in (8, 4, 2) if width % heads == 0 and width >= 16 * heads), 1)
+
+
 def _check_shape(cache: CacheConfig, config: PretrainConfig) -> None:
+    assert cache.num_heads is not None
     width, tensor = config.model.hidden_size, config.parallel.tensor_model_parallel_size
     if width % cache.num_heads:
         raise ConfigError(

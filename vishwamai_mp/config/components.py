@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.schema import CacheConfig, MemoryConfig
 
 CONVOLUTION_TAPS = 4  # of the memory's short convolution, in tokens
@@ -25,8 +25,8 @@ def check_component(section: str, component: MemoryConfig | CacheConfig, width: 
     """
     if component.hidden_size != width:
         raise ConfigError(
-            f"{section}.hidden_size={component.hidden_size} is not model.hidden_size={width}; leave it out or use"
-            f" {width}"
+            f"{section}.hidden_size={component.hidden_size} is not model.hidden_size={width}; use {width} or"
+            f" {leave_out(f'{section}.hidden_size')}"
         )
     if component.dropout >= 1:
         raise ConfigError(f"{section}.dropout={component.dropout}: a probability; use a number from 0 to below 1")
@@ -36,7 +36,8 @@ def check_component(section: str, component: MemoryConfig | CacheConfig, width: 
 def _check_layers(section: str, chosen: Sequence[int], layers: int) -> None:
     if not chosen or len(set(chosen)) < len(chosen):
         raise ConfigError(
-            f"{section}.layers={list(chosen)}: name each layer that has a {section} once, or leave it out"
+            f"{section}.layers={list(chosen)}: name each layer that has a {section} once, or"
+            f" {leave_out(f'{section}.layers')}"
         )
     if max(chosen) >= layers:
         raise ConfigError(

@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.schedule import shortened_schedule
 from vishwamai_mp.config.schema import Blend, PretrainConfig
 from vishwamai_mp.config.yaml_text import read_yaml
 
@@ -26,25 +27,31 @@ def preset_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> PretrainConfig:
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), notes: list[str] | None = None
+) -> PretrainConfig:
     """Read a configuration.
 
     Args:
         source: a YAML recipe's path, a preset's name, the guide's JSON file, or a nested mapping.
         overrides: `section.key=value` strings. The value of a text setting (a path, a name) is what is written, to
             the letter; others are read like a recipe's. `null` undoes what the source says: the default holds again.
+        notes: gets a line for each setting of the source that had to give way to an override.
 
     Raises:
         ConfigError: unreadable file, unknown key (the nearest known one is named), or a value of the wrong type.
     """
     tree = dict(source) if isinstance(source, Mapping) else _read(str(source))
     tree = _apply_aliases(tree)
-    for override in overrides:
-        _set(tree, override)
+    changed = [_set(tree, override) for override in overrides]
     try:
-        return _ADAPTER.validate_python(tree)
+        config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
+    config, said = shortened_schedule(config, changed)
+    if notes is not None:
+        notes += said
+    return config
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:
@@ -126,8 +133,8 @@ def _rename(tree: Mapping[str, Any], rename: Callable[[str], str], prefix: str) 
     return {name: tree[key] for name, key in given.items()}
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
-    """Apply one `section.key=value` to the nested dictionaries."""
+def _set(tree: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Apply one `section.key=value` to the nested dictionaries; returns the key's parts, aliases replaced."""
     key, equals, text = override.partition("=")
     key = key.strip().removeprefix("--")
     *sections, last = key.split(".")
@@ -139,7 +146,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
         inner = tree.get(section)
         tree[section] = dict(inner) if isinstance(inner, Mapping) else {}
         tree = tree[section]
-    hint = _hint((*sections, last))
+    path = (*sections, last)
+    hint = field_type(path)
     if not text.strip():
         default = "" if hint is str else f", or {key}=null for the default"
         raise ConfigError(f"override '{override}': the value is empty; write one{default}")
@@ -152,9 +160,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
             tree[last] = read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override '{override}': the value is not valid YAML ({_reason(error)})") from None
+    return path
 
 
-def _hint(path: tuple[str, ...]) -> Any:
+def field_type(path: tuple[str, ...]) -> Any:
     """The annotation of the field under a dotted key; None: there is no such field."""
     cls = _section_type(path)
     return get_type_hints(cls, include_extras=True).get(path[-1]) if cls else None

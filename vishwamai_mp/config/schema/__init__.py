@@ -46,8 +46,8 @@ def _blend(value: Any) -> Any:
 
 def _split(value: Any) -> Any:
     """`[98, 2, 0]` and `100` are read as the text `98,2,0` and `100`."""
-    items = value if isinstance(value, list | tuple) else [value]
-    if items and all(type(item) in (str, int, float) for item in items):
+    items = [value] if type(value) in (int, float) else value
+    if isinstance(items, list | tuple) and all(type(item) in (str, int, float) for item in items):
         return ",".join(str(item).strip() for item in items)
     return value
 
@@ -112,10 +112,10 @@ class MemoryConfig:
     __pydantic_config__ = _STRICT
     enabled: bool = False
     hidden_size: PositiveInt | None = None  # the model's
-    memory_size: PositiveInt = 2048  # total width: heads × head_dim
+    memory_size: PositiveInt | None = None  # total width: heads × head_dim; hidden_size / 4, in fours of heads
     num_memory_layers: PositiveInt = 3  # cascaded levels
     dropout: NonNegativeFloat = 0.1
-    head_dim: PositiveInt = 128
+    head_dim: PositiveInt | None = None  # hidden_size / 16, a power of two from 16 to 128
     chunk_size: PositiveInt = 64  # tokens per triangular solve; a performance knob only
     momentum: bool = True
     layers: list[NonNegativeInt] | None = None  # transformer layers (from 0) that carry one; 1 in 8
@@ -130,7 +130,7 @@ class CacheConfig:
     __pydantic_config__ = _STRICT
     enabled: bool = False
     hidden_size: PositiveInt | None = None  # the model's
-    num_heads: PositiveInt = 8  # of width hidden_size / num_heads
+    num_heads: PositiveInt | None = None  # of width hidden_size / num_heads; 8, fewer where they would be below 16
     max_cache_length: PositiveInt = 65536  # latents that are kept; beyond, the least important × read go
     dropout: NonNegativeFloat = 0.1
     retrieval_factor: NonNegativeFloat = 1.0  # what is read is multiplied by it
