@@ -82,9 +82,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Job:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     options = parse_command_line(parser, arguments)
     notes: list[str] = []
-    world_size = os.environ.get("WORLD_SIZE", None if options.print_config else 1)
+    processes = os.environ.get("WORLD_SIZE", None if options.print_config else "1")
     config = load_config(options.config, options.overrides, notes)
-    return Job(resolve(config, world_size and int(world_size)), notes, options.print_config)
+    return Job(resolve(config, None if processes is None else int(processes)), notes, options.print_config)
 
 
 if __name__ == "__main__":

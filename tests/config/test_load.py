@@ -199,7 +199,7 @@ def _values(hint):
     if origin is list:
         return st.lists(_values(arguments[0]), max_size=3)
     if origin is Annotated:
-        positive = "gt" in repr(arguments[-1]).lower()
+        positive = "gt=" in repr(arguments[1]).lower()
         if arguments[0] is int:
             return st.integers(1 if positive else 0, 2**40)
         return st.floats(0, exclude_min=positive, allow_infinity=False)

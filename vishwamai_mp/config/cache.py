@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from vishwamai_mp.config.components import check_component, placed
+from vishwamai_mp.config.components import cache_heads, check_component, placed
 from vishwamai_mp.config.errors import ConfigError
 from vishwamai_mp.config.schema import CacheConfig, PretrainConfig
 
@@ -37,15 +37,15 @@ def _heads(width: int) -> int:
 
 
 def _check_shape(cache: CacheConfig, config: PretrainConfig) -> None:
-    assert cache.num_heads is not None
+    heads = cache_heads(cache)
     width, tensor = config.model.hidden_size, config.parallel.tensor_model_parallel_size
-    if width % cache.num_heads:
+    if width % heads:
         raise ConfigError(
-            f"cache.num_heads={cache.num_heads} does not divide model.hidden_size={width}; use a divisor of {width}"
+            f"cache.num_heads={heads} does not divide model.hidden_size={width}; use a divisor of {width}"
         )
-    if cache.num_heads % tensor:
+    if heads % tensor:
         raise ConfigError(
-            f"cache.num_heads={cache.num_heads} is not divisible by parallel.tensor_model_parallel_size={tensor};"
+            f"cache.num_heads={heads} is not divisible by parallel.tensor_model_parallel_size={tensor};"
             f" use a multiple of {tensor}"
         )
     if cache.max_cache_length < cache.latents_per_segment or cache.max_cache_length % cache.latents_per_segment:

@@ -9,6 +9,19 @@ CONVOLUTION_TAPS = 4  # of the memory's short convolution, in tokens
 IMPORTANCE_WIDTH = 8  # of the cache's importance net, per head
 
 
+def memory_widths(memory: MemoryConfig) -> tuple[int, int]:
+    """`memory_size` and `head_dim` of a resolved section."""
+    assert memory.memory_size is not None
+    assert memory.head_dim is not None
+    return memory.memory_size, memory.head_dim
+
+
+def cache_heads(cache: CacheConfig) -> int:
+    """`num_heads` of a resolved section."""
+    assert cache.num_heads is not None
+    return cache.num_heads
+
+
 def placed(chosen: list[int] | None, first: int, layers: int) -> list[int]:
     """The layers that carry a component: those that were named, else one in eight from `first` on."""
     return list(range(first, layers, 8)) if chosen is None else chosen

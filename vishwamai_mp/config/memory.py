@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from vishwamai_mp.config.components import check_component, placed
+from vishwamai_mp.config.components import check_component, memory_widths, placed
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.schema import MemoryConfig, PretrainConfig
 
@@ -50,25 +50,24 @@ def _with_sizes(memory: MemoryConfig, width: int) -> MemoryConfig:
 
 def _check_shape(memory: MemoryConfig, config: PretrainConfig) -> None:
     parallel = config.parallel
-    assert memory.memory_size is not None
-    assert memory.head_dim is not None
-    if memory.memory_size % memory.head_dim:
+    size, head_dim = memory_widths(memory)
+    if size % head_dim:
         raise ConfigError(
-            f"memory.memory_size={memory.memory_size} is not a multiple of memory.head_dim={memory.head_dim};"
+            f"memory.memory_size={size} is not a multiple of memory.head_dim={head_dim};"
             " it is the width of all heads together: change one of them"
         )
-    heads, tensor = memory.memory_size // memory.head_dim, parallel.tensor_model_parallel_size
-    made = f"memory.memory_size={memory.memory_size} makes {heads} heads of memory.head_dim={memory.head_dim}"
+    heads, tensor = size // head_dim, parallel.tensor_model_parallel_size
+    made = f"memory.memory_size={size} makes {heads} heads of memory.head_dim={head_dim}"
     if heads % tensor:
         raise ConfigError(
             f"{made}, which parallel.tensor_model_parallel_size={tensor} does not divide;"
-            f" use a memory_size that is a multiple of {tensor * memory.head_dim}, or a smaller head_dim"
+            f" use a memory_size that is a multiple of {tensor * head_dim}, or a smaller head_dim"
         )
     context = parallel.context_parallel_size
     if heads // tensor % context:
         raise ConfigError(
             f"{made}, {heads // tensor} on each tensor parallel rank, which parallel.context_parallel_size={context}"
-            f" does not divide; use a memory_size that is a multiple of {tensor * context * memory.head_dim},"
+            f" does not divide; use a memory_size that is a multiple of {tensor * context * head_dim},"
             " or a smaller head_dim"
         )
     if memory.loss_weight and memory.num_memory_layers == 1:

@@ -35,7 +35,7 @@ def shortened_schedule(config: PretrainConfig, changed: Sequence[tuple[str, ...]
             f"schedule.{name}={old} of the recipe does not fit training.max_steps={steps}: lowered to {value};"
             " set it to choose yourself"
         )
-        schedule = replace(schedule, **{name: value})
+        schedule = replace(schedule, **{name: value})  # type: ignore[arg-type]
 
     if schedule.warmup_steps >= steps and not chosen("schedule", "warmup_steps"):
         lower("warmup_steps", steps // 10)

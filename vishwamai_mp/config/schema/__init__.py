@@ -53,10 +53,10 @@ def _split(value: Any) -> Any:
 
 
 _Number = BeforeValidator(_number)
-PositiveInt = Annotated[int, _Number, Field(gt=0)]
-NonNegativeInt = Annotated[int, _Number, Field(ge=0)]
-PositiveFloat = Annotated[float, _Number, Field(gt=0)]
-NonNegativeFloat = Annotated[float, _Number, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0), _Number]
+NonNegativeInt = Annotated[int, Field(ge=0), _Number]
+PositiveFloat = Annotated[float, Field(gt=0), _Number]
+NonNegativeFloat = Annotated[float, Field(ge=0), _Number]
 Blend = Annotated[list[str | float] | str | None, BeforeValidator(_blend)]
 Split = Annotated[str, BeforeValidator(_split)]
 
@@ -250,7 +250,7 @@ class TrainingConfig:
     early_stopping_patience: PositiveInt | None = None  # evaluations in a row without a new lowest loss; then stop
     max_skipped_steps: NonNegativeInt = 10  # consecutive non-finite or spiking steps before giving up
     spike_factor: PositiveFloat | None = None  # skip a step whose loss exceeds this multiple of the running mean
-    threads: PositiveInt | None = None  # CPU threads per process; None: cores / processes on this machine
+    threads: PositiveInt | None = None  # CPU threads per process; None: OMP_NUM_THREADS, else cores / processes
     freeze: list[Part] = field(default_factory=list)  # not trained; base: all but components, embedding: both tables
 
 
@@ -285,10 +285,10 @@ class LoggingConfig:
     """What is reported, where."""
 
     __pydantic_config__ = _STRICT
-    log_every: PositiveInt = 1  # steps
+    log_every: PositiveInt = 1  # steps; the first and the last step are always logged
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     project: str = "vishwamai-mp"  # Weights & Biases project
-    progress_bar: bool = True
+    progress_bar: bool = True  # on a terminal; lines elsewhere. False: neither
     hardware_peak_tflops: PositiveFloat | None = None  # per device, for MFU; None: known GPUs, else measured
     profile_steps: list[PositiveInt] | None = None  # [first, last], from 1: traced by torch's profiler into profile/
     profile_ranks: list[NonNegativeInt] = field(default_factory=lambda: [0])

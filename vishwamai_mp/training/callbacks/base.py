@@ -6,6 +6,12 @@ if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
 
 
+def is_logged(trainer: "Trainer") -> bool:
+    """Whether the step that just ended is reported: every `logging.log_every`-th, the first and the last."""
+    step = trainer.state.step
+    return step % trainer.config.logging.log_every == 0 or step in (1, trainer.config.training.max_steps)
+
+
 class Callback:
     """Called by the loop on every rank, in the order given. Override what you need."""
 
