@@ -3,7 +3,7 @@
 import pytest
 
 from vishwamai_mp.config import load_config, resolve
-from vishwamai_mp.training.summary import closing_lines, count_text, duration, losses_of
+from vishwamai_mp.training.summary import closing_lines, count_text, duration, loss_text, losses_of
 
 
 def test_losses_are_those_that_were_trained():
@@ -20,6 +20,12 @@ def test_losses_are_those_that_were_trained():
 )
 def test_counts(number, text):
     assert count_text(number) == text.replace("1e+03", "1000")
+
+
+def test_a_small_loss_keeps_its_digits():
+    assert [loss_text(x) for x in (3.14159, 0.1, 0.000523, 0.0, float("nan"))] == [
+        *("3.1416", "0.1000", "0.000523", "0.0000", "nan")
+    ]
 
 
 def test_durations():

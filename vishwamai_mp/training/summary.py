@@ -47,9 +47,9 @@ def closing_lines(
         best: step and value of the lowest validation loss.
     """
     training = config.training
-    losses = {name: f"{value:.4f}" for name, value in losses_of(record).items()}
+    losses = {name: loss_text(value) for name, value in losses_of(record).items()}
     if best is not None and best[0] != step:
-        losses[f"lowest validation loss, at step {best[0]},"] = f"{best[1]:.4f}"
+        losses[f"lowest validation loss, at step {best[0]},"] = loss_text(best[1])
     told = "  ".join(f"{name} {value}" for name, value in losses.items())
     lines = {"done": f"step {step} of {training.max_steps} in {duration(seconds)}: {told}"}
     checkpoint = Path(training.output_dir) / "checkpoints" / f"step_{step:08d}"
@@ -73,6 +73,11 @@ def losses_of(record: Mapping[str, float]) -> dict[str, float]:
     losses = {"loss": record["lm_loss"]} if record["lm_loss"] != 0 or not own else {}
     validation = {"validation loss": record["validation_loss"]} if "validation_loss" in record else {}
     return losses | own | validation
+
+
+def loss_text(loss: float) -> str:
+    """Four decimals; three digits of what is small, as a weighted auxiliary loss may be."""
+    return f"{loss:.3g}" if 0 < loss < 0.1 else f"{loss:.4f}"
 
 
 def duration(seconds: float) -> str:

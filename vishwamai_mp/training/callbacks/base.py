@@ -1,15 +1,17 @@
 """What a callback may do and when."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
 
 
-def is_logged(trainer: "Trainer") -> bool:
-    """Whether the step that just ended is reported: every `logging.log_every`-th, the first and the last."""
-    step = trainer.state.step
-    return step % trainer.config.logging.log_every == 0 or step in (1, trainer.config.training.max_steps)
+def is_logged(trainer: "Trainer", record: Mapping[str, float]) -> bool:
+    """Whether the step that just ended is reported: every `logging.log_every`-th, first, last and evaluated ones."""
+    step, config = trainer.state.step, trainer.config
+    regular = step % config.logging.log_every == 0 or step in (1, config.training.max_steps)
+    return regular or "validation_loss" in record
 
 
 class Callback:

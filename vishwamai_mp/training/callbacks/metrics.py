@@ -26,7 +26,7 @@ class Metrics(Callback):
             self.writers = open_writers(trainer.folder, trainer.config, trainer.state.step)
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
-        if not is_logged(trainer) and "validation_loss" not in record:
+        if not is_logged(trainer, record):
             return
         memory = torch.tensor(peak_memory_gib(), device=trainer.runtime.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)  # the fullest rank is the one that will run out

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vishwamai_mp.training.callbacks.base import Callback, is_logged
-from vishwamai_mp.training.summary import closing_lines, duration, losses_of, opening_lines
+from vishwamai_mp.training.summary import closing_lines, duration, loss_text, losses_of, opening_lines
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -36,13 +36,13 @@ class Progress(Callback):
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
         step, self.record = trainer.state.step, record
-        shown = {name: f"{value:.4f}" for name, value in losses_of(record).items()}
+        shown = {name: loss_text(value) for name, value in losses_of(record).items()}
         shown["lr"], shown["grad norm"] = f"{record['learning_rate']:.2e}", f"{record['grad_norm']:.3g}"
         shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix(shown)
-        elif self.lines and is_logged(trainer):
+        elif self.lines and is_logged(trainer, record):
             left = (time.monotonic() - self.start) / (step - self.first) * (self.total - step)
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             trainer.say(f"step {step}/{self.total}  {text}  {duration(left)} left")
