@@ -127,7 +127,8 @@ class _Fp32Linear(torch.autograd.Function):
         ctx.reduce, ctx.sequence_parallel, ctx.group = reduce, sequence_parallel, group
         x = gather_sequence(x_TBI, group) if sequence_parallel else x_TBI
         if not any(ctx.needs_input_grad):
-            return skinny_linear_fp32(_wide(x), _wide(w_OI)).contiguous().to(x.dtype)
+            out = skinny_linear_fp32(_wide(x).flatten(0, -2), _wide(w_OI)).to(x.dtype)
+            return out.contiguous().view(*x.shape[:-1], -1)
         return linear_fp32(_wide(x), _wide(w_OI)).to(x.dtype)
 
     @staticmethod
