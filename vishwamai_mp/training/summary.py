@@ -135,13 +135,13 @@ def _components(config: PretrainConfig) -> dict[str, str]:
 
 
 def _layout(config: PretrainConfig, runtime: Runtime) -> str:
-    parallel = config.parallel
+    parallel, chunks = config.parallel, config.parallel.virtual_pipeline_model_parallel_size
     extras = [
         name
         for name, on in (
             ("sequence parallel", parallel.sequence_parallel),
             ("fully sharded", parallel.fully_sharded),
-            (f"{parallel.virtual_pipeline_model_parallel_size} chunks per stage", _has_chunks(config)),
+            (f"{chunks} chunks per stage", chunks is not None),
         )
         if on
     ]
@@ -150,10 +150,6 @@ def _layout(config: PretrainConfig, runtime: Runtime) -> str:
         f" {parallel.tensor_model_parallel_size} × pipeline {parallel.pipeline_model_parallel_size} × context"
         f" {parallel.context_parallel_size} × data {runtime.data_parallel_size}" + "".join(f", {x}" for x in extras)
     )
-
-
-def _has_chunks(config: PretrainConfig) -> bool:
-    return config.parallel.virtual_pipeline_model_parallel_size is not None
 
 
 def _compute(config: PretrainConfig, runtime: Runtime) -> str:
