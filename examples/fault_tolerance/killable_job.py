@@ -18,6 +18,7 @@ import numpy as np
 
 from vishwamai_mp.checkpoint import find_checkpoint
 from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
+from vishwamai_mp.data.lines import json_records
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 512
@@ -178,5 +179,4 @@ def digest(checkpoint: Path) -> dict[str, str]:
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) of each line of a run's metrics."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["lm_loss"]) for row in rows]
+    return [(row["step"], row["lm_loss"]) for row in json_records(folder / "metrics.jsonl")]

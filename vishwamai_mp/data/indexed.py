@@ -217,6 +217,11 @@ def _check_header(path: Path) -> tuple[np.dtype, int, int]:
     if code not in _DTYPES:
         raise UserError(f"{path} is corrupt: dtype code {code}, known are {min(_DTYPES)} to {max(_DTYPES)}")
     size, promised = path.stat().st_size, _HEADER.size + 12 * sequences + 8 * boundaries
+    if sequences and size == promised + sequences:
+        raise UserError(
+            f"{path} is of the multimodal layout, with a mode for each sequence, which is not read here: preprocess"
+            " the text alone"
+        )
     if size != promised:
         raise UserError(f"{path} has {size} bytes but its header promises {promised}: cut short or corrupt")
     if sequences == 0:

@@ -1,7 +1,9 @@
 """The frame of the HTML pages: colours for light and dark, and text at the pointer. Pages load nothing."""
 
-import html
 from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.files import write_whole
@@ -38,6 +40,21 @@ function hideTip() { tip.style.opacity = 0; }
 """
 
 
+_TEMPLATES = Environment(
+    loader=PackageLoader("vishwamai_mp.observability"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def render(template: str, **values: object) -> Markup:
+    """A file of `templates/`. Values are escaped unless they are `Markup`."""
+    return Markup(_TEMPLATES.get_template(template).render(values))
+
+
 def page(title: str, body: str, style: str, script: str) -> str:
     """A whole document.
 
@@ -47,12 +64,8 @@ def page(title: str, body: str, style: str, script: str) -> str:
         style: beside `STYLE`.
         script: may call `showTip` and `hideTip`.
     """
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme"'
-        f' content="light dark"><title>{html.escape(title)}</title><style>{STYLE}{style}</style></head>\n'
-        f'<body><main>{body}</main>\n<div id="tip" role="tooltip"></div><script>{_TIP}{script}</script></body></html>\n'
-    )
+    parts = {"body": body, "style": STYLE + style, "script": _TIP + script}
+    return str(render("page.html", title=title, **{name: Markup(part) for name, part in parts.items()}))
 
 
 def write_page(path: Path, text: str, option: str) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from vishwamai_mp.config import ConfigError, PretrainConfig
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.observability.tree_page import to_html
@@ -96,7 +97,7 @@ def search_callbacks(config: PretrainConfig, tokenizer: Tokenizer | None) -> lis
     if tokenizer is None:
         raise ConfigError("tree.prompts needs a tokenizer; set data.tokenizer")
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in text_lines(Path(path)) if line.strip(" \t")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tree.prompts={path}: cannot be read ({error})") from None
     if not lines:
