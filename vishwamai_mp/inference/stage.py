@@ -24,7 +24,7 @@ from vishwamai_mp.config import ModelConfig, PretrainConfig
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, CachedSequence
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.precision import PrecisionPolicy
-from vishwamai_mp.runtime import Runtime, multiplies_natively
+from vishwamai_mp.runtime import Runtime, is_accelerator, multiplies_natively
 from vishwamai_mp.runtime.products import product, skinny_linear_fp32
 
 _WORTH_SHARING = 4  # blocks; fewer are sooner read once per sequence
@@ -185,7 +185,11 @@ class _Reads:
 
     def in_place(self, memory: Tensor) -> bool:
         """Own keys and values are better not collected."""
-        return memory.is_cpu and memory.dtype == torch.float32 and len(self.rows) * self.count >= _WORTH_IN_PLACE
+        return (
+            not is_accelerator(memory)
+            and memory.dtype == torch.float32
+            and len(self.rows) * self.count >= _WORTH_IN_PLACE
+        )
 
     def scores(self, q_BGRK: Tensor, memory: Tensor) -> Tensor:
         """q Kᵀ with own keys, (B, G, R, S)."""
