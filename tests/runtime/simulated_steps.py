@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def main() -> None:
+    import torch
+
     import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
     from tests.training.layouts import SMALL
     from vishwamai_mp.config import load_config, resolve
@@ -22,7 +24,8 @@ def main() -> None:
     for world_size, rank, device, overrides in json.load(sys.stdin):
         config = resolve(load_config(SMALL, overrides), world_size)
         try:
-            results.append(dry_run(config, world_size, rank, device).to_dict())
+            with torch.backends.mkldnn.flags(enabled=False):
+                results.append(dry_run(config, world_size, rank, device).to_dict())
         except Exception as error:
             import traceback
 

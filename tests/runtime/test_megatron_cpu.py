@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adapter d
 
 
 def _rewritten(source: str) -> str:
-    return ast.unparse(megatron_cpu._ToThisDevice().visit(ast.parse(source)))
+    return ast.unparse(megatron_cpu._rewritten(source, "<test>"))
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,7 @@ def test_what_is_no_idiom_stays(source):
 
 def test_rewritten_code_runs_on_the_cpu():
     code = compile(
-        megatron_cpu._ToThisDevice().visit(
-            ast.parse("y = torch.ones(2, device=torch.cuda.current_device()).cuda() + 1")
-        ),
+        megatron_cpu._rewritten("y = torch.ones(2, device=torch.cuda.current_device()).cuda() + 1", "<test>"),
         "<test>",
         "exec",
     )
@@ -84,6 +82,36 @@ def test_nothing_outside_megatron_core_changes(tmp_path, monkeypatch):
     assert finder.find_spec("transformers") is None
     assert isinstance(torch.cuda, types.ModuleType)
     assert torch.cuda.__name__ == "torch.cuda"
+
+
+def test_where_cuda_exists_nothing_is_rewritten_but_the_optimizer_is_repaired(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path = tmp_path / "distrib_optimizer.py"
+    path.write_text(
+        "class DistributedOptimizer:\n    state_dict = _set_main_param_and_optimizer_states = None\n\n"
+        "def f(x):\n    return x.cuda()\n"
+    )
+    loader = megatron_cpu._Loader(megatron_cpu._DISTRIBUTED_OPTIMIZER, str(path))
+    module = types.ModuleType(megatron_cpu._DISTRIBUTED_OPTIMIZER)
+    loader.exec_module(module)
+    assert "cuda" in module.f.__code__.co_names
+    assert callable(module.DistributedOptimizer.state_dict)
+
+
+def test_another_partner_of_the_distributed_optimizer_is_left_alone():
+    class Theirs:
+        def state_dict(self):
+            return "theirs"
+
+        def _set_main_param_and_optimizer_states(self, param, tensors):
+            self.set = tensors
+
+    megatron_cpu._repair_distributed_optimizer(Theirs)
+    theirs = Theirs()
+    theirs.optimizer = object()  # Transformer Engine's, which has no torch state to fill
+    assert theirs.state_dict() == "theirs"
+    theirs._set_main_param_and_optimizer_states(None, {"exp_avg": 1})
+    assert theirs.set == {"exp_avg": 1}
 
 
 def test_installing_twice_adds_one_hook():

@@ -32,6 +32,6 @@ def build_model(config: PretrainConfig, runtime: Runtime, initialize: bool = Tru
 
 
 def _place(runtime: Runtime) -> AbstractContextManager:
-    """Where modules make their tensors: on the device, unless the caller names another (`with torch.device("meta")`)."""
+    """Where modules make their tensors: on the device, unless the caller names another, as in a build on "meta"."""
     named = torch.get_default_device().type != "cpu"
     return runtime.device if is_accelerator(runtime.device) and not named else nullcontext()

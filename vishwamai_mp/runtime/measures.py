@@ -93,5 +93,5 @@ def attach_loss(output: Tensor, loss: Tensor) -> Tensor:
 
 
 def scale_attached_losses(scale: float | Tensor) -> None:
-    """Set the factor that the model's own loss is multiplied by before backward (fp16): a number, or a scalar tensor."""
+    """Set the factor (number or scalar tensor) that the model's own loss is multiplied by before backward (fp16)."""
     _AttachedLoss.scale = scale

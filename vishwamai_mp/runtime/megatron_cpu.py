@@ -1,4 +1,4 @@
-"""Lets megatron-core run where there is no CUDA: on CPUs over torch.distributed's gloo, and on the simulated accelerator.
+"""Lets megatron-core run where there is no CUDA: on CPUs over torch.distributed's gloo, and on the simulated device.
 
 megatron-core names the device `"cuda"` or `torch.cuda.current_device()` in the middle of its large functions, where
 neither a subclass nor a patched function reaches. `install()` adds an import hook that rewrites those idioms in the
@@ -127,14 +127,17 @@ class _ToThisDevice(ast.NodeTransformer):
         return node
 
 
+def _rewritten(source: str | bytes, path: str) -> ast.Module:
+    return ast.fix_missing_locations(_ToThisDevice().visit(ast.parse(source, path)))
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> types.CodeType | None:
         path = self.get_filename(fullname)
         source = self.get_data(path)
         if torch.cuda.is_available() or (b"cuda" not in source and b"pin_memory" not in source):
             return super().get_code(fullname)
-        tree = ast.fix_missing_locations(_ToThisDevice().visit(ast.parse(source, path)))
-        return compile(tree, path, "exec", dont_inherit=True)
+        return compile(_rewritten(source, path), path, "exec", dont_inherit=True)
 
     def exec_module(self, module: types.ModuleType) -> None:
         setattr(module, _NAME, _in_place_of_cuda)

@@ -31,7 +31,9 @@ class DryRun:
         peak_bytes: most memory in use at once: tensors, without the allocator's slack, libraries and buffers of theirs.
         at_peak: what that consisted of: parameters, gradients, optimizer, activations.
         activations_at_peak: what the activations among it consisted of, by class of the module that made them.
-        predicted_bytes: the same from `planning`, which runs nothing.
+        standing_bytes: memory in use before the step.
+        predicted_bytes: the peak from `planning`, which runs nothing.
+        updated: whether the step ran to its end.
         flops: of matrix products and attention; a multiply-add counts as two.
         launches: kernels, counted as operators.
         host_waits: reads of the device by the host, by place in the program.
@@ -47,7 +49,9 @@ class DryRun:
     peak_bytes: int
     at_peak: dict[str, int]
     activations_at_peak: dict[str, int]
+    standing_bytes: int
     predicted_bytes: int
+    updated: bool
     flops: int
     launches: int
     host_waits: dict[str, int]
@@ -75,7 +79,8 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
     with simulated_job(config, world_size, rank, device) as job, training_step(config, job) as step:
         batches = empty_batches(config, job)
         job.recorder.restart()
-        step.train(batches, 0, config.optimizer.learning_rate, float("inf"))
+        standing = job.recorder.memory.now
+        result = step.train(batches, 0, config.optimizer.learning_rate, float("inf"))
         recorder, memory, runtime = job.recorder, job.recorder.memory, job.runtime
         stage = stage_memory(config, world_size, runtime.pipeline_rank, on_gpu=device != "cpu")
         return DryRun(
@@ -86,7 +91,9 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
             peak_bytes=memory.peak,
             at_peak={kind: size for kind, size in memory.at_peak.items() if size},
             activations_at_peak={kind: size for kind, size in memory.activations_at_peak.items() if size},
+            standing_bytes=standing,
             predicted_bytes=round(stage.total),
+            updated=result.updated,
             flops=sum(recorder.flops.values()),
             launches=sum(recorder.launches.values()),
             host_waits=dict(recorder.waits),
@@ -117,7 +124,7 @@ def training_step(config: PretrainConfig, job: SimulatedJob) -> Iterator[TrainSt
 
 
 def empty_batches(config: PretrainConfig, job: SimulatedJob) -> list[Batch]:
-    """Micro-batches of a step. Their tokens have no values, so a simulated rank sees the most documents there can be."""
+    """Micro-batches of a step, of tokens without values: where a size depends on them, it is the largest it can be."""
     data, training = config.data, config.training
     rules = DocumentRules(
         reset_attention_mask=data.reset_attention_mask,
@@ -135,3 +142,34 @@ def empty_batches(config: PretrainConfig, job: SimulatedJob) -> list[Batch]:
 
 def _local(parameter: Any) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def render(found: DryRun) -> str:
+    """The same as text."""
+    lines = [
+        f"{found.place} of {found.world_size}",
+        *(f"note: {note}" for note in found.notes),
+        f"parameters  {found.parameters:,}",
+        f"peak memory {_size(found.peak_bytes)}; predicted {_size(found.predicted_bytes)}",
+        *_table(found.at_peak),
+        "  activations, by the module that made them:",
+        *_table(found.activations_at_peak, indent=4),
+        f"operations  {found.flops:.4g} FLOP in {found.launches:,} kernels",
+        "collectives (operation, group × ranks, count, size):",
+        *(f"  {c.operation:14} {c.group} × {c.size}  {c.count:,}  {_size(c.bytes)}" for c in found.collectives),
+        f"the host waits for the device {sum(found.host_waits.values()):,} times:",
+        *(f"  {place}  {count:,}" for place, count in found.host_waits.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _table(sizes: dict[str, int], indent: int = 2) -> list[str]:
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return [f"{' ' * indent}{name:{28 - indent}} {_size(size):>12}" for name, size in ordered]
+
+
+def _size(size: int) -> str:
+    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**exponent:
+            return f"{size / 2**exponent:.2f} {unit}"
+    return f"{size} B"

@@ -1,9 +1,9 @@
-"""A simulated accelerator: one rank of any job, with a GPU's rules, on a machine that has neither the GPU nor its peers.
+"""A simulated accelerator: one rank of any job, with a GPU's rules, where there is neither the GPU nor the other ranks.
 
-The program that trains runs as it is. What it computes with are tensors of a device named "simulated", which have shapes,
-types and a device but no values (torch's FakeTensorMode), and process groups whose other members are not there (torch's
-"fake" backend). As on a GPU, tensors of different devices do not mix, and a value that the host reads makes it wait. What
-the rank needs and does is counted on the way: memory, floating point operations, kernels, collectives, waits.
+The program that trains runs as it is. What it computes with are tensors of a device named "simulated", which have
+shapes, types and a device but no values (torch's FakeTensorMode), and process groups whose other members are not there
+(torch's "fake" backend). As on a GPU, tensors of different devices do not mix, and a value that the host reads makes
+it wait. What the rank needs and does is counted on the way: memory, operations, kernels, collectives, waits.
 
 The device is registered under torch's key for devices of third parties, PrivateUse1, for the rest of the process: use a
 process of its own.
