@@ -8,7 +8,8 @@ examples:
 The program that trains runs as it is, with tensors that have shapes but no values. Shown are the memory that the rank
 needs (tensors only: not the allocator's slack, CUDA's libraries or NCCL's buffers) beside what planning predicts, the
 floating point operations and kernels of the step, what it exchanges with which group, and where the host would wait for
-the device. Layers are torch's own, as without Transformer Engine. Sizes are bytes; in text, binary units (1 GiB = 2^30 B).
+the device. Layers are torch's own, as without Transformer Engine. Sizes are bytes; in text, binary units
+(1 GiB = 2^30 B).
 """
 
 import argparse
@@ -31,7 +32,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     if not 0 <= arguments.rank < arguments.gpus:
-        raise UserError(f"--rank {arguments.rank}: a job of --gpus {arguments.gpus} has ranks 0 to {arguments.gpus - 1}")
+        last = arguments.gpus - 1
+        raise UserError(f"--rank {arguments.rank}: a job of --gpus {arguments.gpus} has ranks 0 to {last}")
     config = resolve(load_config(arguments.config, arguments.overrides), arguments.gpus)
     from vishwamai_mp.training.dry_run import dry_run, render  # the stack takes seconds; mistakes are told before
 

@@ -166,4 +166,46 @@ def test_the_simulation_tells_the_truth(found, workers: WorkerPool, name):
         assert "error" not in simulated, simulated["error"]
         assert simulated["flops"] == real["flops"]
         assert [tuple(communication.values()) for communication in simulated["collectives"]] == real["collectives"]
-        assert simulated["peak_bytes"] - simulated["standing_bytes"] == pytest.approx(real["peak"], rel=0.02)
+        # gloo holds on to tensors that are on their way, until it notices that they arrived.
+        added, held = simulated["peak_bytes"] - simulated["standing_bytes"], 0.02 if world_size == 1 else 0.06
+        assert added == pytest.approx(real["peak"], rel=held)
+
+
+_RULES = """
+import torch, vishwamai_mp.runtime
+from tests.training.layouts import SMALL
+from vishwamai_mp.config import load_config, resolve
+from vishwamai_mp.runtime import device, is_accelerator
+from vishwamai_mp.runtime.simulated import simulated_job
+
+assert not is_accelerator(device())
+with simulated_job(resolve(load_config(SMALL, []), 2), 2, 1) as job:
+    here = torch.ones(1000, 3, device=device())
+    assert is_accelerator(here) and is_accelerator(device()) and not is_accelerator(torch.ones(2))
+    assert here.device == job.runtime.device and job.runtime.rank == 1
+    assert job.recorder.memory.now == 24 * 512  # CUDA's allocator gives whole blocks
+    here * torch.ones(())  # a number of the host may take part, as on a GPU
+    try:
+        here + torch.ones(1000, 3)
+    except RuntimeError as error:
+        assert "same device" in str(error)
+    else:
+        raise AssertionError("devices were mixed")
+    for read in (here.tolist, here[0, 0].item, here.cpu, here.nonzero, lambda: bool((here > 0).all())):
+        before = sum(job.recorder.waits.values())
+        read()
+        assert sum(job.recorder.waits.values()) == before + 1, read
+    (here @ here.t()).sum()
+    assert job.recorder.flops == {"mm": 2 * 1000 * 1000 * 3}
+    assert job.recorder.memory.peak == (24 + 7813 + 1) * 512  # with the product and its sum
+    del here
+    assert job.recorder.memory.now == 0
+assert not is_accelerator(device())
+"""
+
+
+def test_the_rules_of_the_device():
+    run = subprocess.run(
+        [sys.executable, "-c", _RULES], cwd=_PROGRAM.parents[2], text=True, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stderr

@@ -97,7 +97,7 @@ class ReadyGradients(NamedTuple):
     """Scalars on the device, equal on all ranks, so that all take the same decision about the step.
 
     Attributes:
-        norm: global 2-norm of the gradients, fp64.
+        norm: global 2-norm of the gradients.
         fits: 1; 0: some overflowed before the loss scale was taken out (fp16), and `norm` is worth nothing.
     """
 
@@ -112,7 +112,8 @@ def ready_gradients(optimizer: ChainedOptimizer) -> ReadyGradients:
     megatron-core's own functions read whether there was an overflow, and the norm: of each parameter where neither
     Transformer Engine nor apex is installed.
     """
-    squares, overflow = torch.zeros(2, dtype=torch.float64, device=device()).unbind()
+    overflow = torch.zeros((), device=device())
+    gradients: dict[dist.ProcessGroup, list[Tensor]] = {}  # by the ranks that hold parts of them
     for part in optimizer.chained_optimizers:
         scaler = _scaler(part)
         if scaler:
@@ -122,12 +123,13 @@ def ready_gradients(optimizer: ChainedOptimizer) -> ReadyGradients:
         if scaler:
             part.grad_scaler = scaler
             overflow = torch.maximum(overflow, _unscale(part, group).squeeze())
-        own = part.get_main_grads_for_grad_norm()
-        norms = torch.stack(torch._foreach_norm(own)) if own else squares.new_zeros(1)
-        square = norms.double().square().sum()
-        dist.all_reduce(square, group=group)
-        squares = squares + square
-    return ReadyGradients(squares.sqrt(), (overflow == 0).double())
+        gradients.setdefault(group, []).extend(part.get_main_grads_for_grad_norm())
+    squares = []
+    for group, own in gradients.items():
+        norms = torch.stack(torch._foreach_norm(own)) if own else torch.zeros(1, device=device())
+        squares.append(torch.linalg.vector_norm(norms).square())
+        dist.all_reduce(squares[-1], group=group)
+    return ReadyGradients(torch.stack(squares).double().sum().sqrt(), (overflow == 0).double())
 
 
 def _scaler(part: MegatronOptimizer) -> Any:
