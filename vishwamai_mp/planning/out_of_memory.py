@@ -29,14 +29,15 @@ def rank_memory(config: PretrainConfig, world_size: int, on_gpu: bool) -> RankMe
         world_size: processes.
         on_gpu: as `activations.layer_activations` has it.
     """
-    micro_batches, gathered = micro_batches_per_step(config, world_size), gathered_parameters(config, world_size)
-    stages = [
-        RankMemory(
-            stage_states(config, stage, world_size) + gathered, stage_activations(config, stage, micro_batches, on_gpu)
-        )
-        for stage in range(config.parallel.pipeline_model_parallel_size)
-    ]
-    return max(stages, key=lambda stage: stage.total)
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    return max((stage_memory(config, world_size, stage, on_gpu) for stage in stages), key=lambda stage: stage.total)
+
+
+def stage_memory(config: PretrainConfig, world_size: int, stage: int, on_gpu: bool) -> RankMemory:
+    """`rank_memory` of the ranks of one pipeline stage, from 0."""
+    states = stage_states(config, stage, world_size) + gathered_parameters(config, world_size)
+    micro_batches = micro_batches_per_step(config, world_size)
+    return RankMemory(states, stage_activations(config, stage, micro_batches, on_gpu))
 
 
 def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:

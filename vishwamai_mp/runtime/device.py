@@ -2,9 +2,12 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from vishwamai_mp.runtime.products import linear_fp32
 
@@ -17,20 +20,46 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-@cache
+_in_place_of: torch.device | None = None  # what `compute_on` set: the simulated accelerator
+
+
 def device() -> torch.device:
-    """The GPU of this local rank, or the CPU."""
+    """The GPU of this local rank, or the CPU; within `runtime.simulated`, the simulated accelerator."""
+    return _in_place_of or _machine()
+
+
+@cache
+def _machine() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-@cache
+@contextmanager
+def compute_on(other: torch.device) -> Iterator[None]:
+    """Meanwhile `device()` is another one than the machine's."""
+    global _in_place_of
+    before, _in_place_of = _in_place_of, other
+    try:
+        yield
+    finally:
+        _in_place_of = before
+
+
+def is_accelerator(where: Tensor | torch.device) -> bool:
+    """Whether a tensor lies on, or a device is, a GPU or the simulated accelerator: what has memory and kernels of its
+    own and works while the host goes on."""
+    return (where if isinstance(where, torch.device) else where.device).type not in ("cpu", "meta")
+
+
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether the device multiplies matrices of `dtype` in hardware.
 
     A CPU without AVX512-BF16 or AMX falls back to a scalar loop for 16-bit types, some hundred times slower than fp32.
     """
-    if device().type == "cuda" or dtype == torch.float32:
-        return True
+    return dtype == torch.float32 or is_accelerator(device()) or _cpu_multiplies(dtype)
+
+
+@cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
     mkldnn = torch.ops.mkldnn
     return mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
 
