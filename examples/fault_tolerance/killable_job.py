@@ -1,4 +1,4 @@
-"""The small training job that `kill_and_resume.py` kills: its data, its command, its processes and its checkpoints."""
+"""The small training job that `kill_and_resume.py` kills and `chaos.py` torments: data, command, processes, results."""
 
 import contextlib
 import hashlib
@@ -50,12 +50,13 @@ def write_corpus(prefix: Path, seed: int, documents: int = 2000) -> None:
         writer.publish()
 
 
-def command(folder: Path, data: Path, settings: list[str]) -> list[str]:
-    """torchrun with two processes that train into `folder`."""
+def command(folder: Path, data: Path, settings: list[str], restarts: int = 0) -> list[str]:
+    """The launcher with two processes that train into `folder`; it starts them again so many times."""
     recipe = data.parent / "recipe.yaml"
     recipe.write_text(_RECIPE)
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(sys.executable, "-m", "vishwamai_mp.launch", "--nproc-per-node", "2", "--max-restarts", str(restarts)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "killable"),
         *("-m", "vishwamai_mp.pretrain", "--config", str(recipe)),
         *(f"data.train={data}", f"training.output_dir={folder}", *settings),
     ]

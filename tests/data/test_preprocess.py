@@ -50,7 +50,7 @@ def documents_of(prefix):
 
 
 def left_in(folder):
-    return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".tmp"))
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".partial"))
 
 
 @pytest.mark.parametrize("append_bos", [False, True])

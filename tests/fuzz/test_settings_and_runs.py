@@ -62,6 +62,7 @@ VALUES = [
     sign=st.sampled_from(["=", ""]),
     value=st.one_of(st.sampled_from(VALUES), st.text(st.characters(exclude_characters="\n"), max_size=12)),
 )
+@example(key="[", sign="=", value="010")
 def test_overrides(key: str, sign: str, value: str) -> None:
     found = outcome(lambda: load_config("tiny", [f"{key}{sign}{value}"]))
     assert isinstance(found, PretrainConfig | str)

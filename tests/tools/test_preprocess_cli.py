@@ -131,9 +131,9 @@ def test_interrupt_leaves_nothing(folder, tmp_path, sent, workers):
     ):
         pipe.write("".join(json.dumps({"text": line}) + "\n" for line in LINES * 100))  # over one block
         pipe.flush()
-        assert list(tmp_path.glob("*.tmp"))
+        assert list(tmp_path.glob("*.partial"))
         for _ in range(30):  # a signal between two reads waits for the next one
-            if list(tmp_path.glob("*.tmp")):  # not noticed yet; an interpreter that is ending dies of a second one
+            if list(tmp_path.glob("*.partial")):  # not noticed yet; an interpreter that is ending dies of a second one
                 os.killpg(process.pid, sent)  # as a terminal does, to the workers too
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=1)

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+USER_ERROR_STATUS = 78  # of a worker in a job, for its launcher: trying again is of no use (EX_CONFIG of sysexits.h)
+
 
 class UserError(ValueError):
     """A mistake the user can mend. The message is one line: what, which value, what to do."""

@@ -154,6 +154,7 @@ def _one_line(error: ValidationError) -> str:
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     first = min(error.errors(), key=lambda item: item["type"] not in unknown)  # a misspelt key is also a missing one
     path = tuple(part for part in first["loc"] if not (isinstance(part, str) and "[" in part))  # its names of types
+    path = path or first["loc"]  # a user's own key with a bracket
     key = ".".join(str(part) for part in path)
     if first["type"] in unknown:
         return _unknown(path)

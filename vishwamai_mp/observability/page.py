@@ -1,12 +1,12 @@
 """The frame of the HTML pages: colours for light and dark, and text at the pointer. Pages load nothing."""
 
-import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.files import write_whole
 
 STYLE = """
 :root { --ink: #1c2430; --paper: #fbfaf7; --card: #fff; --line: #d5d8dd; --best: #0b7a4b; --faint: #5f6874;
@@ -77,9 +77,7 @@ def write_page(path: Path, text: str, option: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from None

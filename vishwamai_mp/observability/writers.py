@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from vishwamai_mp.config import ConfigError, PretrainConfig, to_dict
+from vishwamai_mp.config import ConfigError, PretrainConfig, UserError, to_dict
+from vishwamai_mp.config.files import write_whole, written_whole
 from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.observability.panels import tensorboard_layout
 
@@ -29,18 +30,19 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with written_whole(path) as aside, aside.open("w", encoding="utf-8") as file:
             for line in text_lines(path, errors="replace") if path.exists() else ():
                 if _step_of(line) <= resume_step:
                     file.write(f"{line}\n")
-        partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot be written ({error.strerror}); free space there") from None
 
     def close(self) -> None:
         self._file.close()
@@ -128,9 +130,7 @@ def _import_wandb() -> Any:
 def _run_id(file: Path) -> str:
     """What the file says; a new one where there is none."""
     if not file.exists():
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(secrets.token_hex(4))
-        partial.replace(file)
+        write_whole(file, secrets.token_hex(4))
     return file.read_text()
 
 
