@@ -40,7 +40,7 @@ from vishwamai_mp.model.initialization import copy_components
 from vishwamai_mp.neural_memory import ReasoningMemoryTransformer
 from vishwamai_mp.observability.environment import write_run_description
 from vishwamai_mp.opening.loaded_model import LoadedModel, check_runs_alone, load_model
-from vishwamai_mp.runtime import standing_session
+from vishwamai_mp.runtime import is_accelerator, standing_session
 from vishwamai_mp.runtime.distributed import world_size
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
 from vishwamai_mp.training.arguments import TrainingArguments
@@ -116,7 +116,7 @@ class VishwamAIPretrainer:
         own = [_StartComponents(_weights(modules)), *callbacks, _History(self.history)]
         with advice_when_out_of_memory(self.config):
             self.trainer = Trainer(self.config, runtime, datasets, usual_callbacks(self.config, tokenizer, own))
-        for note in [*datasets.notes, *self.args.notes(self.config, runtime.device.type == "cuda")]:
+        for note in [*datasets.notes, *self.args.notes(self.config, is_accelerator(runtime.device))]:
             self.trainer.say(note)
         self._components, self._resumed = own[0], False
         model.stand_for(self._engine)

@@ -14,6 +14,11 @@ class ConfigError(UserError):
     """A setting that cannot work. The message names the key, the value and the mend."""
 
 
+def leave_out(key: str) -> str:
+    """The mend where `key` should not be set, whoever set it."""
+    return f"leave it out ({key}=null undoes a recipe's)"
+
+
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake.
 

@@ -204,8 +204,8 @@ def _build(config: PretrainConfig, tokenizer: Vocabulary | None, rows: int | Non
     if valid is None and config.training.evaluate_every:
         raise ConfigError(
             f"training.evaluate_every={config.training.evaluate_every} but data.split={data.split} leaves validation"
-            f" less than one sequence{_few_documents(corpora)}; raise its second share, set data.valid or leave out"
-            " training.evaluate_every"
+            f" less than one sequence{_few_documents(corpora)}; raise its second share, set data.valid or"
+            " training.evaluate_every=null"
         )
     notes[:0] = _epochs(config, corpora, train)
     split = data.split if data.valid is None else None

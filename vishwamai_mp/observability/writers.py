@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, UserError, to_dict
-from vishwamai_mp.config.files import write_whole, written_whole
+from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.observability.panels import tensorboard_layout
 
@@ -30,10 +30,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        with written_whole(path) as aside, aside.open("w", encoding="utf-8") as file:
-            for line in text_lines(path, errors="replace") if path.exists() else ():
-                if _step_of(line) <= resume_step:
-                    file.write(f"{line}\n")
+        lines = text_lines(path, errors="replace") if path.exists() else ()
+        write_whole(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= resume_step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
