@@ -148,13 +148,14 @@ def open_source(load: Path) -> "Source":
 
 
 def tokenizer_path(options: argparse.Namespace, source: "Source") -> Path | None:
-    """The tokenizer that is named, or else the run folder's."""
+    """The tokenizer that is named, or else the run folder's; there only Hugging Face's files may be."""
     if options.tokenizer == "none":
         return None
     if options.tokenizer:
         return Path(options.tokenizer)
-    beside = source.run / "tokenizer.model"
-    return beside if beside.is_file() else None
+    from vishwamai_mp.conversion.tokenizer import NAME, has_tokenizer
+
+    return source.run / NAME if has_tokenizer(source.run) else None
 
 
 def read_text(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Imports a Llama-family Hugging Face folder as a checkpoint that training loads at any layout, in bounded memory.
 
-The output is a run folder: `config.yaml`, the tokenizer where the folder has a SentencePiece model, and
-`checkpoints/step_00000000` with weights only.
+The output is a run folder: `config.yaml`, the tokenizer where the folder has a SentencePiece model,
+`generation_config.json` and Hugging Face's own tokenizer files, and `checkpoints/step_00000000` with weights only.
 """
 
 import json
@@ -44,7 +44,8 @@ from vishwamai_mp.conversion.mapping import Mapped, padded_rows
 from vishwamai_mp.conversion.progress import Progress
 from vishwamai_mp.conversion.safetensors_files import Entry, plan_shards
 from vishwamai_mp.conversion.to_hf import ahead
-from vishwamai_mp.conversion.tokenizer import import_tokenizer
+from vishwamai_mp.conversion.tokenizer import generation_config, imported_files
+from vishwamai_mp.data.tokenizer import GENERATION_FILE
 
 _PIECE_BYTES = 64 << 20  # a tensor is stored in pieces of rows of about this size: so much is held at once
 _FILE_BYTES = 2 << 30
@@ -97,6 +98,8 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
         "dtype": dtype.option if dtype else None,
         "components": [asdict(config.memory), asdict(config.cache)],
     }
+    kept, note = imported_files(folder.path, config.model.vocab_size)
+    generation = generation_config(folder.path, folder.token_ids)
     with disk_errors(output):
         journal = Journal(output, job)
         partial = output / "checkpoints" / f"{store.name_of(_STEP)}.converting"
@@ -115,13 +118,16 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
             folder = replace(folder, entries={**folder.entries, **fresh})
         with Progress("import", sum(sizes.values()), done) as progress:
             _write_files(folder, partial, todo, journal, progress)
-        note = import_tokenizer(folder.path, output, config.model.vocab_size)
+        for file in kept:
+            store.write_file(output / file.name, file.read_bytes())
+        if generation:
+            store.write_file(output / GENERATION_FILE, json.dumps(generation, indent=2).encode() + b"\n")
         store.write_file(output / "config.yaml", to_yaml(config).encode())
         _complete(partial, config, files, journal)
         store.publish(partial, _STEP)
         shutil.rmtree(output / _ADDED, ignore_errors=True)
         journal.close()
-    return [f"{folder.path}: {note}"] if note else []
+    return [f"{folder.path}: {line}" for line in (note, *folder.notes) if line]
 
 
 def _stored(folder: Folder, mapped: Mapped) -> DType:
