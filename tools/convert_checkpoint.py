@@ -43,7 +43,11 @@ def parse_arguments() -> argparse.Namespace:
             "--load", required=True, type=Path, help="a run folder, its checkpoints folder, or one checkpoint"
         )
     adapters.add_argument("--output", required=True, type=Path, help="a new or empty folder")
-    adapters.add_argument("--base", default="", help="name or path of the Hugging Face model they were trained on")
+    adapters.add_argument(
+        "--base",
+        default="",
+        help="name of the Hugging Face model they were trained on, or its folder, which is compared",
+    )
     for command in (export, check):
         command.add_argument("--tokenizer", help="SentencePiece .model, or none (default: the run folder's)")
         command.add_argument("--prompt", action="append", default=[], help="text to compare on; may be repeated")
@@ -100,7 +104,8 @@ def to_peft(options: argparse.Namespace) -> None:
     from vishwamai_mp.conversion.adapters import export_adapters
 
     source = open_source(options.load)
-    export_adapters(source, options.output, options.base)
+    for note in export_adapters(source, options.output, options.base):
+        print(note, file=sys.stderr)
     print(f"adapters of {source.path} → {options.output}")
 
 
