@@ -21,8 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vishwamai_mp.data.tokenizer import Tokenizer
     from vishwamai_mp.runtime import distributed_session
     from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
-    from vishwamai_mp.training.callbacks.search import with_step_token
-    from vishwamai_mp.training.loop import Trainer, usual_callbacks
+    from vishwamai_mp.training.callbacks import usual_callbacks
+    from vishwamai_mp.training.loop import Trainer
+    from vishwamai_mp.tree_of_thoughts.endings import with_step_token
 
     with distributed_session(config) as runtime, advice_when_out_of_memory(config):
         tokenizer = Tokenizer(config.data.tokenizer) if config.data.tokenizer else None

@@ -45,10 +45,10 @@ from vishwamai_mp.runtime.distributed import world_size
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
 from vishwamai_mp.training.arguments import TrainingArguments
 from vishwamai_mp.training.assembly import changed, data_settings, module_sections, with_steps
-from vishwamai_mp.training.callbacks import Callback
-from vishwamai_mp.training.callbacks.search import with_step_token
-from vishwamai_mp.training.loop import Trainer, usual_callbacks
+from vishwamai_mp.training.callbacks import Callback, usual_callbacks
+from vishwamai_mp.training.loop import Trainer
 from vishwamai_mp.tree_of_thoughts import TreeOfThoughts
+from vishwamai_mp.tree_of_thoughts.endings import with_step_token
 
 __all__ = [
     "CacheConfig",

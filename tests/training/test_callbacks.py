@@ -13,11 +13,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.synthetic import tiny_corpus
-from tests.training.runs import VOCAB, Interruption, configure, train
+from tests.training.runs import VOCAB, Counter, Interruption, configure, train
 from tests.workers import WorkerPool
 from vishwamai_mp.config import load_config
 from vishwamai_mp.planning import flops_per_token
-from vishwamai_mp.training.callbacks import Callback
+from vishwamai_mp.training.callbacks import Callback, usual_callbacks
 from vishwamai_mp.training.loop import Trainer
 from vishwamai_mp.training.schedule import learning_rate
 
@@ -45,6 +45,22 @@ class Then(Callback):
 
     def on_step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
         self.action(trainer)
+
+
+def count_steps(trainer: Trainer, notes: list[Any]) -> None:
+    trainer.callbacks.insert(0, Counter())
+
+
+def test_a_callback_goes_on_where_it_was(workers: WorkerPool, corpus, tmp_path):
+    run = partial(workers.run, train, 1, tmp_path, corpus, ["training.max_steps=6"], prepare=count_steps)
+    assert [record["counted"] for record in run(stop_after=4)[0].records] == [1, 2, 3, 4]
+    assert [record["counted"] for record in run()[0].records] == [5, 6]
+
+
+def test_callbacks_run_in_the_order_that_they_declare():
+    given = list(reversed(usual_callbacks(load_config("tiny"), more=[Counter()])))
+    named = [type(callback).__name__ for callback in sorted(given, key=lambda callback: callback.order)]
+    assert named.index("Evaluation") < named.index("Counter") < named.index("Metrics") < named.index("Checkpointing")
 
 
 def test_metrics_have_the_keys_of_the_contract_and_mean_what_they_say(workers: WorkerPool, corpus, tmp_path):

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.inference.batch import Work
 from vishwamai_mp.inference.blocks import CachedSequence
-from vishwamai_mp.inference.stage import Batch, Stage, Work
+from vishwamai_mp.inference.stage import Stage
 from vishwamai_mp.inference.vocabulary import Shard
 from vishwamai_mp.model import VishwamAIModel
+from vishwamai_mp.model.decoding import Decoding
 from vishwamai_mp.runtime import Runtime
 
 
@@ -25,7 +27,7 @@ class Output:
 
     Attributes:
         rows: N.
-        logits: this rank's vocabulary, −∞ at padding.
+        logits: this rank's vocabulary, −∞ at padding; None where they were not asked for.
         hidden: normed, (N, D): what the logits come from.
     """
 
@@ -48,7 +50,7 @@ class Engine:
         self, config: PretrainConfig, runtime: Runtime, model: VishwamAIModel, kv_tokens: int | None = None
     ) -> None:
         self.config, self.runtime, self.model = config, runtime, model
-        self.stage = Stage(config, runtime, model)
+        self.stage, self._decoding = Stage(config, runtime, model), Decoding(model)
         self.pool = self.stage.pool(kv_tokens or max(65536, config.model.max_position_embeddings))
         self.computed_tokens = 0
 
@@ -58,31 +60,34 @@ class Engine:
         return self.config.model.max_position_embeddings
 
     @torch.inference_mode()
-    def run(self, work: Work, every_token: bool = False) -> Output:
+    def run(self, work: Work, every_token: bool = False, logits: bool = True) -> Output:
         """Let sequences read tokens.
 
         Args:
             work: sequences, each once, with at least one token each.
-            every_token: logits after every token, not only after the last of each sequence.
+            every_token: rows for every token, not only for the last of each sequence.
+            logits: False leaves them out; hidden states are all that is asked for.
 
         Raises:
             UserError: a sequence would outgrow the context, or key-value memory is full.
         """
         for sequence, tokens in work:
             check_fits(sequence.length + len(tokens) - 1, self.context)
-        if self.model.training:
-            self.model.eval()
-        batch = Batch(work, self.pool, self.config.model)
+        batch = self.stage.batch(work, self.pool)
         self.computed_tokens += len(batch.tokens)
         every_token = every_token or len(batch.tokens) == len(batch.counts)
         wanted = None if every_token or not self.runtime.is_last_stage else batch.last
-        hidden = self.stage.run(batch, self.pool, self._receive(len(batch.tokens)), wanted)
-        if not self.runtime.is_last_stage:
-            dist.send(hidden.contiguous(), self._neighbour(1), group=self.runtime.groups.pp)
-            return Output(len(batch.tokens) if every_token else len(batch.counts))
-        logits, normed = self.stage.head(hidden)
-        shard = Shard.of(logits, self.config.model.vocab_size, self.runtime.groups.tp)
-        return Output(logits.shape[0], shard, normed)
+        with self._decoding:
+            hidden = self.stage.run(batch, self._receive(len(batch.tokens)), wanted)
+            if not self.runtime.is_last_stage:
+                dist.send(hidden.contiguous(), self._neighbour(1), group=self.runtime.groups.pp)
+                return Output(len(batch.tokens) if every_token else len(batch.counts))
+            normed = self.stage.normed(hidden)
+            shard = None
+            if logits:
+                vocabulary = self.config.model.vocab_size
+                shard = Shard.of(self.stage.logits(normed), vocabulary, self.runtime.groups.tp)
+        return Output(len(normed), shard, normed)
 
     @torch.inference_mode()
     def decide(self, output: Output, choose: Callable[[Shard, Tensor], Tensor], columns: int) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import CachedSequence
 from vishwamai_mp.inference.engine import check_fits
+from vishwamai_mp.tree_of_thoughts.endings import ending_of_thoughts
 from vishwamai_mp.tree_of_thoughts.growth import Grower, GrowingNode
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
 from vishwamai_mp.tree_of_thoughts.values import KeepsValues
@@ -323,15 +324,6 @@ class TreeOfThoughts(KeepsValues):
         best = max(complete or tree.kept or nodes, key=lambda node: _merit(node, by_depth=not complete))
         texts = [self.decode(node.tokens) for node in nodes] if self.decode is not None else []
         return SearchResult(nodes, best.id, tree.reason or "complete", texts)
-
-
-def ending_of_thoughts(tokenizer: Tokenizer, stop: str) -> dict[str, Any]:
-    """What `TreeOfThoughts` takes to end thoughts at `stop`: a token of the vocabulary, or else a string."""
-    try:
-        ending: dict[str, Any] = {"stop_tokens": (tokenizer.token_to_id(stop),)}
-    except UserError:
-        ending = {"stop_string": stop}
-    return {**ending, "end_token": tokenizer.eod_id if tokenizer.eod_id >= 0 else None}
 
 
 def _merit(node: Node, by_depth: bool) -> tuple[bool, int, float, int]:

@@ -6,7 +6,7 @@ from vishwamai_mp.config import ConfigError
 from vishwamai_mp.observability.writers import JsonLines
 from vishwamai_mp.precision import use_transformer_engine
 from vishwamai_mp.precision.statistics import Fp8Statistics
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -22,6 +22,8 @@ class Fp8Report(Callback):
     Args:
         every: steps.
     """
+
+    order = Order.WATCH
 
     def __init__(self, every: int) -> None:
         self.every = every

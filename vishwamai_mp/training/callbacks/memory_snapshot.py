@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.runtime.profiling import has_memory_history, record_memory_history, write_memory_history
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 from vishwamai_mp.training.callbacks.profiler import PROFILE_FOLDER, profile_name
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ class MemorySnapshot(Callback):
         first, last: steps, from 1, both included.
         ranks: whose memory is watched.
     """
+
+    order = Order.WATCH
 
     def __init__(self, first: int, last: int, ranks: Sequence[int]) -> None:
         self.first, self.last, self.ranks = first, last, ranks

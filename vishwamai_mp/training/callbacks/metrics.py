@@ -8,7 +8,7 @@ import torch.distributed as dist
 from vishwamai_mp.observability.environment import write_run_description
 from vishwamai_mp.observability.writers import MetricWriter, open_writers
 from vishwamai_mp.runtime.device import peak_memory_gib
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class Metrics(Callback):
     """`metrics.jsonl`, TensorBoard and Weights & Biases, from rank 0."""
+
+    order = Order.WRITE
 
     def __init__(self) -> None:
         self.writers: list[MetricWriter] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.profiler import profile, record_function
 
 from vishwamai_mp.runtime.profiling import has_memory_history, profiler_activities
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -35,6 +35,8 @@ class Profiler(Callback):
         ranks: that are profiled.
         memory: on a CPU, count what each operator allocates.
     """
+
+    order = Order.WATCH
 
     def __init__(self, first: int, last: int, ranks: Sequence[int], memory: bool) -> None:
         self.first, self.last, self.ranks = first, last, ranks

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 class Progress(Callback):
     """Loss, throughput and time left, from rank 0."""
+
+    order = Order.REPORT
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         self.total, self.first = trainer.config.training.max_steps, trainer.state.step

@@ -1,6 +1,5 @@
 """Searches over a few prompts at each evaluation, so that one sees the model reason while it trains."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.observability.tree_page import to_html
 from vishwamai_mp.observability.writers import TensorBoard
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts, ending_of_thoughts
 from vishwamai_mp.tree_of_thoughts.text import to_text
@@ -28,6 +27,8 @@ class Search(Callback):
         tokenizer: of the model.
     """
 
+    order = Order.MEASURE
+
     def __init__(self, prompts: list[str], tokenizer: Tokenizer) -> None:
         pairs = [line.partition("\t") for line in prompts]
         self.prompts = [prompt for prompt, _, _ in pairs]
@@ -39,16 +40,11 @@ class Search(Callback):
             )
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        config = trainer.config
-        parallel, components = config.parallel, config.memory.enabled or config.cache.enabled
-        if (
-            parallel.virtual_pipeline_model_parallel_size
-            or parallel.context_parallel_size > 1
-            or (parallel.sequence_parallel and components)
-        ):
+        parallel = trainer.config.parallel
+        if parallel.virtual_pipeline_model_parallel_size or parallel.context_parallel_size > 1:
             raise ConfigError(
-                "tree.prompts cannot be searched in this layout (virtual pipeline stages, context parallelism, or"
-                " sequence parallelism with memory or cache); leave tree.prompts out"
+                "tree.prompts cannot be searched in this layout (virtual pipeline stages or context parallelism);"
+                " set tree.prompts=null"
             )
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
@@ -108,13 +104,3 @@ def search_callbacks(config: PretrainConfig, tokenizer: Tokenizer | None) -> lis
     if not lines:
         raise ConfigError(f"tree.prompts={path}: has no prompts; write one a line")
     return [Search(lines, tokenizer)]
-
-
-def with_step_token(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainConfig:
-    """The configuration with `tree.step_token` as the tokenizer has it; without a tokenizer, or one without that
-    token, values are learnt at the starts of documents alone."""
-    tree = config.tree
-    if not tree.enabled or tree.step_token is not None or tokenizer is None:
-        return config
-    (step_token,) = ending_of_thoughts(tokenizer, tree.stop).get("stop_tokens", (None,))
-    return replace(config, tree=replace(tree, step_token=step_token))
