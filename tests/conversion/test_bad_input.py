@@ -157,7 +157,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     assert "config.json cannot be read" in refusal(lambda: models.import_(tmp_path, tmp_path / "out"))
     (tmp_path / "config.json").write_text("[]")
     assert "holds no JSON object" in refusal(lambda: models.import_(tmp_path, tmp_path / "out"))
-    assert "neither a checkpoint" in refusal(lambda: models.export(tmp_path, tmp_path / "out"))
+    assert "is a Hugging Face folder; make a checkpoint" in refusal(lambda: models.export(tmp_path, tmp_path / "out"))
 
 
 def test_a_used_output_folder_is_refused(run: Path, hf: Path, tmp_path: Path) -> None:
