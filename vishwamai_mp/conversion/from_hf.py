@@ -33,9 +33,8 @@ from vishwamai_mp.checkpoint.writer import ChecksummedFile
 from vishwamai_mp.config import PretrainConfig, to_yaml
 from vishwamai_mp.conversion.dtypes import DType
 from vishwamai_mp.conversion.folder import Folder
-from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
+from vishwamai_mp.conversion.journal import Files, Journal, Progress, check_space, disk_errors
 from vishwamai_mp.conversion.mapping import padded_rows
-from vishwamai_mp.conversion.progress import Progress
 from vishwamai_mp.conversion.rows import Piece, RowReader, pieces_of, stored_type
 from vishwamai_mp.conversion.safetensors_files import plan_shards
 from vishwamai_mp.conversion.to_hf import ahead

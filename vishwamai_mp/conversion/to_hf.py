@@ -22,10 +22,9 @@ from vishwamai_mp.conversion import components, dtypes, model_config, safetensor
 from vishwamai_mp.conversion.adapters import merged
 from vishwamai_mp.conversion.block_scaled import BLOCK, is_block_scaled, quantized
 from vishwamai_mp.conversion.dtypes import BF16, FP8, FP32, DType
-from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
+from vishwamai_mp.conversion.journal import Files, Journal, Progress, check_space, disk_errors
 from vishwamai_mp.conversion.mapping import Mapped, Part
 from vishwamai_mp.conversion.model_card import model_card
-from vishwamai_mp.conversion.progress import Progress
 from vishwamai_mp.conversion.safetensors_files import Planned
 from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.conversion.tokenizer import NAME as TOKENIZER
@@ -203,10 +202,10 @@ def _write_numbers(file: Any, tensor: Tensor, progress: Progress) -> None:
 
 
 def _write_small_files(
-    source: Source, output: Path, shards: list[list[_Output]], tokenizer: TokenizerFiles, kept: dict[str, Any]
+    source: Source, output: Path, shards: list[list[_Output]], tokenizer: TokenizerFiles, imported: dict[str, Any]
 ) -> None:
     dtype = shards[0][0].dtype
-    generation = {**({} if kept else {"do_sample": False}), **tokenizer.token_ids, **kept}
+    generation = {**({} if imported else {"do_sample": False}), **tokenizer.token_ids, **imported}
     config = model_config.to_hf(source.config.model, dtype.name, generation)
     own = components.to_hf(source.config, source.value_head)
     config |= own
