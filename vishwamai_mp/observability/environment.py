@@ -14,6 +14,7 @@ import torch
 import vishwamai_mp
 from vishwamai_mp.config import PretrainConfig, to_yaml
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.data.tokenizer import companions
 from vishwamai_mp.runtime import Runtime
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "sentencepiece")
@@ -40,6 +41,8 @@ def write_run_description(folder: Path, config: PretrainConfig, runtime: Runtime
     write_whole(folder / "environment.json", json.dumps(describe_environment(runtime), indent=2).encode() + b"\n")
     if config.data.tokenizer:
         write_whole(folder / "tokenizer.model", Path(config.data.tokenizer).read_bytes())
+        for file in companions(config.data.tokenizer):
+            write_whole(folder / file.name, file.read_bytes())
 
 
 def _version(package: str) -> str | None:
