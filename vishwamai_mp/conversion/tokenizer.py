@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import ModelConfig, UserError
-from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer, companions
 
 _SPACE = "\u2581"  # SentencePiece's own mark for one
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # types of pieces
@@ -74,7 +74,7 @@ def tokenizer_files(path: Path | None, model: ModelConfig, chat_template: str | 
 
 
 def import_tokenizer(folder: Path, run: Path, vocab_size: int) -> str | None:
-    """Copy a folder's SentencePiece model into a run folder.
+    """Copy a folder's SentencePiece model, and what is beside it for prompts, into a run folder.
 
     Returns:
         None, or why there is none.
@@ -85,7 +85,8 @@ def import_tokenizer(folder: Path, run: Path, vocab_size: int) -> str | None:
     size = Tokenizer(path).vocab_size
     if size != vocab_size:
         return f"its tokenizer.model has {size} tokens, the model {vocab_size}: tokens were added that it lacks"
-    shutil.copyfile(path, run / _NAME)
+    for file in (path, *companions(path)):
+        shutil.copyfile(file, run / file.name)
     return None
 
 

@@ -12,6 +12,7 @@ import sentencepiece
 from vishwamai_mp.config.errors import UserError
 
 SPECIAL_TOKENS = ("[MEMORY]", "[REASONING]", "[CACHE]", "[STEP]")
+SETTINGS_FILE, CHAT_TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 # A newline that never merges keeps lines apart and lets the encoder cut a document at each one (piece_cache.py).
 _USER_SYMBOLS = (*SPECIAL_TOKENS, "\n")
 # SentencePiece leaves sentences over 4192 bytes out of training; documents are cut well below that.
@@ -89,6 +90,10 @@ class Tokenizer:
         """Every token's spelling, by id."""
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
+    def control_tokens(self) -> dict[str, int]:
+        """Tokens without a text of their own, such as bos and eos, by their spelling."""
+        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)}
+
     def has_byte_fallback(self) -> bool:
         """Whether a character outside the vocabulary becomes its UTF-8 bytes rather than `<unk>`."""
         return sum(self._processor.is_byte(i) for i in range(self.vocab_size)) == 256
@@ -104,6 +109,12 @@ class Tokenizer:
         if self.bos_id < 0:
             raise UserError(f"tokenizer {self.path} has no beginning-of-sequence token (SentencePiece's bos)")
         return self.bos_id
+
+
+def companions(path: str | os.PathLike[str]) -> list[Path]:
+    """Files beside a SentencePiece model that say how its language model is addressed, as Hugging Face has them."""
+    places = (Path(path).with_name(name) for name in (SETTINGS_FILE, CHAT_TEMPLATE_FILE))
+    return [place for place in places if place.is_file()]
 
 
 def check_encodable(text: str) -> None:

@@ -4,9 +4,10 @@ Every rank of a replica makes the same calls in the same order.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from vishwamai_mp.inference.blocks import BLOCK_TOKENS, CachedSequence
 from vishwamai_mp.inference.engine import Engine, check_fits
 from vishwamai_mp.inference.noise import NoiseNames
 from vishwamai_mp.inference.options import SamplingOptions
+from vishwamai_mp.inference.text import AddedText, Decode, find_stop
 from vishwamai_mp.inference.vocabulary import Shard, penalise_repetition, sample, sample_among
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.runtime import Runtime
@@ -43,6 +45,12 @@ class Completion:
     stop: str | None = None
     _sequence: CachedSequence = field(default_factory=CachedSequence)
     _limit: int = 0
+    _added: AddedText | None = None
+    _read: int = 0  # tokens whose text `_added` has
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what decodes: it may be any function, and begins anew in another process."""
+        return {**self.__dict__, "_added": None, "_read": 0}
 
 
 class Generator:
@@ -62,7 +70,7 @@ class Generator:
         config: PretrainConfig,
         runtime: Runtime,
         model: VishwamAIModel,
-        decode: Callable[[list[int]], str] | None = None,
+        decode: Decode | None = None,
         kv_tokens: int | None = None,
         max_batch: int = 64,
     ) -> None:
@@ -131,10 +139,19 @@ class Generator:
         return bool(self._waiting or self._running)
 
     def text(self, completion: Completion) -> str:
-        """What was added, as text, cut before the stop string."""
-        assert self.decode is not None
-        text = self.decode(completion.tokens)
+        """What was added to the prompt's text, cut before the stop string; of a request that grows, what is certain."""
+        text = self._added_text(completion)
         return text if completion.stop is None else text[: text.index(completion.stop)]
+
+    def _added_text(self, completion: Completion) -> str:
+        assert self.decode is not None
+        if completion._added is None:
+            completion._added = AddedText(self.decode, completion.prompt)
+        completion._added.add(completion.tokens[completion._read :])
+        completion._read = len(completion.tokens)
+        if completion.finish is not None:
+            completion._added.end()
+        return completion._added.text
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities in nats of each text's tokens from the second on.
@@ -208,12 +225,10 @@ class Generator:
     def _found_stop(self, completion: Completion) -> str | None:
         """The stop string that the last token completed, if any: the first in the text."""
         strings = completion.options.stop_strings
-        if not strings or self.decode is None:
+        if not strings:
             return None
-        # A byte of text takes at most a token; a few more, for those that stand for nothing.
-        tail = self.decode(completion.tokens[-max(len(string.encode()) for string in strings) - 4 :])
-        found = [string for string in strings if string in tail]
-        return min(found, key=tail.index) if found else None
+        before = len(completion._added.text) if completion._added else 0
+        return find_stop(self._added_text(completion), strings, before)
 
     def _finish(self, completion: Completion, reason: str) -> None:
         completion.finish = reason

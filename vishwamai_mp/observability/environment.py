@@ -13,6 +13,7 @@ import torch
 
 import vishwamai_mp
 from vishwamai_mp.config import PretrainConfig, to_yaml
+from vishwamai_mp.data.tokenizer import companions
 from vishwamai_mp.runtime import Runtime
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "sentencepiece")
@@ -39,6 +40,8 @@ def write_run_description(folder: Path, config: PretrainConfig, runtime: Runtime
     _write(folder / "environment.json", json.dumps(describe_environment(runtime), indent=2).encode() + b"\n")
     if config.data.tokenizer:
         _write(folder / "tokenizer.model", Path(config.data.tokenizer).read_bytes())
+        for file in companions(config.data.tokenizer):
+            _write(folder / file.name, file.read_bytes())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -18,6 +18,7 @@ from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import CachedSequence
 from vishwamai_mp.inference.engine import check_fits
+from vishwamai_mp.inference.text import AddedText, Decode, added_text
 from vishwamai_mp.tree_of_thoughts.growth import Grower, GrowingNode
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
 from vishwamai_mp.tree_of_thoughts.values import KeepsValues
@@ -99,7 +100,7 @@ class TreeOfThoughts(KeepsValues):
         *,
         stop_tokens: Sequence[int] = (),
         end_token: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
+        decode: Decode | None = None,
         stop_string: str | None = None,
         scorer: Scorer | None = None,
         verifier: Verifier | None = None,
@@ -125,14 +126,8 @@ class TreeOfThoughts(KeepsValues):
                 " tree.enabled=false); set tree.value_weight=0 tree.logprob_weight=1, or give a scorer"
             )
         stop_tokens, end_token, stop_string = self._ends
-
-        def stops(tokens: list[int]) -> bool:
-            assert self.decode is not None
-            assert stop_string is not None
-            return stop_string in self.decode(tokens)
-
         self.engine = engine
-        self._grower = Grower(engine, self.config, stop_tokens, end_token, stops if stop_string is not None else None)
+        self._grower = Grower(engine, self.config, stop_tokens, end_token, stop_string)
 
     @torch.inference_mode()
     def search(
@@ -185,9 +180,9 @@ class TreeOfThoughts(KeepsValues):
                 raise UserError(f"the prompt has a token outside the vocabulary of {vocabulary}; encode it again")
             check_fits(len(prompt), self.engine.context)
 
-    @staticmethod
-    def _plant(prompt: Sequence[int]) -> _Tree:
-        root = GrowingNode(Node(0, None, 0, list(prompt)), CachedSequence())
+    def _plant(self, prompt: Sequence[int]) -> _Tree:
+        added = None if self.decode is None else AddedText(self.decode, prompt)
+        root = GrowingNode(Node(0, None, 0, list(prompt)), CachedSequence(), added=added, read=len(prompt))
         return _Tree([root], [root])
 
     def _advance(self, trees: list[_Tree], max_tokens: int | None, deadline: float) -> None:
@@ -276,7 +271,7 @@ class TreeOfThoughts(KeepsValues):
         while current.parent is not None:
             tokens = current.tokens + tokens
             current = tree.growing[current.parent].node
-        text = self.decode(tokens) if self.decode is not None else ""
+        text = "" if self.decode is None else added_text(self.decode, tree.growing[0].node.tokens, tokens)
         thought = Thought(tuple(tree.growing[0].node.tokens), tuple(tokens), text, node.status == "complete")
         try:
             return judge(thought)
@@ -321,8 +316,20 @@ class TreeOfThoughts(KeepsValues):
         nodes = [grower.node for grower in tree.growing]
         complete = [node for node in tree.kept if node.status == "complete"]
         best = max(complete or tree.kept or nodes, key=lambda node: _merit(node, by_depth=not complete))
-        texts = [self.decode(node.tokens) for node in nodes] if self.decode is not None else []
-        return SearchResult(nodes, best.id, tree.reason or "complete", texts)
+        return SearchResult(nodes, best.id, tree.reason or "complete", self._texts(tree))
+
+    def _texts(self, tree: _Tree) -> list[str]:
+        """Of each node's tokens, behind the text before it: along a path they make up the path's text."""
+        if self.decode is None:
+            return []
+        root, *thoughts = tree.growing
+        parents = {grower.node.parent for grower in thoughts}
+        texts = [self.decode(root.node.tokens)]
+        for grower in thoughts:
+            text = grower.text()
+            assert grower.added is not None
+            texts.append(text if grower.node.id in parents else text + grower.added.fork().end())
+        return texts
 
 
 def ending_of_thoughts(tokenizer: Tokenizer, stop: str) -> dict[str, Any]:
