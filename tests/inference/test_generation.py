@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.model.builds import build
 from vishwamai_mp.config import UserError
-from vishwamai_mp.inference import Completion, Generator, SamplingOptions, stage
+from vishwamai_mp.inference import Completion, Generator, SamplingOptions, reads
 from vishwamai_mp.inference.blocks import CachedSequence
 
 _RANDOM = torch.Generator().manual_seed(2)
@@ -60,7 +60,7 @@ in_both_ways = pytest.mark.parametrize("least", [0, 10**9], ids=["keys in place"
 
 def reading(least: int, logits: Callable[[list[str]], Any], overrides: list[str]) -> Any:
     """Runs in a worker: these logits, with keys read in place where there are at least so many."""
-    with patch.object(stage, "_WORTH_IN_PLACE", least):
+    with patch.object(reads, "_FEWEST_KEYS_IN_PLACE", least):
         return logits(overrides)
 
 

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.inference.batch import Work
 from vishwamai_mp.inference.blocks import CachedSequence
-from vishwamai_mp.inference.stage import Batch, Stage, Work
+from vishwamai_mp.inference.stage import Stage
 from vishwamai_mp.inference.vocabulary import Shard
 from vishwamai_mp.model import VishwamAIModel
+from vishwamai_mp.model.decoding import Decoding
 from vishwamai_mp.runtime import Runtime
 
 
@@ -48,7 +50,7 @@ class Engine:
         self, config: PretrainConfig, runtime: Runtime, model: VishwamAIModel, kv_tokens: int | None = None
     ) -> None:
         self.config, self.runtime, self.model = config, runtime, model
-        self.stage = Stage(config, runtime, model)
+        self.stage, self._decoding = Stage(config, runtime, model), Decoding(model)
         self.pool = self.stage.pool(kv_tokens or max(65536, config.model.max_position_embeddings))
         self.computed_tokens = 0
 
@@ -70,17 +72,16 @@ class Engine:
         """
         for sequence, tokens in work:
             check_fits(sequence.length + len(tokens) - 1, self.context)
-        if self.model.training:
-            self.model.eval()
-        batch = Batch(work, self.pool, self.config.model)
+        batch = self.stage.batch(work, self.pool)
         self.computed_tokens += len(batch.tokens)
         every_token = every_token or len(batch.tokens) == len(batch.counts)
         wanted = None if every_token or not self.runtime.is_last_stage else batch.last
-        hidden = self.stage.run(batch, self.pool, self._receive(len(batch.tokens)), wanted)
-        if not self.runtime.is_last_stage:
-            dist.send(hidden.contiguous(), self._neighbour(1), group=self.runtime.groups.pp)
-            return Output(len(batch.tokens) if every_token else len(batch.counts))
-        logits, normed = self.stage.head(hidden)
+        with self._decoding:
+            hidden = self.stage.run(batch, self._receive(len(batch.tokens)), wanted)
+            if not self.runtime.is_last_stage:
+                dist.send(hidden.contiguous(), self._neighbour(1), group=self.runtime.groups.pp)
+                return Output(len(batch.tokens) if every_token else len(batch.counts))
+            logits, normed = self.stage.head(hidden)
         shard = Shard.of(logits, self.config.model.vocab_size, self.runtime.groups.tp)
         return Output(logits.shape[0], shard, normed)
 

@@ -6,6 +6,8 @@ from typing import Any
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from vishwamai_mp.model.key_values import KeyValues
+
 
 class VishwamAILayer(TransformerLayer):
     """One decoder layer: its components, then attention and SwiGLU, each behind RMSNorm and a residual connection.
@@ -38,7 +40,12 @@ class VishwamAILayer(TransformerLayer):
             shard(self)
 
     def forward(
-        self, hidden_states: Tensor, *, context: Tensor | None = None, inference_context: Any = None, **options: Any
+        self,
+        hidden_states: Tensor,
+        *,
+        context: Tensor | None = None,
+        inference_context: KeyValues | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the layer on hidden states (S, B, D).
 
@@ -46,14 +53,15 @@ class VishwamAILayer(TransformerLayer):
             hidden_states: this rank's.
             context: (B, T) document ids of whole rows, or None. megatron-core carries a tensor of this name to every
                 layer, also through recomputation.
-            inference_context: key-value cache; `component_states[layer number, component]` is what a component knows
-                of the tokens before.
+            inference_context: what is known of earlier tokens; hidden states are (N, 1, D) then, sequences end to end.
             **options: megatron-core's: mask, angles.
         """
         for name in self.component_names:
-            states = {} if inference_context is None else inference_context.component_states
-            key = (self.layer_number, name)
-            hidden_states, states[key] = getattr(self, name)(hidden_states, context, states.get(key))
+            component = getattr(self, name)
+            if inference_context is None:
+                hidden_states, _ = component(hidden_states, context)
+            else:
+                hidden_states = inference_context.run_component(self.layer_number, name, component, hidden_states)
         hidden_states, _ = super().forward(
             hidden_states=hidden_states, context=None, inference_context=inference_context, **options
         )

@@ -87,9 +87,8 @@ class VishwamAIModel(GPTModel):
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         verdicts: Tensor | None = None,
-        inference_context: Any = None,
     ) -> Tensor:
-        """Run this stage.
+        """Run this stage on whole rows. Generation runs the same modules one by one (`inference.stage`).
 
         Args:
             tokens: (B, T) ids of the whole sequence; context parallel ranks take their share here.
@@ -97,7 +96,6 @@ class VishwamAIModel(GPTModel):
             labels: (B, T) target ids.
             document_ids: (B, T); tokens attend within their own document only.
             verdicts: (B, T) what the value head may learn: 1, 0, or NaN where none is known.
-            inference_context: megatron-core's key-value cache; `tokens` then continue what it holds.
 
         Returns:
             on the last stage, losses (B, Q) fp32 with labels and logits (Q, B, V) without; else hidden states.
@@ -105,18 +103,15 @@ class VishwamAIModel(GPTModel):
         if document_ids is not None and self.attends_without_mask:
             return self._forward_packed(tokens, labels, document_ids, verdicts)
         whole, cp, device = tokens, self.pg_collection.cp, tokens.device
-        start = inference_context.sequence_len_offset if inference_context else 0
-        keys = [local_positions(start + tokens.shape[1], rank, cp.size(), device) for rank in range(cp.size())]
-        local = keys[cp.rank()][start:]
+        keys = [local_positions(tokens.shape[1], rank, cp.size(), device) for rank in range(cp.size())]
+        local = keys[cp.rank()]
         if cp.size() > 1:
             tokens = tokens[:, local]
             labels = labels if labels is None else labels[:, local]
         hidden = self.decoder(
             hidden_states=self.embedding(tokens, position_ids=None) if self.pre_process else None,
             attention_mask=self._mask(local, torch.cat(keys), document_ids),
-            # megatron-core's cache keeps keys as they were before rotation, so it asks for the angles of all.
-            rotary_pos_emb=self.rotary(keys[cp.rank()] if position_ids is None else position_ids[:, local]),
-            inference_context=inference_context,
+            rotary_pos_emb=self.rotary(local if position_ids is None else position_ids[:, local]),
             context=document_ids,
         )
         return self._head(hidden, labels, whole, document_ids, verdicts) if self.post_process else hidden
@@ -154,8 +149,7 @@ class VishwamAIModel(GPTModel):
         verdicts: Tensor | None,
     ) -> Tensor:
         """Losses with labels, else logits. All but hidden states and labels is the whole sequence's."""
-        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=tied)
+        logits = self.logits(hidden)
         if labels is None:
             return logits
         losses = vocab_parallel_cross_entropy(
@@ -164,6 +158,11 @@ class VishwamAIModel(GPTModel):
         if self.value_head is None or not (self.training and torch.is_grad_enabled()):
             return losses
         return self.value_head.add_loss(losses, hidden, tokens, document_ids, verdicts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of the last stage's normed hidden states (Q, B, D): (Q, B, V)."""
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden, weight=tied)[0]
 
     def _mask(self, queries: Tensor, keys: Tensor, document_ids: Tensor | None) -> Tensor | None:
         """None where plain causal order says it all, which attention kernels know by themselves."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -17,6 +17,7 @@ from vishwamai_mp.components.head_sharded import Linears
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.model.attention import CoreAttention
 from vishwamai_mp.model.components import layer_components
+from vishwamai_mp.model.key_values import CachedSelfAttention
 from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.swiglu import SwiGLU
@@ -61,7 +62,7 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=CachedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear_qkv,

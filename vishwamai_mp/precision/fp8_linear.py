@@ -90,11 +90,20 @@ class MXScaling:
 def emulate_fp8(linear: Any, scaling: Scaling) -> None:
     """Give a parallel linear layer of megatron-core FP8 arithmetic.
 
-    `linear.fp8_observer`, if set, is called with each operand's role, high-precision values and rounded ones.
+    `linear.fp8_observer`, if set, is called with each operand's role, high-precision values and rounded ones. While
+    `linear.emulates_fp8` is False it computes as it did before.
     """
     linear.fp8_scaling = scaling
     linear.fp8_observer = None
+    linear.emulates_fp8 = True
+    exact = linear._forward_impl
     replace_product(linear, _Fp8Linear.apply, linear)
+    rounded = linear._forward_impl
+
+    def forward(*args: Any, **options: Any) -> Tensor:
+        return (rounded if linear.emulates_fp8 else exact)(*args, **options)
+
+    linear._forward_impl = forward
 
 
 def replace_product(linear: Any, apply: Callable[..., Tensor], *first: Any) -> None:

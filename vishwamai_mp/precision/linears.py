@@ -26,7 +26,7 @@ from vishwamai_mp.precision.fp8_linear import (
 )
 from vishwamai_mp.precision.policy import Fp8Policy, PrecisionPolicy
 from vishwamai_mp.runtime import device, multiplies_natively
-from vishwamai_mp.runtime.products import linear_fp32
+from vishwamai_mp.runtime.products import linear_fp32, skinny_linear_fp32
 
 _log = logging.getLogger(__name__)
 
@@ -126,6 +126,8 @@ class _Fp32Linear(torch.autograd.Function):
         ctx.shape, ctx.dtype = x_TBI.shape, x_TBI.dtype
         ctx.reduce, ctx.sequence_parallel, ctx.group = reduce, sequence_parallel, group
         x = gather_sequence(x_TBI, group) if sequence_parallel else x_TBI
+        if not any(ctx.needs_input_grad):
+            return skinny_linear_fp32(_wide(x), _wide(w_OI)).contiguous().to(x.dtype)
         return linear_fp32(_wide(x), _wide(w_OI)).to(x.dtype)
 
     @staticmethod

@@ -1,0 +1,171 @@
+"""New tokens of many sequences laid end to end, and attention over keys and values that lie in shared blocks.
+
+This is the `KeyValues` of generation (model/key_values.py).
+Shapes: N tokens of all sequences, B sequences, D width, G key-value heads (local), R queries of each, K head width,
+T tokens of a block, S keys.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vishwamai_mp.config import ModelConfig
+from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, CachedSequence
+from vishwamai_mp.inference.reads import Reads, collect, common_beginning, pieces
+from vishwamai_mp.runtime import multiplies_natively
+from vishwamai_mp.runtime.products import product
+
+_FEWEST_SHARED_BLOCKS = 4  # below, reading them once for each sequence is faster than one more product
+Work = Sequence[tuple[CachedSequence, Sequence[int]]]
+
+
+class Batch:
+    """Where the new tokens of some sequences go; makes room for them in the pool.
+
+    Args:
+        work: sequences and what each reads now, at least one token. A sequence appears once.
+        pool: of keys and values.
+        settings: of the model.
+        first_layer: number (from 1) of the first layer on this pipeline stage.
+    """
+
+    def __init__(self, work: Work, pool: BlockPool, settings: ModelConfig, first_layer: int) -> None:
+        assert settings.num_key_value_heads is not None
+        self.window, self.repeat = settings.sliding_window, settings.num_attention_heads // settings.num_key_value_heads
+        self.pool, self.first_layer = pool, first_layer
+        self.device, self.dtype = pool.keys_and_values.device, pool.keys_and_values.dtype
+        # Scores are computed in this type: 16-bit products without hardware for them are slow.
+        self.wide = self.dtype if multiplies_natively(self.dtype) else torch.float32
+        self.sequences = [sequence for sequence, _ in work]
+        self.counts = [len(tokens) for _, tokens in work]
+        self.past = [sequence.length for sequence in self.sequences]
+        blocks: list[int] = []
+        positions: list[int] = []
+        for sequence, tokens in work:
+            pool.extend(sequence, len(tokens))
+            new = range(sequence.length, sequence.length + len(tokens))
+            blocks += [sequence.blocks[position // BLOCK_TOKENS] for position in new]
+            positions += new
+            sequence.length += len(tokens)
+        self.tokens = torch.tensor([token for _, tokens in work for token in tokens], device=self.device)
+        self.positions = torch.tensor(positions, device=self.device)
+        self.blocks = torch.tensor(blocks, device=self.device)
+        self.places = self.positions % BLOCK_TOKENS
+        ends = torch.tensor(self.counts).cumsum(0)
+        self.ends = ends.tolist()
+        self.last = (ends - 1).to(self.device)
+
+    @cached_property
+    def single(self) -> list[int]:
+        """Sequences that read one token."""
+        return [i for i, count in enumerate(self.counts) if count == 1]
+
+    def run_component(self, layer: int, name: str, component: nn.Module, hidden_N1D: Tensor) -> Tensor:
+        """See `KeyValues`."""
+        parts = []
+        for sequence, part in zip(self.sequences, hidden_N1D.split(self.counts), strict=True):
+            out, sequence.states[layer, name] = component(part, None, sequence.states.get((layer, name)))
+            parts.append(out)
+        return torch.cat(parts)
+
+    def attend(self, layer: int, query_NGRK: Tensor, key_value_NG2K: Tensor) -> Tensor:
+        """See `KeyValues`."""
+        memory = self.pool.keys_and_values[layer - self.first_layer]
+        memory[self.blocks, :, :, self.places] = key_value_NG2K
+        if len(self.single) == len(self.counts):
+            return self._attend_single(query_NGRK, memory)
+        out = torch.empty_like(query_NGRK)
+        for i, count in enumerate(self.counts):
+            if count > 1:
+                rows = slice(self.ends[i] - count, self.ends[i])
+                out[rows] = self._attend_many(query_NGRK[rows], key_value_NG2K[rows], memory, i)
+        if self.single:
+            singles = self.last[self.single]
+            out[singles] = self._attend_single(query_NGRK[singles], memory)
+        return out
+
+    @cached_property
+    def _reads(self) -> list[Reads]:
+        """What the sequences of `single` read; those with a long beginning in common read it together."""
+        beginnings: dict[int, list[int]] = {}
+        for row, i in enumerate(self.single):
+            beginnings.setdefault(self.sequences[i].blocks[0], []).append(row)
+        reads, rest = [], []
+        for rows in beginnings.values():
+            blocks = [self.sequences[self.single[row]].blocks for row in rows]
+            common = common_beginning(blocks) if len(rows) > 1 else []
+            if len(common) < _FEWEST_SHARED_BLOCKS or self.window is not None:
+                rest += rows
+            else:  # whole blocks: the one that a sequence writes to is its own
+                reads.append(self._reads_of(rows, common))
+        return [*reads, self._reads_of(sorted(rest), [])] if rest else reads
+
+    def _reads_of(self, rows: list[int], common: list[int]) -> Reads:
+        numbers = [self.single[row] for row in rows]
+        return Reads.of(
+            rows,
+            common,
+            own=[self.sequences[i].blocks[len(common) :] for i in numbers],
+            lengths=[self.past[i] + 1 - len(common) * BLOCK_TOKENS for i in numbers],
+            window=self.window,
+            repeat=self.repeat,
+            memory=self.pool.keys_and_values[0],
+        )
+
+    def _attend_single(self, query_BGRK: Tensor, memory: Tensor) -> Tensor:
+        """One query per sequence: the queries of a group see the same keys, so they take the place of positions."""
+        if len(self._reads) == 1:
+            return self._attend_together(query_BGRK, memory, self._reads[0])
+        out = torch.empty_like(query_BGRK)
+        for reads in self._reads:
+            out[reads.rows] = self._attend_together(query_BGRK[reads.rows], memory, reads)
+        return out
+
+    def _attend_together(self, q_BGRK: Tensor, memory: Tensor, reads: Reads) -> Tensor:
+        rows, wide, in_place = q_BGRK.shape[0], self.wide, reads.in_place(memory)
+        if not in_place:
+            k, v = collect(reads.own, memory)[..., : reads.count, :].unbind(2)
+            if reads.common is None:
+                return self._softmax_attention(q_BGRK, k, v, reads.mask)
+        q = (q_BGRK * (1 / math.sqrt(q_BGRK.shape[-1]))).to(wide)
+        scores = reads.scores(q, memory) if in_place else q @ k.to(wide).mT
+        scores = scores if reads.mask is None else scores.masked_fill(~reads.mask, -math.inf)
+        if reads.common is None:
+            return reads.mix(scores.softmax(-1), memory)
+        # Keys that all sequences share are read once for all queries: (G, B·R, K) by (G, K, S).
+        common_k, common_v = collect(reads.common, memory)[0].to(wide).unbind(1)
+        shared = product(q.transpose(0, 1).flatten(1, 2), common_k.mT).unflatten(1, (rows, -1)).transpose(0, 1)
+        shared, own = torch.cat((shared, scores), -1).softmax(-1).split([shared.shape[-1], reads.count], -1)
+        out = product(shared.transpose(0, 1).flatten(1, 2), common_v).unflatten(1, (rows, -1)).transpose(0, 1)
+        return (out + (reads.mix(own, memory) if in_place else own @ v.to(wide))).to(self.dtype)
+
+    def _attend_many(self, q_NGRK: Tensor, key_value_NG2K: Tensor, memory: Tensor, sequence: int) -> Tensor:
+        """All new tokens of one sequence, after those that were read before."""
+        new, past, window = len(q_NGRK), self.past[sequence], self.window
+        if past:
+            found = collect(pieces([self.sequences[sequence].blocks], memory), memory)
+            k_GSK, v_GSK = found[0, ..., : past + new, :].unbind(1)
+        else:
+            k_GSK, v_GSK = key_value_NG2K.permute(2, 1, 0, 3)
+        mask = None
+        if past or (window is not None and new > window):
+            mask = torch.ones(new, past + new, dtype=torch.bool, device=self.device).tril(past)
+            mask = mask if window is None else mask.triu(past - window + 1)
+        q_1HNK = q_NGRK.flatten(1, 2).transpose(0, 1)[None]
+        out_1HNK = self._softmax_attention(q_1HNK, k_GSK[None], v_GSK[None], mask, causal=mask is None)
+        return out_1HNK[0].transpose(0, 1).reshape(q_NGRK.shape)
+
+    def _softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+        wide = self.wide
+        return F.scaled_dot_product_attention(
+            q.to(wide),
+            k.to(wide),
+            v.to(wide),
+            attn_mask=mask,
+            is_causal=causal,
+            enable_gqa=q.shape[1] != k.shape[1],
+        ).to(self.dtype)

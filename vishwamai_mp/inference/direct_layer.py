@@ -1,0 +1,130 @@
+"""A shortcut through plain layers: their weights and torch's operators, without the modules between.
+
+A decoding step is many small operations, and what megatron-core's modules do around each of them is a good part of what
+it costs. What a layer does is said by its modules; the shortcut takes layers in which it knows every one of them.
+Shapes: N tokens of all sequences, D width, G key-value heads (local), R queries of each, K head width, O features
+(local).
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor, nn
+
+from vishwamai_mp.inference.batch import Batch
+from vishwamai_mp.model import VishwamAILayer
+from vishwamai_mp.model.attention import CoreAttention
+from vishwamai_mp.model.key_values import CachedSelfAttention
+from vishwamai_mp.model.norm import RMSNorm
+from vishwamai_mp.model.swiglu import SwiGLU
+from vishwamai_mp.runtime import multiplies_natively
+from vishwamai_mp.runtime.products import skinny_linear_fp32
+
+
+class DirectLayer:
+    """The same result as `layer`, from the same weights, within rounding.
+
+    Args:
+        layer: one that `supports` takes.
+        group: tensor parallel ranks.
+    """
+
+    def __init__(self, layer: VishwamAILayer, group: dist.ProcessGroup) -> None:
+        self._layer, self._group = layer, group if group.size() > 1 else None
+        attention, mlp = layer.self_attention, layer.mlp
+        self._norms = layer.input_layernorm.weight, layer.pre_mlp_layernorm.weight
+        self._epsilon = layer.config.layernorm_epsilon
+        self._qkv, self._projection = attention.linear_qkv.weight, attention.linear_proj.weight
+        self._fc1, self._fc2 = mlp.linear_fc1.weight, mlp.linear_fc2.weight
+        self._heads = attention.num_query_groups_per_partition
+        self._width = attention.hidden_size_per_attention_head
+        self._in_fp32 = self._qkv.dtype == torch.float32 or not multiplies_natively(self._qkv.dtype)
+        components = [part for name in layer.component_names for part in getattr(layer, name).modules()]
+        self._hooks = [
+            hooks
+            for part in layer.modules()
+            if part not in set(components)
+            for hooks in (part._forward_hooks, part._forward_pre_hooks)
+        ]
+
+    @staticmethod
+    def supports(layer: Any) -> bool:
+        """Whether the layer consists of nothing but what is computed here."""
+        attention, mlp = layer.self_attention, layer.mlp
+        config = layer.config
+        linears = (attention.linear_qkv, ColumnParallelLinear), (attention.linear_proj, RowParallelLinear)
+        feed_forward = (
+            (getattr(mlp, "linear_fc1", None), ColumnParallelLinear),
+            (
+                getattr(mlp, "linear_fc2", None),
+                RowParallelLinear,
+            ),
+        )
+        return (
+            type(layer) is VishwamAILayer
+            and type(attention) is CachedSelfAttention
+            and type(attention.core_attention) is CoreAttention
+            and attention.core_attention.scale == 1 / math.sqrt(attention.hidden_size_per_attention_head)
+            and _is_identity(attention.q_layernorm)
+            and _is_identity(attention.k_layernorm)
+            and type(mlp) is MLP
+            and isinstance(mlp.activation_func, SwiGLU)
+            and all(type(norm) is RMSNorm for norm in (layer.input_layernorm, layer.pre_mlp_layernorm))
+            and all(type(linear) is kind and linear.bias is None for linear, kind in (*linears, *feed_forward))
+            and not (config.rotary_interleaved or config.no_rope_freq or config.attention_output_gate)
+            and not any(name.endswith("_adapter") for name, _ in (*attention.named_children(), *mlp.named_children()))
+        )
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether somebody listens to what goes through the layer's modules, so that they have to run."""
+        return any(self._hooks)
+
+    def __call__(
+        self, x_ND: Tensor, batch: Batch, cosine: Tensor, sine: Tensor, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the layer, (N, D).
+
+        Args:
+            x_ND: before it.
+            batch: the new tokens.
+            cosine, sine: (N, 1, 1, K) of the tokens' angles, the sine's first half negated.
+            wanted: tokens by number that are to go through the MLP; None: all.
+        """
+        number = self._layer.layer_number
+        for name in self._layer.component_names:
+            x_ND = batch.run_component(number, name, getattr(self._layer, name), x_ND[:, None])[:, 0]
+        normed = F.rms_norm(x_ND, x_ND.shape[-1:], self._norms[0], self._epsilon)
+        qkv = self._multiply(normed, self._qkv).contiguous().view(len(x_ND), self._heads, -1, self._width)
+        turned = qkv[:, :, :-1]  # the queries and the key of each group
+        turned.copy_(torch.addcmul(turned * cosine, turned.roll(self._width // 2, -1), sine))
+        attended = batch.attend(number, qkv[:, :, :-2], qkv[:, :, -2:]).reshape(len(x_ND), -1)
+        if wanted is not None:
+            x_ND, attended = x_ND[wanted], attended[wanted]
+        x_ND = x_ND + self._sum(self._multiply(attended, self._projection))
+        normed = F.rms_norm(x_ND, x_ND.shape[-1:], self._norms[1], self._epsilon)
+        gate, up = self._multiply(normed, self._fc1).chunk(2, -1)
+        return x_ND + self._sum(self._multiply(F.silu(gate).mul_(up), self._fc2))
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x Wᵀ, (N, O); of some N it lies in memory as (O, N)."""
+        if self._in_fp32:
+            return skinny_linear_fp32(x.float(), weight.float()).to(x.dtype)
+        return F.linear(x, weight)
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        """Over the tensor parallel ranks."""
+        if self._group is not None:
+            partial = partial.contiguous()
+            dist.all_reduce(partial, group=self._group)
+        return partial
+
+
+def _is_identity(module: nn.Module | None) -> bool:
+    return module is None or isinstance(module, IdentityOp)
