@@ -33,6 +33,7 @@ class Completion:
         prompt, options: as given.
         tokens: added so far, without the stop token.
         log_probs: of each added token, in nats, where asked for.
+        top_log_probs: ids and log-probabilities of the likeliest tokens in place of each, where asked for.
         finish: None while it grows; "stop", "length" (of `max_new_tokens` or the context), or "cancelled".
         stop: the stop string that ended it.
     """
@@ -41,6 +42,7 @@ class Completion:
     options: SamplingOptions
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: str | None = None
     stop: str | None = None
     _sequence: CachedSequence = field(default_factory=CachedSequence)
@@ -113,15 +115,18 @@ class Generator:
                 [(c._sequence, c.tokens[-1:]) for c in self._running] + [(c._sequence, c.prompt) for c in admitted]
             )
             rows = [_Row(c.options, len(c.prompt) + len(c.tokens), c.prompt + c.tokens) for c in batch]
-            chosen = self.engine.decide(output, lambda shard, _: choose(shard, rows), 2).tolist()
+            top = min(max(c.options.top_log_probs for c in batch), self.engine.config.model.vocab_size)
+            chosen = self.engine.decide(
+                output, lambda shard, _: _with_top(choose(shard, rows), shard, top), 2 + 2 * top
+            ).tolist()
             _check_finite(chosen)
         except BaseException:
             for completion in batch:
                 self._finish(completion, "cancelled")
             self._running = []
             raise
-        for completion, (token, log_prob) in zip(batch, chosen, strict=True):
-            self._append(completion, int(token), log_prob)
+        for completion, (token, log_prob, *likeliest) in zip(batch, chosen, strict=True):
+            self._append(completion, int(token), log_prob, _pairs(likeliest, completion.options.top_log_probs))
         self._running = [completion for completion in batch if completion.finish is None]
         return batch
 
@@ -163,17 +168,21 @@ class Generator:
             if len(text) < 2:
                 raise UserError(f"a text of {len(text)} tokens has nothing to score; give at least 2 tokens")
             check_fits(len(text) - 1, self.engine.context)
-        return [self._score(text) for text in texts]
+        return [[log_prob for log_prob, _ in self.score_tokens(text)] for text in texts]
 
-    def _score(self, text: Sequence[int]) -> list[float]:
+    def score_tokens(self, text: Sequence[int], top: int = 0) -> list[tuple[float, list[tuple[int, float]]]]:
+        """Of each token from the second on: its log-probability in nats, and the `top` likeliest ids with theirs."""
+        top = min(top, self.engine.config.model.vocab_size)
         sequence = CachedSequence()
         try:
             output = self.engine.run([(sequence, text[:-1])], every_token=True)
             targets = torch.tensor(text[1:], device=self.engine.runtime.device)[:, None]
-            scores = self.engine.decide(output, lambda shard, _: shard.log_probs(targets), 1)
+            scores = self.engine.decide(
+                output, lambda shard, _: _with_top(shard.log_probs(targets).double(), shard, top), 1 + 2 * top
+            )
         finally:
             self.engine.release(sequence)
-        return scores[:, 0].tolist()
+        return [(log_prob, _pairs(rest, top)) for log_prob, *rest in scores.tolist()]
 
     def _check(self, prompt: Sequence[int], options: SamplingOptions) -> None:
         vocabulary, pool = self.engine.config.model.vocab_size, self.engine.pool
@@ -208,7 +217,7 @@ class Generator:
             admitted.append(self._waiting.popleft())
         return admitted
 
-    def _append(self, completion: Completion, token: int, log_prob: float) -> None:
+    def _append(self, completion: Completion, token: int, log_prob: float, top: list[tuple[int, float]]) -> None:
         options = completion.options
         if token in options.stop_tokens:
             self._finish(completion, "stop")
@@ -216,6 +225,7 @@ class Generator:
         completion.tokens.append(token)
         if options.log_probs:
             completion.log_probs.append(log_prob)
+            completion.top_log_probs.append(top)
         completion.stop = self._found_stop(completion)
         if completion.stop is not None:
             self._finish(completion, "stop")
@@ -265,6 +275,20 @@ def choose(shard: Shard, rows: Sequence[_Row]) -> Tensor:
     return chosen
 
 
+def _with_top(chosen: Tensor, shard: Shard, count: int) -> Tensor:
+    """Columns behind `chosen`: the `count` likeliest ids of each row, then their log-probabilities."""
+    if not count:
+        return chosen
+    values, ids = shard.top(count)
+    return torch.cat((chosen, ids.double(), (values - shard.log_normaliser()[:, None]).double()), -1)
+
+
+def _pairs(columns: Sequence[float], count: int) -> list[tuple[int, float]]:
+    """Of what `_with_top` appends, the first `count` ids with their log-probabilities."""
+    half = len(columns) // 2
+    return [(int(token), log_prob) for token, log_prob in zip(columns[:half], columns[half:], strict=True)][:count]
+
+
 def _choose_alike(
     shard: Shard,
     rows: Sequence[_Row],
@@ -290,5 +314,5 @@ def _penalised(shard: Shard, rows: Sequence[_Row]) -> Shard:
 
 
 def _check_finite(chosen: Iterable[Sequence[float]]) -> None:
-    if not all(abs(number) < float("inf") for _, number in chosen):
+    if not all(abs(number) < float("inf") for _, number, *_ in chosen):
         raise UserError("the model's logits are not finite; its checkpoint is damaged or its training diverged")
