@@ -21,7 +21,7 @@ def _readme() -> str:
 
 _HUGGING_FACE = ["transformers>=4.48", "tokenizers>=0.21"]
 _PARQUET = ["pyarrow>=14"]
-_SERVE = ["fastapi>=0.110", "uvicorn>=0.27"]  # examples/serving
+_SERVE = ["jinja2>=3.1", "starlette>=0.40", "uvicorn>=0.27"]  # vishwamai_mp/serving
 _PLOTS = ["matplotlib>=3.8"]
 _DATASETS = ["datasets>=3.0"]  # Hugging Face's, as training data
 
@@ -37,6 +37,7 @@ setup(
     package_data={
         "vishwamai_mp.config": ["presets/*.yaml"],
         "vishwamai_mp.conversion": ["remote_code/*.py"],
+        "vishwamai_mp.serving": ["page.html"],
     },
     install_requires=[
         "torch>=2.6",
@@ -69,6 +70,7 @@ setup(
             "accelerate>=1.1",  # transformers' Trainer, which schedules are compared with, needs it
             "hypothesis>=6.100",
             "mypy>=1.13",
+            "openai>=2",  # the client that the endpoint is tested with
             "peft>=0.14",  # loads exported adapters in a test
             "pytest>=8.2",
             "pytest-xdist>=3.6",

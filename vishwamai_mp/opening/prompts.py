@@ -63,6 +63,14 @@ class PromptTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
+    def spell(self, token: int) -> str:
+        """One token as a text of its own; a byte of a longer character as OpenAI writes it, `bytes:\\xe2`."""
+        spelled = self.tokenizer.id_to_token(token)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", spelled):
+            byte = int(spelled[3:5], 16)
+            return chr(byte) if byte < 0x80 else f"bytes:\\x{byte:02x}"
+        return spelled.replace("\u2581", " ")
+
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation that the model is to go on, as transformers' `apply_chat_template` makes them.
 

@@ -137,6 +137,7 @@ class TreeOfThoughts(KeepsValues):
         max_tokens: int | None = None,
         max_seconds: float | None = None,
         watch: Callable[[list[SearchResult]], None] | None = None,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> list[SearchResult]:
         """One tree per prompt; all of them grow in one batch.
 
@@ -145,6 +146,7 @@ class TreeOfThoughts(KeepsValues):
             max_tokens: generated per prompt at most.
             max_seconds: for the whole call. When a budget ends, the best so far is returned and marked.
             watch: called with the trees as they are, each time some have grown; what it raises ends the search.
+            before_pass: called before each pass of the model, so that others may have theirs; likewise.
 
         Raises:
             UserError: an empty or too long prompt, a budget that is not positive, a scorer or verifier that fails.
@@ -153,11 +155,18 @@ class TreeOfThoughts(KeepsValues):
             self._use(self.model.engine())
         self._check(prompts, max_tokens, max_seconds)
         deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+
+        def turn(trees: Sequence[_Tree]) -> None:
+            before_pass()
+            if deadline < math.inf and self._agree(time.monotonic() > deadline):
+                for tree in trees:
+                    tree.budget = tree.budget or "time"
+
         trees = [self._plant(prompt) for prompt in prompts]
         try:
-            self._grow([(tree, tree.growing[0]) for tree in trees], None, math.inf)
+            self._grow([(tree, tree.growing[0]) for tree in trees], None, lambda _: before_pass())
             while running := [tree for tree in trees if tree.reason is None]:
-                self._advance(running, max_tokens, deadline)
+                self._advance(running, max_tokens, turn)
                 if watch is not None:
                     watch([self._result(tree) for tree in trees])
         finally:
@@ -185,7 +194,7 @@ class TreeOfThoughts(KeepsValues):
         root = GrowingNode(Node(0, None, 0, list(prompt)), CachedSequence(), added=added, read=len(prompt))
         return _Tree([root], [root])
 
-    def _advance(self, trees: list[_Tree], max_tokens: int | None, deadline: float) -> None:
+    def _advance(self, trees: list[_Tree], max_tokens: int | None, turn: Callable[[Sequence[_Tree]], None]) -> None:
         """Expand what each tree's strategy says, score, prune, keep."""
         families = []
         for tree in trees:
@@ -197,7 +206,7 @@ class TreeOfThoughts(KeepsValues):
                 tree.growing += children
                 families.append((tree, children))
                 self.engine.release(parent.sequence)
-        self._grow([(tree, child) for tree, children in families for child in children], max_tokens, deadline)
+        self._grow([(tree, child) for tree, children in families for child in children], max_tokens, turn)
         for tree, children in families:
             self._judge(tree, children)
         for tree in trees:
@@ -211,7 +220,12 @@ class TreeOfThoughts(KeepsValues):
         tree.frontier = [grower for grower in tree.frontier if grower is not chosen]
         return [chosen]
 
-    def _grow(self, owners: list[tuple[_Tree, GrowingNode]], max_tokens: int | None, deadline: float) -> None:
+    def _grow(
+        self,
+        owners: list[tuple[_Tree, GrowingNode]],
+        max_tokens: int | None,
+        turn: Callable[[Sequence[_Tree]], None],
+    ) -> None:
         tree_of = {id(grower): tree for tree, grower in owners}
         spent = {id(tree): tree.generated for tree, _ in owners}
 
@@ -222,12 +236,8 @@ class TreeOfThoughts(KeepsValues):
             spent[id(tree)] += 1
             return tree.budget is None
 
-        def time_is_up() -> None:
-            if deadline < math.inf and self._agree(time.monotonic() > deadline):
-                for tree, _ in owners:
-                    tree.budget = tree.budget or "time"
-
-        self._grower.grow([grower for _, grower in owners], may_go_on, time_is_up)
+        trees = [tree for tree, _ in owners]
+        self._grower.grow([grower for _, grower in owners], may_go_on, lambda: turn(trees))
 
     def _agree(self, flag: bool) -> bool:
         """Whether any rank of this replica says so."""
