@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,8 @@ from tests.synthetic import write_corpus
 from tests.workers import WorkerPool
 from vishwamai_mp.config import ConfigError
 from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.training.callbacks.search import Search
+from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
 
 _TEXT = "1 + 1 = 2[STEP]2 + 2 = 4[STEP]so 4"
 _SETTINGS = [
@@ -50,7 +53,7 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("layout", [[], ["tensor", "sequence"], ["pipeline"]])
+@pytest.mark.parametrize("layout", [[], ["tensor", "sequence", "memory", "cache"], ["pipeline"]])
 def test_evaluations_search_and_change_nothing_else(
     workers: WorkerPool, data: list[str], tmp_path: Path, layout: list[str]
 ) -> None:
@@ -60,9 +63,11 @@ def test_evaluations_search_and_change_nothing_else(
         "tensor": "parallel.tensor_model_parallel_size=2",
         "pipeline": "parallel.pipeline_model_parallel_size=2",
         "sequence": "parallel.sequence_parallel=true",
+        "memory": "memory.enabled=true memory.memory_size=32 memory.head_dim=8",
+        "cache": "cache.enabled=true cache.num_heads=4 cache.segment_length=8",
     }
     processes = 2 if layout else 1
-    arguments = [*data, *(named[kind] for kind in layout)]
+    arguments = [*data, *(setting for kind in layout for setting in named[kind].split())]
     for folder, more in (("plain", []), ("searching", [f"tree.prompts={prompts}"])):
         assert not any(
             workers.run(pretrain, processes, [*arguments, *more, f"training.output_dir={tmp_path / folder}"])
@@ -73,11 +78,21 @@ def test_evaluations_search_and_change_nothing_else(
         assert row["value_cross_entropy"] > 0
         assert ("search_score" in row) == ("validation_loss" in row) == (row["step"] in (3, 6))
     assert 0 < searching[5]["search_score"] < 1
-    assert searching[5]["search_solve_rate"] in (0.0, 0.5, 1.0)
+    assert searching[5]["search_solve_rate"] >= 0
     assert searching[5]["search_tokens"] > 8
     assert "search_score" not in plain[5]
     assert (tmp_path / "searching/search/step_00000006.html").read_text().count("<svg") == 2
     assert logged_text(tmp_path / "searching/tensorboard").startswith("    >")
+
+
+def test_the_solve_rate_is_of_answers_that_contain_what_is_right(data: list[str], monkeypatch: pytest.MonkeyPatch):
+    tokenizer = Tokenizer(data[1].partition("=")[2])
+    found = [SearchResult([Node(0, None, 0, [1]), Node(1, 0, 1, tokenizer.encode("so 4"))], best=1) for _ in range(4)]
+    search = Search([f"1 + 1\t{right}" for right in ("4", "so", "5", "4")], tokenizer)
+    monkeypatch.setattr(search, "_search", lambda trainer: found)
+    record = {"validation_loss": 1.0}
+    search.on_step_end(SimpleNamespace(runtime=SimpleNamespace(reports=False)), record)
+    assert record["search_solve_rate"] == 0.75
 
 
 def logged_text(folder: Path) -> str:

@@ -27,7 +27,7 @@ class Output:
 
     Attributes:
         rows: N.
-        logits: this rank's vocabulary, −∞ at padding.
+        logits: this rank's vocabulary, −∞ at padding; None where they were not asked for.
         hidden: normed, (N, D): what the logits come from.
     """
 
@@ -60,12 +60,13 @@ class Engine:
         return self.config.model.max_position_embeddings
 
     @torch.inference_mode()
-    def run(self, work: Work, every_token: bool = False) -> Output:
+    def run(self, work: Work, every_token: bool = False, logits: bool = True) -> Output:
         """Let sequences read tokens.
 
         Args:
             work: sequences, each once, with at least one token each.
-            every_token: logits after every token, not only after the last of each sequence.
+            every_token: rows for every token, not only for the last of each sequence.
+            logits: False leaves them out; hidden states are all that is asked for.
 
         Raises:
             UserError: a sequence would outgrow the context, or key-value memory is full.
@@ -81,9 +82,12 @@ class Engine:
             if not self.runtime.is_last_stage:
                 dist.send(hidden.contiguous(), self._neighbour(1), group=self.runtime.groups.pp)
                 return Output(len(batch.tokens) if every_token else len(batch.counts))
-            logits, normed = self.stage.head(hidden)
-        shard = Shard.of(logits, self.config.model.vocab_size, self.runtime.groups.tp)
-        return Output(logits.shape[0], shard, normed)
+            normed = self.stage.normed(hidden)
+            shard = None
+            if logits:
+                vocabulary = self.config.model.vocab_size
+                shard = Shard.of(self.stage.logits(normed), vocabulary, self.runtime.groups.tp)
+        return Output(len(normed), shard, normed)
 
     @torch.inference_mode()
     def decide(self, output: Output, choose: Callable[[Shard, Tensor], Tensor], columns: int) -> Tensor:

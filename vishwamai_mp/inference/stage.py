@@ -62,7 +62,10 @@ class Stage:
             x = x[:, 0]
         return x if wanted is None or len(x) == len(wanted) else x[wanted]
 
-    def head(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, V) and the normed hidden states (N, D) that they come from."""
-        normed = self.model.decoder.final_layernorm(hidden_ND[:, None])
-        return self.model.logits(normed)[:, 0], normed[:, 0]
+    def normed(self, hidden_ND: Tensor) -> Tensor:
+        """What the last stage's logits come from, (N, D)."""
+        return self.model.decoder.final_layernorm(hidden_ND[:, None])[:, 0]
+
+    def logits(self, normed_ND: Tensor) -> Tensor:
+        """Of normed hidden states: (N, V)."""
+        return self.model.logits(normed_ND[:, None])[:, 0]

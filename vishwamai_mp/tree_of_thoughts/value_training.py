@@ -77,7 +77,8 @@ def _read(engine: Engine, rollouts: Sequence[Rollout]) -> Tensor | None:
     for start in range(0, len(rollouts), _BATCH):
         batch = rollouts[start : start + _BATCH]
         sequences = [CachedSequence() for _ in batch]
-        output = engine.run([(s, r.tokens) for s, r in zip(sequences, batch, strict=True)], every_token=True)
+        work = [(s, r.tokens) for s, r in zip(sequences, batch, strict=True)]
+        output = engine.run(work, every_token=True, logits=False)
         for sequence in sequences:
             engine.release(sequence)
         if output.hidden is not None:

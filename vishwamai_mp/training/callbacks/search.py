@@ -39,16 +39,11 @@ class Search(Callback):
             )
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        config = trainer.config
-        parallel, components = config.parallel, config.memory.enabled or config.cache.enabled
-        if (
-            parallel.virtual_pipeline_model_parallel_size
-            or parallel.context_parallel_size > 1
-            or (parallel.sequence_parallel and components)
-        ):
+        parallel = trainer.config.parallel
+        if parallel.virtual_pipeline_model_parallel_size or parallel.context_parallel_size > 1:
             raise ConfigError(
-                "tree.prompts cannot be searched in this layout (virtual pipeline stages, context parallelism, or"
-                " sequence parallelism with memory or cache); leave tree.prompts out"
+                "tree.prompts cannot be searched in this layout (virtual pipeline stages or context parallelism);"
+                " set tree.prompts=null"
             )
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
