@@ -11,7 +11,9 @@ whoever reaches the port may use the model, so by default only this machine does
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 from vishwamai_mp.config import UserError, run_program
 from vishwamai_mp.opening import find_run
@@ -63,8 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def positive(kind: type) -> object:
-    def read(text: str) -> object:
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
         value = kind(text)
         if not value > 0:
             raise argparse.ArgumentTypeError(f"{text}: use a number above 0")

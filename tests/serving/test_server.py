@@ -23,8 +23,8 @@ _PROMPT = "once upon a time"
 class Letters:
     """A token is a letter; a conversation is its messages in a row."""
 
-    end_tokens = ()
-    template = "{{ messages }}"
+    end_tokens: tuple[int, ...] = ()
+    template: str | None = "{{ messages }}"
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]

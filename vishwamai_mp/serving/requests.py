@@ -215,7 +215,8 @@ def _text_of(content: Any, place: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    if not parts or len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+    given = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    texts = [text for text in given if isinstance(text, str)]
+    if not parts or len(texts) < len(parts):
         raise Refusal(f"{place}: give a text, or parts of type text", "messages")
     return "".join(texts)

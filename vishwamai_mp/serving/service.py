@@ -290,8 +290,10 @@ class Service:
 
     def _report(self, ticket: _Ticket) -> None:
         """Send the text that is certain; with the last of it, the ticket is done."""
-        completion, finish, text = ticket.completion, "length", ""
-        tokens, scores = [], []
+        completion, text = ticket.completion, ""
+        finish: str | None = "length"
+        tokens: list[int] = []
+        scores: list[TokenScore] = []
         if completion is not None:
             text, finish = self.generator.text(completion), completion.finish
             if finish is None:
@@ -323,8 +325,13 @@ class Service:
             if left <= 0:
                 raise self._too_late()
             trees = TreeOfThoughts(self._searcher, search.tree, decode=self.generator.decode, **self.ending)
-            budget = {"max_tokens": self.limits.search_tokens, "max_seconds": left}
-            trees.search([search.prompt], watch=watch, before_pass=let_others, **budget)
+            trees.search(
+                [search.prompt],
+                max_tokens=self.limits.search_tokens,
+                max_seconds=left,
+                watch=watch,
+                before_pass=let_others,
+            )
             client.report(None)
         except Disconnected:
             pass
