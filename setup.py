@@ -21,7 +21,7 @@ def _readme() -> str:
 
 _HUGGING_FACE = ["transformers>=4.48", "tokenizers>=0.21"]
 _PARQUET = ["pyarrow>=14"]
-_SERVE = ["jinja2>=3.1", "starlette>=0.40", "uvicorn>=0.27"]  # vishwamai_mp/serving
+_SERVE = ["starlette>=0.40", "uvicorn>=0.27"]  # vishwamai_mp/serving
 _PLOTS = ["matplotlib>=3.8"]
 _DATASETS = ["datasets>=3.0"]  # Hugging Face's, as training data
 
@@ -37,13 +37,17 @@ setup(
     package_data={
         "vishwamai_mp.config": ["presets/*.yaml"],
         "vishwamai_mp.conversion": ["remote_code/*.py"],
+        "vishwamai_mp.observability": ["templates/*.html"],
         "vishwamai_mp.serving": ["page.html"],
     },
     install_requires=[
+        "backports.zstd>=1.0; python_version < '3.14'",  # compression.zstd of Python 3.14
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "packaging>=24.2",
+        "protobuf>=4.25",  # reads the settings in a tokenizer's file
         "psutil>=5.9",  # megatron-core's sharded save needs it, does not require it, and hangs without it
         "pydantic>=2.9",
         "pyyaml>=6.0",
@@ -51,7 +55,6 @@ setup(
         "sentencepiece>=0.2",
         "tensorboard>=2.15",
         "tqdm>=4.66",
-        "zstandard>=0.22",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.0"],  # on GPUs: fused layers, FP8

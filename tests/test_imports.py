@@ -27,7 +27,7 @@ _ORDER = [
     {"observability"},
     {"serving"},
     {"training"},
-    {"pretrain", "trainer"},
+    {"pretrain", "trainer", "launch"},
 ]
 _LEVEL = {room: level for level, rooms in enumerate(_ORDER) for room in rooms}
 _WITHOUT_TORCH = ("config", "planning")

@@ -40,15 +40,15 @@ from vishwamai_mp.model.initialization import copy_components
 from vishwamai_mp.neural_memory import ReasoningMemoryTransformer
 from vishwamai_mp.observability.environment import write_run_description
 from vishwamai_mp.opening.loaded_model import LoadedModel, check_runs_alone, load_model
-from vishwamai_mp.runtime import standing_session
+from vishwamai_mp.runtime import is_accelerator, standing_session
 from vishwamai_mp.runtime.distributed import world_size
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
 from vishwamai_mp.training.arguments import TrainingArguments
 from vishwamai_mp.training.assembly import changed, data_settings, module_sections, with_steps
-from vishwamai_mp.training.callbacks import Callback
-from vishwamai_mp.training.callbacks.search import with_step_token
-from vishwamai_mp.training.loop import Trainer, usual_callbacks
+from vishwamai_mp.training.callbacks import Callback, usual_callbacks
+from vishwamai_mp.training.loop import Trainer
 from vishwamai_mp.tree_of_thoughts import TreeOfThoughts
+from vishwamai_mp.tree_of_thoughts.endings import with_step_token
 
 __all__ = [
     "CacheConfig",
@@ -116,7 +116,7 @@ class VishwamAIPretrainer:
         own = [_StartComponents(_weights(modules)), *callbacks, _History(self.history)]
         with advice_when_out_of_memory(self.config):
             self.trainer = Trainer(self.config, runtime, datasets, usual_callbacks(self.config, tokenizer, own))
-        for note in [*datasets.notes, *self.args.notes(self.config, runtime.device.type == "cuda")]:
+        for note in [*datasets.notes, *self.args.notes(self.config, is_accelerator(runtime.device))]:
             self.trainer.say(note)
         self._components, self._resumed = own[0], False
         model.stand_for(self._engine)

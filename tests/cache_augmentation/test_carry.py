@@ -45,7 +45,7 @@ def streamed(hidden: Tensor, cuts: list[int], documents: list[Tensor] | None, ov
     loss = out[-1].square().sum()
     loss.backward()
     assert not any(piece.isnan().any() for piece in out)
-    return torch.cat(out).detach(), module.carried.fill
+    return torch.cat(out).detach(), float(module.carried.fill(out[0]))
 
 
 def whole(hidden: Tensor, documents: Tensor | None, overrides: tuple[str, ...]) -> Tensor:

@@ -58,15 +58,15 @@ def _keep_world():
     return sizes, dist.is_initialized()
 
 
-def _draws():
+def _draws(layout):
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     from vishwamai_mp.runtime import seed_step
 
-    _initialize({"tensor_model_parallel_size": 2})
+    runtime = _initialize(layout)
     draws = []
     for step in (3, 4, 3):
-        seed_step(7, step)
+        seed_step(7, step, runtime.groups)
         replicated = torch.rand(2).tolist()
         with get_cuda_rng_tracker().fork():
             sharded = torch.rand(2).tolist()
@@ -106,10 +106,32 @@ def test_groups_can_be_made_again_in_the_same_world(workers: WorkerPool):
 
 
 def test_a_step_has_its_own_numbers_on_every_rank(workers: WorkerPool):
-    (left, right) = workers.run(_draws, 2)
+    (left, right) = workers.run(_draws, 2, {"tensor_model_parallel_size": 2})
     for draws in (left, right):
         assert draws[0] == draws[2]  # a function of seed and step
         assert draws[0][0] != draws[1][0]
         assert draws[0][1] != draws[1][1]
     assert left[0][0] == right[0][0]  # replicated regions agree,
     assert left[0][1] != right[0][1]  # sharded ones do not
+
+
+@pytest.mark.parametrize("layout", [{}, {"context_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+def test_ranks_that_see_other_tokens_or_are_other_layers_draw_other_numbers(workers: WorkerPool, layout):
+    (left, right) = workers.run(_draws, 2, layout)
+    for own, other in zip(left[0], right[0], strict=True):
+        assert own != other
+
+
+def _tracker_stays():
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from vishwamai_mp.runtime import seed_step
+
+    runtime = _initialize({})
+    before = get_cuda_rng_tracker()
+    seed_step(7, 3, runtime.groups)
+    return get_cuda_rng_tracker() is before
+
+
+def test_the_tracker_that_layers_were_built_with_is_seeded(workers: WorkerPool):
+    assert workers.run(_tracker_stays, 1) == [True]

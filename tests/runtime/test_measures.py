@@ -12,6 +12,7 @@ from vishwamai_mp.runtime.measures import (
     mean_measures,
     measures_of,
     scale_attached_losses,
+    summed_measures,
 )
 
 
@@ -36,8 +37,8 @@ def _mean_over_two_ranks():
     kept[0].add("a", torch.tensor(3.0), 4 - 2 * rank)
     if rank:
         kept[1].add("b", torch.tensor(5.0), torch.tensor(10))
-    first = mean_measures(kept, names, torch.device("cpu"))
-    return names, first, mean_measures(kept, names, torch.device("cpu"))
+    first, second = (summed_measures(kept, names, torch.device("cpu")).tolist() for _ in range(2))
+    return names, mean_measures(names, first), mean_measures(names, second)
 
 
 def test_means_weigh_all_ranks_modules_and_calls(workers):
@@ -47,7 +48,7 @@ def test_means_weigh_all_ranks_modules_and_calls(workers):
         assert second == {}  # taken
 
 
-@pytest.mark.parametrize("scale", [1.0, 8.0])
+@pytest.mark.parametrize("scale", [1.0, 8.0, torch.tensor(8.0)])
 def test_an_attached_loss_adds_its_gradient(scale):
     weight = torch.tensor([2.0, 3.0], requires_grad=True)
     scale_attached_losses(scale)

@@ -15,23 +15,23 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adapter d
 
 
 def _rewritten(source: str) -> str:
-    return ast.unparse(megatron_cpu._ToCpu().visit(ast.parse(source)))
+    return ast.unparse(megatron_cpu._rewritten(source, "<test>"))
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("torch.zeros(3, device='cuda')", "torch.zeros(3, device='cpu')"),
+        ("torch.zeros(3, device='cuda')", "torch.zeros(3, device=_vishwamai_device.current_device())"),
         (
             "torch.zeros(3, device=torch.cuda.current_device())",
-            "torch.zeros(3, device=_vishwamai_cpu.current_device())",
+            "torch.zeros(3, device=_vishwamai_device.current_device())",
         ),
         ("torch.zeros(3, pin_memory=True)", "torch.zeros(3, pin_memory=False)"),
-        ("loss.cuda(non_blocking=True)", "loss"),
-        ("loss.cuda().float()", "loss.float()"),
-        ("f(x.cuda(), y.cuda(0))", "f(x, y)"),
-        ("kind == 'torch.cuda.FloatTensor'", "kind == 'torch.FloatTensor'"),
-        ("with torch.cuda.stream(s):\n    pass", "with _vishwamai_cpu.stream(s):\n    pass"),
+        ("loss.cuda(non_blocking=True)", "loss.to(_vishwamai_device.current_device())"),
+        ("torch.autocast('cuda')", "torch.autocast(_vishwamai_device.device_type)"),
+        ("loss.cuda().float()", "loss.to(_vishwamai_device.current_device()).float()"),
+        ("kind == 'torch.cuda.FloatTensor'", "kind == _vishwamai_device.tensor_type('FloatTensor')"),
+        ("with torch.cuda.stream(s):\n    pass", "with _vishwamai_device.stream(s):\n    pass"),
     ],
 )
 def test_an_idiom_is_rewritten(source, expected):
@@ -56,11 +56,11 @@ def test_what_is_no_idiom_stays(source):
 
 def test_rewritten_code_runs_on_the_cpu():
     code = compile(
-        megatron_cpu._ToCpu().visit(ast.parse("y = torch.ones(2, device=torch.cuda.current_device()).cuda() + 1")),
+        megatron_cpu._rewritten("y = torch.ones(2, device=torch.cuda.current_device()).cuda() + 1", "<test>"),
         "<test>",
         "exec",
     )
-    space = {"torch": torch, "_vishwamai_cpu": megatron_cpu._cpu}
+    space = {"torch": torch, "_vishwamai_device": megatron_cpu._in_place_of_cuda}
     exec(code, space)
     assert space["y"].tolist() == [2.0, 2.0]
     assert space["y"].device.type == "cpu"
@@ -69,7 +69,7 @@ def test_rewritten_code_runs_on_the_cpu():
 def test_megatron_core_came_through_the_hook():
     module = importlib.import_module("megatron.core.tensor_parallel.layers")
     assert isinstance(module.__loader__, megatron_cpu._Loader)
-    assert module._vishwamai_cpu is megatron_cpu._cpu
+    assert module._vishwamai_device is megatron_cpu._in_place_of_cuda
 
 
 def test_nothing_outside_megatron_core_changes(tmp_path, monkeypatch):
@@ -84,13 +84,43 @@ def test_nothing_outside_megatron_core_changes(tmp_path, monkeypatch):
     assert torch.cuda.__name__ == "torch.cuda"
 
 
+def test_where_cuda_exists_nothing_is_rewritten_but_the_optimizer_is_repaired(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path = tmp_path / "distrib_optimizer.py"
+    path.write_text(
+        "class DistributedOptimizer:\n    state_dict = _set_main_param_and_optimizer_states = None\n\n"
+        "def f(x):\n    return x.cuda()\n"
+    )
+    loader = megatron_cpu._Loader(megatron_cpu._DISTRIBUTED_OPTIMIZER, str(path))
+    module = types.ModuleType(megatron_cpu._DISTRIBUTED_OPTIMIZER)
+    loader.exec_module(module)
+    assert "cuda" in module.f.__code__.co_names
+    assert callable(module.DistributedOptimizer.state_dict)
+
+
+def test_another_partner_of_the_distributed_optimizer_is_left_alone():
+    class Theirs:
+        def state_dict(self):
+            return "theirs"
+
+        def _set_main_param_and_optimizer_states(self, param, tensors):
+            self.set = tensors
+
+    megatron_cpu._repair_distributed_optimizer(Theirs)
+    theirs = Theirs()
+    theirs.optimizer = object()  # Transformer Engine's, which has no torch state to fill
+    assert theirs.state_dict() == "theirs"
+    theirs._set_main_param_and_optimizer_states(None, {"exp_avg": 1})
+    assert theirs.set == {"exp_avg": 1}
+
+
 def test_installing_twice_adds_one_hook():
     megatron_cpu.install()
     assert sum(isinstance(finder, megatron_cpu._Finder) for finder in sys.meta_path) == 1
 
 
 def test_the_stand_in_answers_for_torch_cuda():
-    cpu = megatron_cpu._cpu
+    cpu = megatron_cpu._in_place_of_cuda
     cpu.manual_seed(5)
     first = torch.rand(3)
     state = cpu.get_rng_state()

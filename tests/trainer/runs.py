@@ -12,6 +12,7 @@ from vishwamai_mp.data.datasets import build_datasets
 from vishwamai_mp.runtime import standing_session
 from vishwamai_mp.runtime.distributed import world_size
 from vishwamai_mp.trainer import TrainingArguments, VishwamAIPretrainer, load_model
+from vishwamai_mp.training.callbacks import usual_callbacks
 from vishwamai_mp.training.loop import Trainer
 
 VOCAB = SMALL["model"]["vocab_size"]
@@ -41,7 +42,7 @@ def core_losses(folder: Path, overrides: list[str]) -> list[float]:
     config = resolve(load_config(RECIPE, [f"training.output_dir={folder}", *overrides]), world_size())
     runtime = standing_session(config)
     with contextlib.redirect_stderr(io.StringIO()):
-        Trainer(config, runtime, build_datasets(config, None, runtime)).train()
+        Trainer(config, runtime, build_datasets(config, None, runtime), usual_callbacks(config)).train()
     return [row["lm_loss"] for row in rows(folder)]
 
 

@@ -16,8 +16,9 @@ from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.data.batches import Samples
 from vishwamai_mp.data.datasets import build_datasets
 from vishwamai_mp.runtime import initialize, shutdown
-from vishwamai_mp.training.callbacks import Callback
-from vishwamai_mp.training.loop import Trainer, usual_callbacks
+from vishwamai_mp.training.callbacks import Callback, usual_callbacks
+from vishwamai_mp.training.callbacks.base import Order
+from vishwamai_mp.training.loop import Trainer
 
 VOCAB = SMALL["model"]["vocab_size"]
 _SETTINGS = [
@@ -57,7 +58,26 @@ class Interruption(Exception):  # noqa: N818 (no error: the test's wish)
     """The end of a run that had no time to save."""
 
 
+class Counter(Callback):
+    """Counts steps, over resumed runs too."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
+        self.count += 1
+        record["counted"] = self.count
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state.get("count", 0)
+
+
 class _Watch(Callback):
+    order = Order.WATCH
+
     def __init__(self, stop_after: int | None, crash_after: int | None) -> None:
         self.stop_after, self.crash_after = stop_after, crash_after
         self.records: list[dict[str, float]] = []

@@ -70,7 +70,7 @@ class Reader(NamedTuple):
         q = F.pad(q_CBHK.permute(1, 2, 0, 3), (0, 0, 0, -tokens % queries)).flatten(0, 1).unflatten(1, (-1, queries))
         place = torch.arange(q.shape[1] * queries, device=q.device).view(-1, queries)
         real = (place < tokens).expand(q.shape[:3])
-        found = self._read(q, begins, real)
+        found = self._read(q, begins, real, start)
         return _result(found, found.out.flatten(1, 2)[:, :tokens].unflatten(0, (rows, heads)).permute(2, 0, 1, 3), real)
 
     def _by_document(self, q_CBHK: Tensor, within_BC: Tensor) -> ChunkReading:
@@ -85,12 +85,15 @@ class Reader(NamedTuple):
         row = torch.arange(rows, device=slot.device)[:, None]
         q = q_CBHK[token.clamp(max=tokens - 1), row].transpose(1, 2).flatten(0, 1).unflatten(1, (-1, queries))
         real = (token < tokens).unflatten(1, (-1, queries)).repeat_interleave(heads, 0)
-        found = self._read(q, token[:, ::queries], real)
+        found = self._read(q, token[:, ::queries], real, start=None)
         out = found.out.flatten(1, 2).unflatten(0, (rows, heads))[row, :, slot]  # (B, C, H, K)
         return _result(found, out.transpose(0, 1), real)
 
-    def _read(self, q_GMQK: Tensor, begins_BM: Tensor, real_GMQ: Tensor) -> Reading:
-        """Read for blocks that begin at given positions (behind the row: filled up, no block)."""
+    def _read(self, q_GMQK: Tensor, begins_BM: Tensor, real_GMQ: Tensor, start: int | None) -> Reading:
+        """Read for blocks that begin at given positions (behind the row: filled up, no block).
+
+        `start` is where the first begins, as the host knows it; None: segments are more than may be read.
+        """
         groups, blocks, queries, _ = q_GMQK.shape
         since, until = self._visible(begins_BM, groups)
         if self.latents.keys.shape[1] - 1 > self.retrieve:
@@ -100,8 +103,9 @@ class Reader(NamedTuple):
         else:
             # The first token behind a segment is the first to read it.
             count = self.segments.last.shape[1]
-            first, before = int(begins_BM[0, 0]), self.latents.keys.shape[1] - count
-            ends = range(first + queries - 1, first + blocks * queries, queries)
+            assert start is not None
+            before = self.latents.keys.shape[1] - count
+            ends = range(start + queries - 1, start + blocks * queries, queries)
             plan = Everything(since, until, tuple(before + min(end // self.segments.length, count) for end in ends))
         return read(q_GMQK, self.latents, plan, real_GMQ if self.counts else None)
 

@@ -45,12 +45,11 @@ class CarriedCache:
         self._kept = None
         self._awaiting.clear()
 
-    @property
-    def fill(self) -> float:
-        """Segments held, averaged over rows and heads."""
-        return (
-            0.0 if self._kept is None else (self._kept.latents.bias[..., 0] > -torch.inf).sum(1).double().mean().item()
-        )
+    def fill(self, like: Tensor) -> Tensor:
+        """Segments held, averaged over rows and heads: a scalar on the device of `like`."""
+        if self._kept is None:
+            return like.new_zeros((), dtype=torch.float64)
+        return (self._kept.latents.bias[..., 0] > -torch.inf).sum(1).double().mean()
 
     @property
     def _again(self) -> bool:
@@ -69,7 +68,7 @@ class CarriedCache:
     @torch.no_grad()
     def keep(
         self, before: Carried | None, latents: Latents, mass: Tensor, belongs_GN: Tensor, group: dist.ProcessGroup
-    ) -> int:
+    ) -> Tensor:
         """Keep what the next rows may read.
 
         Args:
@@ -83,7 +82,7 @@ class CarriedCache:
             segments that were evicted, over all groups.
         """
         if self._again:
-            return 0
+            return mass.new_zeros(())
         access = mass.clone()
         if group.size() > 1:
             dist.all_reduce(access, group=group)
@@ -98,7 +97,7 @@ class CarriedCache:
         finite = take(sound, stay)[..., None, None]
         keys, values = (x.masked_fill(~finite, 0) for x in (keys, values))
         self._kept = Carried(Latents(keys, values, take(bias, stay).detach()), take(access, stay))
-        return int((held - self._capacity).clamp(min=0).sum())
+        return (held - self._capacity).clamp(min=0).sum()
 
 
 def belonging(segments: Segments, tokens: int, carried_until: Tensor | None, carried: int) -> Tensor:

@@ -23,7 +23,7 @@ from vishwamai_mp.cache_augmentation.write import Widths, initial_positions, lat
 from vishwamai_mp.components.head_sharded import HeadShardedModule, Linears
 from vishwamai_mp.components.standalone import Standalone, alone
 from vishwamai_mp.config import CacheConfig
-from vishwamai_mp.config.components import IMPORTANCE_WIDTH
+from vishwamai_mp.config.components import IMPORTANCE_WIDTH, cache_heads
 from vishwamai_mp.runtime.measures import Measures
 
 _MEASURES = (
@@ -61,15 +61,15 @@ class DifferentiableCacheAugmentation(Standalone, HeadShardedModule):
         if megatron is None or groups is None or linears is None:
             config, megatron, groups, linears = alone(self.section, config)
         assert config.hidden_size is not None
-        width = config.hidden_size
-        widths = Widths(width // config.num_heads, IMPORTANCE_WIDTH, config.latents_per_segment)
+        width, heads = config.hidden_size, cache_heads(config)
+        widths = Widths(width // heads, IMPORTANCE_WIDTH, config.latents_per_segment)
         super().__init__(
             megatron,
             groups,
             layer_number,
             linears,
             width=width,
-            heads=config.num_heads,
+            heads=heads,
             features=widths.total,
             read_width=width,
         )
@@ -131,7 +131,7 @@ class DifferentiableCacheAugmentation(Standalone, HeadShardedModule):
         found = [reader(part, start) for part, start in zip(query.chunk(len(starts)), starts, strict=True)]
         masses = [part.mass for part in found if part.mass is not None]
         mass = torch.stack(masses).sum(0) if masses else written.bias.new_zeros(0)
-        evicted = 0
+        evicted = written.bias.new_zeros(())
         if carrying is not None:
             belongs = belonging(segments, tokens, until, latents.bias.shape[1] - written.bias.shape[1])
             belongs = belongs.repeat_interleave(mass.shape[0] // belongs.shape[0], 0)
@@ -163,7 +163,7 @@ class DifferentiableCacheAugmentation(Standalone, HeadShardedModule):
         return gather_pooled(content, scores, self._position_bias(), segments, self.groups.cp)
 
     @torch.no_grad()
-    def _measure(self, found: list[ChunkReading], bias_GNL: Tensor, segments: Segments, evicted: int) -> None:
+    def _measure(self, found: list[ChunkReading], bias_GNL: Tensor, segments: Segments, evicted: Tensor) -> None:
         for name, total, count in (
             ("cache_null_share", "null", found[0].out[..., 0].numel() * len(found)),
             ("cache_entropy", "entropy", sum(part.sampled for part in found)),
@@ -174,10 +174,10 @@ class DifferentiableCacheAugmentation(Standalone, HeadShardedModule):
         importance, count = bias_GNL.exp() * written, written.sum() * bias_GNL.shape[2]
         self.measures.add("cache_importance", importance.sum(), count)
         self.measures.add("cache_importance_square", importance.square().sum(), count)
-        held = self.carried.fill if self.carried else written.sum() / bias_GNL.shape[0]
+        held = self.carried.fill(bias_GNL) if self.carried else written.sum() / bias_GNL.shape[0]
         capacity = self.cache_config.max_cache_length // self.widths.latents
-        self.measures.add("cache_fill", torch.as_tensor(held / capacity), 1)
-        self.measures.add("cache_evictions", torch.as_tensor(float(evicted)), bias_GNL.shape[0])
+        self.measures.add("cache_fill", held / capacity, 1)
+        self.measures.add("cache_evictions", evicted, bias_GNL.shape[0])
 
 
 def _behind(earlier: Tensor, later: Tensor) -> Tensor:

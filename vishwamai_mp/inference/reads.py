@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS
+from vishwamai_mp.runtime import is_accelerator
 
 _FEWEST_KEYS_IN_PLACE = 256  # of all sequences; below, collecting them first is faster
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # only its pattern of places is used
@@ -93,7 +94,9 @@ class Reads:
 
     def in_place(self, memory: Tensor) -> bool:
         """Own keys and values are better not collected."""
-        return memory.is_cpu and memory.dtype == torch.float32 and len(self.rows) * self.count >= _FEWEST_KEYS_IN_PLACE
+        if is_accelerator(memory) or memory.dtype != torch.float32:
+            return False
+        return len(self.rows) * self.count >= _FEWEST_KEYS_IN_PLACE
 
     def scores(self, q_BGRK: Tensor, memory: Tensor) -> Tensor:
         """q Kᵀ with own keys, (B, G, R, S)."""

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from vishwamai_mp.model.blocked_attention import blocked_attention
-from vishwamai_mp.runtime import multiplies_natively
+from vishwamai_mp.runtime import is_accelerator, multiplies_natively
 
 _LONGEST = 2048  # queries: blocked attention keeps weights, of which there are as many as pairs of tokens
 
@@ -83,7 +83,7 @@ class CoreAttention(MegatronModule):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         wide = q.dtype if multiplies_natively(q.dtype) else torch.float32
         q_BHQK, k_BGSK, v_BGSK = (x.to(wide) for x in (q, k, v))
-        if q.is_cpu and 1 < q.shape[2] <= _LONGEST and not dropout:
+        if not is_accelerator(q) and 1 < q.shape[2] <= _LONGEST and not dropout:
             repeat = q.shape[1] // k.shape[1]
             k_BHSK, v_BHSK = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (k_BGSK, v_BGSK))
             return blocked_attention(q_BHQK, k_BHSK, v_BHSK, mask, self.scale).to(q.dtype)

@@ -39,6 +39,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Angles of `positions`, (T,) or (B, T) integers → (T, 1 or B, 1, K) fp32."""
-        angles = positions.float()[..., None] * self.frequencies.to(positions.device)
+        if self.frequencies.device != positions.device:  # once: a copy in each pass would hold the host up
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = positions.float()[..., None] * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1)[:, :, None]

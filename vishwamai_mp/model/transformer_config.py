@@ -8,7 +8,7 @@ from megatron.core.transformer import TransformerConfig
 
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.precision import PrecisionPolicy, check_fp8_hardware, use_transformer_engine
-from vishwamai_mp.runtime import device
+from vishwamai_mp.runtime import device, is_accelerator
 
 
 def transformer_config(config: PretrainConfig) -> TransformerConfig:
@@ -36,7 +36,7 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         # Initialisation is ours (initialization.py). Without it "cpu initialisation" only means that parameters are
         # allocated on torch's default device, which a meta-device build relies on.
         perform_initialization=False,
-        use_cpu_initialization=device().type == "cpu",
+        use_cpu_initialization=not is_accelerator(device()),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks,

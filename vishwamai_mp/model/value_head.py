@@ -16,6 +16,8 @@ from vishwamai_mp.config import TreeConfig
 from vishwamai_mp.runtime.context import local_positions
 from vishwamai_mp.runtime.measures import Measures, attach_loss
 
+_PAIRED = 1024  # marked tokens of a micro-batch, at most, whose pairs `value_auc` compares
+
 
 class ValueHead(MegatronModule):
     """σ(w · h + b), in fp32.
@@ -39,7 +41,8 @@ class ValueHead(MegatronModule):
         self.bias = torch.nn.Parameter(torch.zeros(1, dtype=megatron.params_dtype))
         for parameter in (self.weight, self.bias):  # each rank sees a part of the sequence then
             parameter.sequence_parallel = megatron.sequence_parallel  # type: ignore[attr-defined]
-        # Cross-entropy per marked token; mean value − mean target; share of pairs of marked tokens in the right order.
+        # Cross-entropy per marked token; mean value − mean target; share of pairs of marked tokens (the first
+        # `_PAIRED` of a rank's micro-batch) in the right order.
         self.measures = Measures("value_loss", "value_cross_entropy", "value_calibration", "value_auc")
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -106,8 +109,10 @@ class ValueHead(MegatronModule):
         self.measures.add("value_loss", self.tree.value_loss_weight * entropy, marked.numel())
         self.measures.add("value_cross_entropy", entropy, count)
         self.measures.add("value_calibration", ((values - targets) * marked).sum(), count)
-        value, target = values[marked], targets[marked]
-        above = target[:, None] > target
+        # Which tokens those are only the device knows: as many as there can be, the marked ones first.
+        first = marked.flatten().logical_not().argsort(stable=True)[:_PAIRED]
+        value, target, counts = (x.flatten()[first] for x in (values, targets, marked))
+        above = (target[:, None] > target) & counts[:, None] & counts
         ordered = (value[:, None] > value).float() + 0.5 * (value[:, None] == value)
         self.measures.add("value_auc", (ordered * above).sum(), above.sum())
 

@@ -25,7 +25,7 @@ from vishwamai_mp.precision.fp8_linear import (
     replace_product,
 )
 from vishwamai_mp.precision.policy import Fp8Policy, PrecisionPolicy
-from vishwamai_mp.runtime import device, multiplies_natively
+from vishwamai_mp.runtime import device, is_accelerator, multiplies_natively
 from vishwamai_mp.runtime.products import linear_fp32, skinny_linear_fp32
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 def computes_in_fp32(policy: PrecisionPolicy) -> bool:
     """Whether a CPU multiplies matrices of this policy in fp32: they are, or it has no hardware for what they are."""
-    return device().type == "cpu" and (policy.compute == torch.float32 or not multiplies_natively(policy.compute))
+    return not is_accelerator(device()) and (policy.compute == torch.float32 or not multiplies_natively(policy.compute))
 
 
 def use_cpu_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
@@ -46,7 +46,7 @@ def use_cpu_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
             replace_product(module, _Fp32Linear.apply)
     if policy.fp8 is not None:
         linears = _fp8_linears(model, policy)
-        if linears and device().type == "cpu" and not hasattr(linears[0], "fp8_meta"):
+        if linears and not is_accelerator(device()) and not hasattr(linears[0], "fp8_meta"):
             _emulate_fp8(model, linears, policy.fp8)
 
 
@@ -127,7 +127,8 @@ class _Fp32Linear(torch.autograd.Function):
         ctx.reduce, ctx.sequence_parallel, ctx.group = reduce, sequence_parallel, group
         x = gather_sequence(x_TBI, group) if sequence_parallel else x_TBI
         if not any(ctx.needs_input_grad):
-            return skinny_linear_fp32(_wide(x), _wide(w_OI)).contiguous().to(x.dtype)
+            out = skinny_linear_fp32(_wide(x).flatten(0, -2), _wide(w_OI)).to(x.dtype)
+            return out.contiguous().view(*x.shape[:-1], -1)
         return linear_fp32(_wide(x), _wide(w_OI)).to(x.dtype)
 
     @staticmethod

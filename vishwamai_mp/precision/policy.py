@@ -8,7 +8,7 @@ import torch
 
 from vishwamai_mp.config import ConfigError, Fp8Config
 from vishwamai_mp.config.fp8 import MULTIPLE
-from vishwamai_mp.runtime import device
+from vishwamai_mp.runtime import device, is_accelerator
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # megatron-core's names of recipe and formats: "hybrid" is E4M3 forward, E5M2 for gradients.
@@ -112,7 +112,7 @@ def check_fp8_hardware(policy: PrecisionPolicy) -> None:
     Raises:
         ConfigError: there is a GPU, but no Transformer Engine or no hardware for the recipe.
     """
-    if policy.fp8 is None or device().type != "cuda":
+    if policy.fp8 is None or not is_accelerator(device()):
         return
     if not use_transformer_engine():
         raise ConfigError(

@@ -21,7 +21,7 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 
-from vishwamai_mp.runtime.device import device, local_rank, multiplies_natively  # noqa: E402
+from vishwamai_mp.runtime.device import device, is_accelerator, local_rank, multiplies_natively  # noqa: E402
 from vishwamai_mp.runtime.failure import run_distributed_program  # noqa: E402
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "device",
     "distributed_session",
     "initialize",
+    "is_accelerator",
     "local_rank",
     "multiplies_natively",
     "run_distributed_program",

@@ -2,9 +2,12 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from vishwamai_mp.runtime.products import linear_fp32
 
@@ -17,29 +20,74 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-@cache
+_in_place_of: torch.device | None = None  # what `compute_on` set: the simulated accelerator
+
+
 def device() -> torch.device:
-    """The GPU of this local rank, or the CPU."""
+    """The GPU of this local rank, or the CPU; within `runtime.simulated`, the simulated accelerator."""
+    return _in_place_of or _machine()
+
+
+@cache
+def _machine() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-@cache
+@contextmanager
+def compute_on(other: torch.device) -> Iterator[None]:
+    """Meanwhile `device()` is another one than the machine's."""
+    global _in_place_of
+    before, _in_place_of = _in_place_of, other
+    try:
+        yield
+    finally:
+        _in_place_of = before
+
+
+def is_accelerator(where: Tensor | torch.device) -> bool:
+    """Whether a tensor lies on, or a device is, a GPU or the simulated accelerator: what has memory and kernels of its
+    own and works while the host goes on."""
+    return (where if isinstance(where, torch.device) else where.device).type not in ("cpu", "meta")
+
+
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether the device multiplies matrices of `dtype` in hardware.
 
     A CPU without AVX512-BF16 or AMX falls back to a scalar loop for 16-bit types, some hundred times slower than fp32.
     """
-    if device().type == "cuda" or dtype == torch.float32:
-        return True
+    return dtype == torch.float32 or is_accelerator(device()) or _cpu_multiplies(dtype)
+
+
+@cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
     mkldnn = torch.ops.mkldnn
     return mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
 
 
-def set_threads(threads: int | None) -> None:
-    """Share this machine's cores among its processes (`threads`: this many for each). No effect on GPUs."""
+def cpu_threads(configured: int | None) -> tuple[int, str]:
+    """Threads that this process computes with on a CPU, and what decides it.
+
+    `training.threads`, else OMP_NUM_THREADS, else an equal share of the cores that the affinity mask allows.
+    torchrun, and the scripts in launch/, set OMP_NUM_THREADS=1 where it is not set; under torchrun a 1 says nothing.
+
+    Args:
+        configured: training.threads.
+    """
+    if configured:
+        return configured, "training.threads"
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if said.isdecimal() and int(said) > (1 if "TORCHELASTIC_RUN_ID" in os.environ else 0):
+        return int(said), "OMP_NUM_THREADS"
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shared = f"{allowed} core{'s' if allowed > 1 else ''} / {processes} process{'es' if processes > 1 else ''}"
+    return max(1, allowed // processes), f"{shared}; training.threads changes it"
+
+
+def set_threads(configured: int | None) -> None:
+    """Use `cpu_threads`. No effect on GPUs."""
     if device().type == "cpu":
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
+        torch.set_num_threads(cpu_threads(configured)[0])
 
 
 def peak_flops(dtype: torch.dtype, configured_tflops: float | None = None) -> float:

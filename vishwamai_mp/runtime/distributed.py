@@ -96,8 +96,8 @@ def initialize(config: PretrainConfig) -> Runtime:
         distributed_timeout_minutes=parallel.timeout_minutes,
         create_gloo_process_groups=device().type == "cuda",
     )
-    seed_step(config.training.seed, 0)
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    seed_step(config.training.seed, 0, groups)
     return Runtime(dist.get_rank(), dist.get_world_size(), device(), groups)
 
 

@@ -24,7 +24,10 @@ class Measures:
     def add(self, name: str, total: Tensor, weight: float | Tensor) -> None:
         """Count `total`, a sum over `weight` items. Call it where gradients are on: recomputed layers run twice."""
         assert name in self.names, f"{name} is not among {self.names}"
-        entry = torch.stack((total.detach().double(), torch.as_tensor(weight, dtype=torch.float64).to(total.device)))
+        total = total.detach().double()
+        # A number is written by a kernel: a copy from the host would hold it up.
+        weight = weight.to(total) if isinstance(weight, Tensor) else torch.full_like(total, weight)
+        entry = torch.stack((total, weight))
         self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def take(self) -> dict[str, Tensor]:
@@ -47,22 +50,26 @@ def all_names(kept: Sequence[Measures]) -> list[str]:
     return sorted(set().union(*gathered))
 
 
-def mean_measures(kept: Sequence[Measures], names: Sequence[str], device: torch.device) -> dict[str, float]:
-    """Means of `names` over all ranks since the last call; those with no weight are left out. A collective."""
-    if not names:
-        return {}
+def summed_measures(kept: Sequence[Measures], names: Sequence[str], device: torch.device) -> Tensor:
+    """(sum, weight) of each of `names` over all ranks since the last call: (names, 2). A collective, unless empty."""
     table = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for measures in kept:
         for name, entry in measures.take().items():
             table[names.index(name)] += entry
-    dist.all_reduce(table)
-    return {name: total / weight for name, (total, weight) in zip(names, table.tolist(), strict=True) if weight}
+    if names:
+        dist.all_reduce(table)
+    return table
+
+
+def mean_measures(names: Sequence[str], table: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Means from what `summed_measures` gave, read by the host; those with no weight are left out."""
+    return {name: total / weight for name, (total, weight) in zip(names, table, strict=True) if weight}
 
 
 class _AttachedLoss(torch.autograd.Function):
     """The identity on `output`; backward gives `loss` the gradient that the model's own loss has."""
 
-    scale = 1.0  # fp16's loss scale
+    scale: float | Tensor = 1.0  # fp16's loss scale: a tensor is on the loss's device
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor) -> Tensor:
@@ -72,7 +79,7 @@ class _AttachedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (loss,) = ctx.saved_tensors
-        return gradient, torch.full_like(loss, _AttachedLoss.scale)
+        return gradient, (torch.ones_like(loss) * _AttachedLoss.scale).to(loss.dtype)
 
 
 def attach_loss(output: Tensor, loss: Tensor) -> Tensor:
@@ -85,6 +92,6 @@ def attach_loss(output: Tensor, loss: Tensor) -> Tensor:
     return _AttachedLoss.apply(output, loss)
 
 
-def scale_attached_losses(scale: float) -> None:
-    """Set the factor that the model's own loss is multiplied by before backward (fp16)."""
+def scale_attached_losses(scale: float | Tensor) -> None:
+    """Set the factor (number or scalar tensor) that the model's own loss is multiplied by before backward (fp16)."""
     _AttachedLoss.scale = scale

@@ -1,9 +1,11 @@
-"""Lets megatron-core run where there is no CUDA, on torch.distributed's gloo backend.
+"""Lets megatron-core run where there is no CUDA: on CPUs over torch.distributed's gloo, and on the simulated device.
 
 megatron-core names the device `"cuda"` or `torch.cuda.current_device()` in the middle of its large functions, where
-neither a subclass nor a patched function reaches. `install()` adds an import hook that rewrites those idioms to their
-CPU counterparts in the syntax tree of each `megatron.core` module while it is imported. Nothing outside megatron-core
-changes, nothing is paid per step, and where CUDA exists nothing happens at all.
+neither a subclass nor a patched function reaches. `install()` adds an import hook that rewrites those idioms in the
+syntax tree of each `megatron.core` module while it is imported: what they name then is `runtime.device()`, asked when
+the line runs. Nothing outside megatron-core changes, and where CUDA exists nothing is rewritten.
+
+The hook also lets the distributed optimizer save and load the state of torch's AdamW, on any device.
 """
 
 import ast
@@ -16,63 +18,89 @@ from typing import Any
 
 import torch
 
+from vishwamai_mp.runtime.device import device, is_accelerator
+
 _RANDOM = "megatron.core.tensor_parallel.random"
 _JIT = "megatron.core.jit"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
-_NAME = "_vishwamai_cpu"  # what `torch.cuda` is called in a rewritten module
+_NAME = "_vishwamai_device"  # what `torch.cuda` is called in a rewritten module
 
 
 def install() -> None:
-    """Add the import hook. Must run before the first import of `megatron.core`; does nothing where CUDA exists."""
-    if torch.cuda.is_available() or any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Add the import hook. Must run before the first import of `megatron.core`."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     assert "megatron.core" not in sys.modules, "import vishwamai_mp.runtime before megatron.core"
     sys.meta_path.insert(0, _Finder())
 
 
-class _CpuInPlaceOfCuda(types.ModuleType):
-    """What `torch.cuda` means inside megatron-core: torch.cpu, completed with what megatron-core needs besides."""
+class _InPlaceOfCuda(types.ModuleType):
+    """What `torch.cuda` means inside megatron-core: torch.cpu, completed with what megatron-core needs besides.
 
-    manual_seed = staticmethod(torch.manual_seed)
+    Random numbers are the host's. The simulated accelerator draws none: there is no state to keep.
+    """
+
+    @property
+    def device_type(self) -> str:
+        return device().type
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return device()
+
+    @staticmethod
+    def tensor_type(name: str) -> str:
+        """What `tensor.type()` says on this device: `torch.FloatTensor`, `torch.cuda.FloatTensor`."""
+        where = device().type
+        return f"torch.{name}" if where == "cpu" else f"torch.{where}.{name}"
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
 
     @staticmethod
     def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
-        return torch.get_rng_state()
+        return torch.empty(0, dtype=torch.uint8) if is_accelerator(device()) else torch.get_rng_state()
 
     @staticmethod
     def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
-        torch.set_rng_state(state)
+        if not is_accelerator(device()):
+            torch.set_rng_state(state)
 
     @staticmethod
     def empty_cache() -> None:
         """There is no caching allocator to empty."""
 
     @property
-    def random(self) -> "_CpuInPlaceOfCuda":
+    def random(self) -> "_InPlaceOfCuda":
         return self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu if hasattr(torch.cpu, name) else torch.cuda, name)
 
 
-_cpu = _CpuInPlaceOfCuda(_NAME)
+_in_place_of_cuda = _InPlaceOfCuda(_NAME)
 
 
-class _ToCpu(ast.NodeTransformer):
+def _ours(expression: str) -> ast.expr:
+    return ast.parse(f"{_NAME}.{expression}", mode="eval").body
+
+
+class _ToThisDevice(ast.NodeTransformer):
     """Rewrites the CUDA idioms that megatron-core uses."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        """`"torch.cuda.FloatTensor"` becomes `"torch.FloatTensor"`."""
+        """`"torch.cuda.FloatTensor"` becomes what the device calls it."""
         if isinstance(node.value, str) and node.value.startswith("torch.cuda.") and node.value.endswith("Tensor"):
-            node.value = node.value.replace("cuda.", "")
+            return ast.copy_location(_ours(f"tensor_type({node.value.rpartition('.')[2]!r})"), node)
         return node
 
     def visit_keyword(self, node: ast.keyword) -> ast.AST:
-        """`device="cuda"` becomes `device="cpu"`; `pin_memory=True` becomes `pin_memory=False`."""
+        """`device="cuda"` becomes the device; `pin_memory=True` becomes `pin_memory=False`."""
         self.generic_visit(node)
         if isinstance(node.value, ast.Constant):
             if (node.arg, node.value.value) == ("device", "cuda"):
-                node.value.value = "cpu"
+                node.value = ast.copy_location(_ours("current_device()"), node.value)
             elif (node.arg, node.value.value) == ("pin_memory", True):
                 node.value.value = False
         return node
@@ -85,34 +113,46 @@ class _ToCpu(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """`tensor.cuda(…)` becomes `tensor`; `torch.autocast("cuda")` and `x.to("cuda")` name the CPU."""
+        """`tensor.cuda(…)` becomes `tensor.to(…)`; `torch.autocast("cuda")` and `x.to("cuda")` name the device."""
         self.generic_visit(node)
-        for argument in node.args:
-            if isinstance(argument, ast.Constant) and argument.value == "cuda":
-                argument.value = "cpu"
-        return node.func.value if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda" else node
+        node.args = [
+            ast.copy_location(_ours("device_type"), argument)
+            if isinstance(argument, ast.Constant) and argument.value == "cuda"
+            else argument
+            for argument in node.args
+        ]
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            to = ast.Attribute(node.func.value, "to", ast.Load())
+            return ast.copy_location(ast.Call(to, [_ours("current_device()")], []), node)
+        return node
+
+
+def _rewritten(source: str | bytes, path: str) -> ast.Module:
+    return ast.fix_missing_locations(_ToThisDevice().visit(ast.parse(source, path)))
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> types.CodeType | None:
         path = self.get_filename(fullname)
         source = self.get_data(path)
-        if b"cuda" not in source and b"pin_memory" not in source:
+        if torch.cuda.is_available() or (b"cuda" not in source and b"pin_memory" not in source):
             return super().get_code(fullname)
-        return compile(_ToCpu().visit(ast.parse(source, path)), path, "exec", dont_inherit=True)
+        return compile(_rewritten(source, path), path, "exec", dont_inherit=True)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        setattr(module, _NAME, _cpu)
+        setattr(module, _NAME, _in_place_of_cuda)
         super().exec_module(module)
+        if module.__name__ == _DISTRIBUTED_OPTIMIZER:
+            _repair_distributed_optimizer(module.DistributedOptimizer)
+        if torch.cuda.is_available():
+            return
         if module.__name__ == _RANDOM:
             # The states that its tracker swaps are the CPU generator's.
-            module._get_cuda_rng_state = _cpu.get_rng_state  # type: ignore[attr-defined]
-            module._set_cuda_rng_state = _cpu.set_rng_state  # type: ignore[attr-defined]
+            module._get_cuda_rng_state = _in_place_of_cuda.get_rng_state  # type: ignore[attr-defined]
+            module._set_cuda_rng_state = _in_place_of_cuda.set_rng_state  # type: ignore[attr-defined]
             logging.getLogger(_RANDOM).setLevel(logging.ERROR)  # it would warn at each use that the CPU's state moved
         elif module.__name__ == _JIT:
             module.disable_jit_fuser()  # seconds at import and first use, no gain here
-        elif module.__name__ == _DISTRIBUTED_OPTIMIZER:
-            _repair_distributed_optimizer(module.DistributedOptimizer)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -126,9 +166,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _repair_distributed_optimizer(cls: type) -> None:
-    """Let megatron-core's distributed optimizer save and load the state of torch's AdamW.
+    """Let megatron-core's distributed optimizer save and load the state of torch's AdamW, wherever that is its partner.
 
-    Its own partners, Transformer Engine's and apex's Adam, keep the step in the parameter group; torch's keeps a step
+    Its usual partners, Transformer Engine's and apex's Adam, keep the step in the parameter group; torch's keeps a step
     tensor beside the moments of each parameter. So (1) `state_dict()` asserts a step where torch's, before its first
     step, has no state; (2) a loaded state lacks "step"; (3) the moments are copied in place into leaf views; (4)
     `load_state_dict()` gives all parameters one shared step tensor, which torch then counts up once per parameter;
@@ -138,11 +178,15 @@ def _repair_distributed_optimizer(cls: type) -> None:
     state_dict, set_states = cls.state_dict, cls._set_main_param_and_optimizer_states  # type: ignore[attr-defined]
 
     def state_dict_with_state(self: Any) -> Any:
+        if not isinstance(self.optimizer, torch.optim.Adam):  # of which torch's AdamW is one
+            return state_dict(self)
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 if not self.optimizer.state[param]:
                     moments = {key: torch.zeros_like(param, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[param].update(moments, step=torch.tensor(0.0))
+                    # The fused kernel counts steps where the parameters are.
+                    where = param.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+                    self.optimizer.state[param].update(moments, step=torch.zeros((), device=where))
         if self.optimizer.state:
             return state_dict(self)
         self.optimizer.state["nothing"] = {"step": torch.tensor(0.0)}
@@ -153,6 +197,9 @@ def _repair_distributed_optimizer(cls: type) -> None:
 
     @torch.no_grad()
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        if not isinstance(self.optimizer, torch.optim.Adam):
+            set_states(self, model_param, tensors)
+            return
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         state["step"] = state["step"].clone()

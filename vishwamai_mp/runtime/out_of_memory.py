@@ -9,7 +9,7 @@ import torch
 
 from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.planning.out_of_memory import advice
-from vishwamai_mp.runtime.device import device
+from vishwamai_mp.runtime.device import device, is_accelerator
 
 # Of torch's CPU allocator, CUDA, NCCL, oneDNN and the C++ library; the name of an error that crossed processes as text.
 _MESSAGE = re.compile(r"can't allocate memory|out of memory|not enough memory|bad_alloc|MemoryError", re.IGNORECASE)
@@ -39,7 +39,7 @@ def advice_when_out_of_memory(config: PretrainConfig) -> Iterator[None]:
             raise
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         where = f" on rank {os.environ['RANK']}" if world_size > 1 else ""
-        help_ = advice(config, world_size, device().type == "cuda")
+        help_ = advice(config, world_size, is_accelerator(device()))
         raise UserError(f"out of memory{where} ({_words(error)}); {help_}") from error
 
 

@@ -19,12 +19,12 @@ def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def skinny_linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear_fp32` of a decoding batch, (…, I) and (O, I) → (…, O), which may be a view of (O, N).
+    """`linear_fp32` of a decoding batch, (N, I) and (O, I) → (N, O), which may be a view of (O, N).
 
     oneDNN lays its second matrix out anew at each call. That is the smaller one here, so weights are read once.
     """
-    if x.shape[:-1].numel() in _SKINNY and _uses_onednn(x):
-        return _onednn(weight, x.flatten(0, -2)).t().unflatten(0, x.shape[:-1])
+    if x.shape[0] in _SKINNY and _uses_onednn(x):
+        return _onednn(weight, x).t()
     return linear_fp32(x, weight)
 
 

@@ -43,7 +43,7 @@ class ShardedOptimizer(MixedPrecisionOptimizer):
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
         )
-        super().__init__(adam, config, _scaler(config), _fill_moments)
+        super().__init__(adam, config, _scaler(config), fill_moments)
         self.is_stub_optimizer = False
         self.grad_stats_parallel_group, self.tp_group = runtime.groups.dp_cp, runtime.groups.tp
 
@@ -87,7 +87,7 @@ class ShardedOptimizer(MixedPrecisionOptimizer):
 
     def _shards(self) -> Iterator[tuple[str, str, ShardedTensor]]:
         """Kind, parameter and place of each part of the state; its data are views."""
-        _fill_moments(self.optimizer)
+        fill_moments(self.optimizer)
         by_storage = {rows.untyped_storage().data_ptr(): rows for rows in self.rows}
         for name, shard in self.chunk.module.sharded_state_dict().items():
             rows = by_storage.get(shard.data.untyped_storage().data_ptr())
@@ -115,7 +115,7 @@ def _scaler(config: OptimizerConfig) -> DynamicGradScaler | None:
     )
 
 
-def _fill_moments(adam: torch.optim.Optimizer, _: Any = None) -> None:
+def fill_moments(adam: torch.optim.Optimizer, _: Any = None) -> None:
     """Give what has not stepped yet its state: zeros."""
     for group in adam.param_groups:
         for rows in group["params"]:

@@ -9,31 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.checkpoint import CheckpointManager
-from vishwamai_mp.config import LoggingConfig, PretrainConfig, UserError
+from vishwamai_mp.checkpoint.collective import Failure, on_first_rank
+from vishwamai_mp.checkpoint.lock import RunLock
+from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.data.batches import BatchStream, evaluation_stream, train_stream
 from vishwamai_mp.data.datasets import Datasets
 from vishwamai_mp.data.position import DataPosition
-from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.model import build_model
 from vishwamai_mp.planning import training_flops_per_token
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.device import peak_flops
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
-from vishwamai_mp.training.callbacks import (
-    BestModel,
-    Callback,
-    Checkpointing,
-    EarlyStopping,
-    Evaluation,
-    Fp8Report,
-    MemorySnapshot,
-    Metrics,
-    Profiler,
-    Progress,
-    Stopping,
-)
-from vishwamai_mp.training.callbacks.search import search_callbacks
+from vishwamai_mp.training.callbacks.base import Callback
 from vishwamai_mp.training.guard import LossGuard, explain
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.schedule import learning_rate
@@ -60,7 +48,7 @@ class Trainer:
         config: resolved for this world size.
         runtime: process groups and device.
         datasets: where batches come from.
-        callbacks: None: the usual ones (stopping, evaluation, checkpoints, metrics, progress).
+        callbacks: what happens beside the steps (`callbacks.usual_callbacks`); run in the order that they declare.
     """
 
     def __init__(
@@ -68,27 +56,34 @@ class Trainer:
         config: PretrainConfig,
         runtime: Runtime,
         datasets: Datasets,
-        callbacks: Sequence[Callback] | None = None,
+        callbacks: Sequence[Callback],
     ) -> None:
         self.config, self.runtime, self.datasets = config, runtime, datasets
         self.folder = Path(config.training.output_dir)
         _make_folder(self.folder)
+        self.lock = RunLock(self.folder, self.say)
         self.chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
         self.optimizer = build_optimizer(config, runtime, self.chunks)
         self.steps = TrainStep(config, runtime, self.chunks, self.optimizer)
-        self.checkpoints = CheckpointManager(self.folder / "checkpoints", config, runtime)
+        self.checkpoints = CheckpointManager(self.folder / "checkpoints", config, runtime, self.lock)
         self.guard = LossGuard(config.training)
         self.state = TrainerState()
         self.stop_reason: str | None = None
-        self.callbacks = list(callbacks) if callbacks is not None else usual_callbacks(config)
+        self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
         self._flops_per_token = training_flops_per_token(config)
         peak = peak_flops(PrecisionPolicy.of(config.precision).compute, config.logging.hardware_peak_tflops)
         self._peak_flops = peak * runtime.world_size
 
     def train(self) -> TrainerState:
         """Train from the newest checkpoint, or from the start, until `training.max_steps` or until asked to stop."""
-        with advice_when_out_of_memory(self.config):
-            return self._train()
+        locked = on_first_rank(self.lock.acquire)
+        if isinstance(locked, Failure):
+            locked.throw("training not started")
+        try:
+            with advice_when_out_of_memory(self.config):
+                return self._train()
+        finally:
+            self.lock.release()
 
     def _train(self) -> TrainerState:
         self.resume()
@@ -177,11 +172,19 @@ class Trainer:
 
     def _state_dict(self) -> dict[str, Any]:
         position = DataPosition(self.state.consumed_samples, self.datasets.fingerprint)
-        return {"trainer": asdict(self.state), "guard": self.guard.state_dict(), "data": position.to_dict()}
+        return {
+            "trainer": asdict(self.state),
+            "guard": self.guard.state_dict(),
+            "data": position.to_dict(),
+            "callbacks": {type(c).__name__: state for c in self.callbacks if (state := c.state_dict())},
+        }
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         self.state = TrainerState(**state["trainer"])
         self.guard.load_state_dict(state["guard"])
+        kept = state.get("callbacks", {})
+        for callback in self.callbacks:
+            callback.load_state_dict(kept.get(type(callback).__name__, {}))
         for change in DataPosition.from_dict(state["data"]).changes(self.datasets.fingerprint):
             self.say(change)
 
@@ -189,31 +192,6 @@ class Trainer:
         """A line for the person who watches, from rank 0."""
         if self.runtime.reports:
             print(text, file=sys.stderr, flush=True)
-
-
-def usual_callbacks(
-    config: PretrainConfig, tokenizer: Tokenizer | None = None, more: Sequence[Callback] = ()
-) -> list[Callback]:
-    """The usual ones, in order: who stops and who measures, `more` among them, comes before who writes.
-
-    Metrics before checkpoints: a step that a checkpoint holds is never run again, so it must have been logged.
-    """
-    # Profiles and the FP8 report come before evaluation, whose passes they should not see.
-    fp8 = [Fp8Report(config.fp8.report_every)] if config.fp8.report_every else []
-    patience = config.training.early_stopping_patience
-    stopping = [EarlyStopping(patience)] if patience else []
-    measuring = [Stopping(config.training.exit_after_minutes), Evaluation(), *stopping]
-    saving = [Checkpointing(), *([BestModel()] if config.checkpoint.load_best else [])]
-    watching = [*_profiling(config.logging), *fp8, *measuring, *search_callbacks(config, tokenizer)]
-    return [*watching, *more, Metrics(), *saving, Progress()]
-
-
-def _profiling(logging: LoggingConfig) -> list[Callback]:
-    if logging.profile_steps is None:
-        return []
-    first, last = logging.profile_steps
-    snapshot = [MemorySnapshot(first, last, logging.profile_ranks)] if logging.memory_snapshot else []
-    return [Profiler(first, last, logging.profile_ranks, memory=logging.memory_snapshot), *snapshot]
 
 
 def _make_folder(folder: Path) -> None:

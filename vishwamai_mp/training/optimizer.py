@@ -1,17 +1,20 @@
 """megatron-core's optimizer over AdamW, stepped only when the gradients are sound."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.model.fully_sharded import FullySharded, fully_shards
 from vishwamai_mp.precision import PrecisionPolicy
-from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.runtime import Runtime, device
 from vishwamai_mp.training.fully_sharded import ShardedOptimizer
 
 
@@ -90,15 +93,71 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)
 
 
-@torch.no_grad()
-def gradient_norm(optimizer: ChainedOptimizer) -> float:
-    """Make the gradients ready (unscaled, in fp32) and return their global 2-norm; inf after an fp16 overflow.
+class ReadyGradients(NamedTuple):
+    """Scalars on the device, equal on all ranks, so that all take the same decision about the step.
 
-    Equal on all ranks, so that all take the same decision about the step.
+    Attributes:
+        norm: global 2-norm of the gradients.
+        fits: 1; 0: some overflowed before the loss scale was taken out (fp16), and `norm` is worth nothing.
     """
-    if optimizer.prepare_grads():
-        return float("inf")
-    return float(optimizer.get_grad_norm())
+
+    norm: Tensor
+    fits: Tensor
+
+
+@torch.no_grad()
+def ready_gradients(optimizer: ChainedOptimizer) -> ReadyGradients:
+    """Make the gradients ready (unscaled, in fp32), and measure them without a read by the host.
+
+    megatron-core's own functions read whether there was an overflow, and the norm: of each parameter where neither
+    Transformer Engine nor apex is installed.
+    """
+    overflow = torch.zeros((), device=device())
+    gradients: dict[dist.ProcessGroup, list[Tensor]] = {}  # by the ranks that hold parts of them
+    for part in optimizer.chained_optimizers:
+        scaler = _scaler(part)
+        if scaler:
+            part.grad_scaler = None  # meanwhile `prepare_grads` only copies
+        part.prepare_grads()
+        group = part.get_grad_stats_parallel_group()
+        if scaler:
+            part.grad_scaler = scaler
+            overflow = torch.maximum(overflow, _unscale(part, group).squeeze())
+        gradients.setdefault(group, []).extend(part.get_main_grads_for_grad_norm())
+    squares = []
+    for group, own in gradients.items():
+        norms = torch.stack(torch._foreach_norm(own)) if own else torch.zeros(1, device=device())
+        squares.append(torch.linalg.vector_norm(norms).square())
+        dist.all_reduce(squares[-1], group=group)
+    return ReadyGradients(torch.stack(squares).double().sum().sqrt(), (overflow == 0).double())
+
+
+def _scaler(part: MegatronOptimizer) -> Any:
+    return getattr(part, "grad_scaler", None)
+
+
+def _unscale(part: Any, group: dist.ProcessGroup) -> Tensor:
+    """Take the loss scale out of the gradients of an optimizer, and tell whether any was not finite (above 0)."""
+    part.found_inf.zero_()
+    if not part.is_stub_optimizer:
+        gradients = part._collect_main_grad_data_for_unscaling()
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, part.found_inf, part.grad_scaler.inv_scale)
+    dist.all_reduce(part.found_inf, dist.ReduceOp.MAX, group=group)
+    return part.found_inf
+
+
+def update_loss_scale(optimizer: ChainedOptimizer, overflow: bool) -> None:
+    """Tell what chooses the loss scale (fp16) whether the step's gradients overflowed."""
+    for part in optimizer.chained_optimizers:
+        if scaler := _scaler(part):
+            scaler.update(overflow)
+
+
+def gradient_norm(optimizer: ChainedOptimizer) -> float:
+    """`ready_gradients` for a program that may wait: the norm; inf after an fp16 overflow."""
+    norm, fits = (float(scalar) for scalar in ready_gradients(optimizer))
+    update_loss_scale(optimizer, fits == 0)
+    return norm if fits else float("inf")
 
 
 @torch.no_grad()

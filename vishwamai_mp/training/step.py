@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,14 @@ from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.data.batches import Batch, context_shard
 from vishwamai_mp.model.fully_sharded import FullySharded
 from vishwamai_mp.runtime import Runtime, seed_step
-from vishwamai_mp.runtime.measures import all_names, mean_measures, measures_of, scale_attached_losses
-from vishwamai_mp.training.optimizer import clip_and_step, gradient_norm, set_learning_rate
+from vishwamai_mp.runtime.measures import (
+    all_names,
+    mean_measures,
+    measures_of,
+    scale_attached_losses,
+    summed_measures,
+)
+from vishwamai_mp.training.optimizer import clip_and_step, ready_gradients, set_learning_rate, update_loss_scale
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,24 @@ class TrainStep:
         """Tell megatron-core's schedule how to scale, reduce and gather."""
         megatron = self.chunks[0].config
         megatron.grad_scale_func = self.optimizer.scale_loss
-        megatron.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.runtime.groups)
+        megatron.finalize_model_grads_func = self._finish_gradients
         ddp = self.chunks[0].ddp_config
         if ddp.overlap_grad_reduce:
             megatron.no_sync_func = _one_or_all([chunk.no_sync for chunk in self.chunks])
             megatron.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in self.chunks])
         if ddp.overlap_param_gather:
             megatron.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in self.chunks])
+
+    def _finish_gradients(
+        self, chunks: Sequence[DistributedDataParallel], tokens: Tensor, pg_collection: Any = None, **options: Any
+    ) -> None:
+        """megatron-core's `finalize_model_grads`, whose division by the step's tokens would have the host read them."""
+        groups = self.runtime.groups
+        finalize_model_grads(list(chunks), None, pg_collection=groups, **options)
+        dist.broadcast(tokens, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+        dist.all_reduce(tokens, group=groups.dp_cp)
+        for chunk in chunks:
+            chunk.scale_gradients(1.0 / tokens.clamp(min=1))
 
     def train(self, batches: Sequence[Batch], step: int, learning_rate: float, loss_limit: float) -> StepResult:
         """One optimizer step.
@@ -81,13 +99,20 @@ class TrainStep:
             loss_limit: with a loss above it, or a non-finite loss or gradient, parameters stay as they are.
         """
         self._begin(step)
-        lm_loss, tokens = self._run(batches, forward_only=False)
-        norm = gradient_norm(self.optimizer)
+        total = self._run(batches, forward_only=False)
+        ready = ready_gradients(self.optimizer)
+        table = summed_measures(self._measures, self._measure_names, self.runtime.device)
+        # The one time in a step that the host waits for the device.
+        parts = (total, torch.stack((ready.norm, ready.fits)), table.flatten())
+        loss_sum, count, norm, fits, *sums = torch.cat(parts).tolist()
+        lm_loss, tokens = _mean_loss(loss_sum, count)
+        update_loss_scale(self.optimizer, overflow=fits == 0)
+        norm = norm if fits else math.inf
         sound = math.isfinite(norm) and math.isfinite(lm_loss) and lm_loss <= loss_limit
         if sound:
             set_learning_rate(self.optimizer, learning_rate)
             clip_and_step(self.optimizer, norm, self.config.optimizer.clip_grad_norm)
-        measures = mean_measures(self._measures, self._measure_names, self.runtime.device)
+        measures = mean_measures(self._measure_names, list(zip(sums[::2], sums[1::2], strict=True)))
         return StepResult(lm_loss, tokens, norm, sound, measures)
 
     @torch.no_grad()
@@ -95,7 +120,8 @@ class TrainStep:
         """Mean loss in nats over the unmasked tokens of `batches` on all replicas, and the number of those tokens."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._run(batches, forward_only=True)
+        loss_sum, count = self._run(batches, forward_only=True).tolist()
+        return _mean_loss(loss_sum, count)
 
     def own_gradients_are_finite(self, batches: Sequence[Batch], step: int) -> bool:
         """Whether what this rank adds to the gradients of a step is finite: computed again, and not reduced.
@@ -116,8 +142,8 @@ class TrainStep:
 
     def _begin(self, step: int) -> None:
         """Seeds of a step, and gradients and measures of zero."""
-        seed_step(self.config.training.seed, step)
-        scale_attached_losses(float(self.optimizer.scale_loss(torch.ones(1))))
+        seed_step(self.config.training.seed, step, self.runtime.groups)
+        scale_attached_losses(self.optimizer.scale_loss(torch.ones((), device=self.runtime.device)).squeeze())
         for measures in self._measures:
             measures.take()
         for chunk in self.chunks:
@@ -125,7 +151,8 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def _run(self, batches: Sequence[Batch], forward_only: bool) -> tuple[float, int]:
+    def _run(self, batches: Sequence[Batch], forward_only: bool) -> Tensor:
+        """Sum of the loss over the unmasked tokens of all replicas, and their number: (2,) fp64, on the device."""
         training = self.config.training
         sums = self._forward_backward(
             forward_step_func=self._forward,
@@ -143,8 +170,7 @@ class TrainStep:
             dist.all_reduce(total, group=groups.dp_cp)
         if groups.pp.size() > 1:  # only the last stage has a loss; all take the decision about the step
             dist.broadcast(total, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
-        loss_sum, tokens = total.tolist()
-        return loss_sum / max(tokens, 1.0), int(tokens)
+        return total
 
     def _forward(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, partial]:
         """megatron-core's forward step: the output and how to make a loss of it."""
@@ -159,6 +185,10 @@ class TrainStep:
         )
         cp = self.runtime.groups.cp
         return output, partial(_loss, context_shard(batch.loss_mask, cp.rank(), cp.size()))
+
+
+def _mean_loss(loss_sum: float, tokens: float) -> tuple[float, int]:
+    return loss_sum / max(tokens, 1.0), int(tokens)
 
 
 def _loss(mask_BQ: Tensor, losses_BQ: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import CachedSequence
 from vishwamai_mp.inference.engine import check_fits
 from vishwamai_mp.inference.text import AddedText, Decode, added_text
+from vishwamai_mp.tree_of_thoughts.endings import ending_of_thoughts
 from vishwamai_mp.tree_of_thoughts.growth import Grower, GrowingNode
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
 from vishwamai_mp.tree_of_thoughts.values import KeepsValues
@@ -340,15 +341,6 @@ class TreeOfThoughts(KeepsValues):
             assert grower.added is not None
             texts.append(text if grower.node.id in parents else text + grower.added.fork().end())
         return texts
-
-
-def ending_of_thoughts(tokenizer: Tokenizer, stop: str) -> dict[str, Any]:
-    """What `TreeOfThoughts` takes to end thoughts at `stop`: a token of the vocabulary, or else a string."""
-    try:
-        ending: dict[str, Any] = {"stop_tokens": (tokenizer.token_to_id(stop),)}
-    except UserError:
-        ending = {"stop_string": stop}
-    return {**ending, "end_token": tokenizer.eod_id if tokenizer.eod_id >= 0 else None}
 
 
 def _merit(node: Node, by_depth: bool) -> tuple[bool, int, float, int]:

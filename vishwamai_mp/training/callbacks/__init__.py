@@ -11,6 +11,7 @@ from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.training.callbacks.profiler import Profiler
 from vishwamai_mp.training.callbacks.progress import Progress
 from vishwamai_mp.training.callbacks.stopping import Stopping
+from vishwamai_mp.training.callbacks.usual import usual_callbacks
 
 __all__ = [
     "BestModel",
@@ -24,4 +25,5 @@ __all__ = [
     "Profiler",
     "Progress",
     "Stopping",
+    "usual_callbacks",
 ]

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.checkpoint.store import name_of
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -14,6 +14,8 @@ class BestModel(Callback):
 
     The newest checkpoint stays the last step's: a resumed run goes on from there.
     """
+
+    order = Order.SAVE
 
     def on_train_end(self, trainer: "Trainer") -> None:
         best = trainer.state.best_step

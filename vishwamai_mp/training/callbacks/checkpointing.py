@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 class Checkpointing(Callback):
     """Drives the trainer's checkpoint manager."""
+
+    order = Order.SAVE
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
         trainer.checkpoints.poll()

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -16,6 +16,8 @@ class EarlyStopping(Callback):
     Args:
         patience: how many evaluations.
     """
+
+    order = Order.MEASURE
 
     def __init__(self, patience: int) -> None:
         self.patience = patience

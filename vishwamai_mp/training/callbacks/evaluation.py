@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer, TrainerState
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 class Evaluation(Callback):
     """Adds `validation_loss` (nats per token) and `validation_perplexity` to the record of the step."""
+
+    order = Order.MEASURE
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
         every, step = trainer.config.training.evaluate_every, trainer.state.step

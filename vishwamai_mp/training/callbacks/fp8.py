@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.config import ConfigError
+from vishwamai_mp.config.errors import leave_out
 from vishwamai_mp.observability.writers import JsonLines
 from vishwamai_mp.precision import use_transformer_engine
 from vishwamai_mp.precision.statistics import Fp8Statistics
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -23,6 +24,8 @@ class Fp8Report(Callback):
         every: steps.
     """
 
+    order = Order.WATCH
+
     def __init__(self, every: int) -> None:
         self.every = every
         self.file: JsonLines | None = None
@@ -30,7 +33,8 @@ class Fp8Report(Callback):
     def on_train_begin(self, trainer: "Trainer") -> None:
         if use_transformer_engine():
             raise ConfigError(
-                f"fp8.report_every={self.every}: Transformer Engine's layers do not show their operands; leave it out"
+                f"fp8.report_every={self.every}: Transformer Engine's layers do not show their operands;"
+                f" {leave_out('fp8.report_every')}"
                 " on GPUs"
             )
         if trainer.runtime.reports:

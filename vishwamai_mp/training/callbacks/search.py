@@ -1,15 +1,16 @@
 """Searches over a few prompts at each evaluation, so that one sees the model reason while it trains."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.config import ConfigError, PretrainConfig
+from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.observability.tree_page import to_html
 from vishwamai_mp.observability.writers import TensorBoard
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts, ending_of_thoughts
 from vishwamai_mp.tree_of_thoughts.text import to_text
@@ -27,6 +28,8 @@ class Search(Callback):
         prompts: lines of `tree.prompts`: a prompt, or a prompt, a tab and what a right answer contains.
         tokenizer: of the model.
     """
+
+    order = Order.MEASURE
 
     def __init__(self, prompts: list[str], tokenizer: Tokenizer) -> None:
         pairs = [line.partition("\t") for line in prompts]
@@ -74,10 +77,7 @@ class Search(Callback):
         step = trainer.state.step
         folder = trainer.folder / "search"
         folder.mkdir(exist_ok=True)
-        page = folder / f"step_{step:08d}.html"
-        aside = page.with_suffix(".partial")
-        aside.write_text(to_html(results, f"Step {step}"), encoding="utf-8")
-        aside.replace(page)
+        write_whole(folder / f"step_{step:08d}.html", to_html(results, f"Step {step}"))
         for callback in trainer.callbacks:
             for writer in callback.writers if isinstance(callback, Metrics) else []:
                 if isinstance(writer, TensorBoard):
@@ -96,19 +96,9 @@ def search_callbacks(config: PretrainConfig, tokenizer: Tokenizer | None) -> lis
     if tokenizer is None:
         raise ConfigError("tree.prompts needs a tokenizer; set data.tokenizer")
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in text_lines(Path(path)) if line.strip(" \t")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tree.prompts={path}: cannot be read ({error})") from None
     if not lines:
         raise ConfigError(f"tree.prompts={path}: has no prompts; write one a line")
     return [Search(lines, tokenizer)]
-
-
-def with_step_token(config: PretrainConfig, tokenizer: Tokenizer | None) -> PretrainConfig:
-    """The configuration with `tree.step_token` as the tokenizer has it; without a tokenizer, or one without that
-    token, values are learnt at the starts of documents alone."""
-    tree = config.tree
-    if not tree.enabled or tree.step_token is not None or tokenizer is None:
-        return config
-    (step_token,) = ending_of_thoughts(tokenizer, tree.stop).get("stop_tokens", (None,))
-    return replace(config, tree=replace(tree, step_token=step_token))

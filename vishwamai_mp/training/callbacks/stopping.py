@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -19,6 +19,8 @@ class Stopping(Callback):
 
     All ranks must stop after the same step, so they agree after each: one number, the maximum over the job.
     """
+
+    order = Order.MEASURE
 
     def __init__(self, exit_after_minutes: float | None) -> None:
         self.deadline = time.monotonic() + 60 * exit_after_minutes if exit_after_minutes else None

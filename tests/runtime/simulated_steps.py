@@ -1,0 +1,37 @@
+"""A program: simulated training steps, each of any rank of any job, in one process of its own.
+
+usage: simulated_steps.py < CASES > RESULTS
+
+CASES is a JSON list of [world size, rank, device, [section.key=value ...]]; RESULTS has for each what `dry_run` found.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def main() -> None:
+    import torch
+
+    import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
+    from tests.training.layouts import SMALL
+    from vishwamai_mp.config import load_config, resolve
+    from vishwamai_mp.training.dry_run import dry_run
+
+    results = []
+    for world_size, rank, device, overrides in json.load(sys.stdin):
+        config = resolve(load_config(SMALL, overrides), world_size)
+        try:
+            with torch.backends.mkldnn.flags(enabled=False):
+                results.append(dry_run(config, world_size, rank, device).to_dict())
+        except Exception as error:
+            import traceback
+
+            results.append({"error": f"{type(error).__name__}: {error}\n{traceback.format_exc()}"})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Run one training step of any rank of a job on a simulated accelerator: no GPU, no other ranks, no data.
+
+examples:
+  python tools/dry_run.py --config tiny --gpus 4 --rank 1 parallel.tensor_model_parallel_size=2
+  python tools/dry_run.py --config recipe.yaml --gpus 8192 --rank 0 --json | jq .peak_bytes
+
+The program that trains runs as it is, with tensors that have shapes but no values. Shown are the memory that the rank
+needs (tensors only: not the allocator's slack, CUDA's libraries or NCCL's buffers) beside what planning predicts, the
+floating point operations and kernels of the step, what it exchanges with which group, and where the host would wait for
+the device. Layers are torch's own, as without Transformer Engine. Sizes are bytes; in text, binary units
+(1 GiB = 2^30 B).
+"""
+
+import argparse
+import json
+
+from vishwamai_mp.config import load_config, resolve
+from vishwamai_mp.config.errors import UserError, run_program
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="R", help="a YAML file or the name of a preset")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the whole job")
+    parser.add_argument("--rank", type=int, default=0, metavar="K", help="which of them to run (default 0)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text; sizes in bytes")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if not 0 <= arguments.rank < arguments.gpus:
+        last = arguments.gpus - 1
+        raise UserError(f"--rank {arguments.rank}: a job of --gpus {arguments.gpus} has ranks 0 to {last}")
+    config = resolve(load_config(arguments.config, arguments.overrides), arguments.gpus)
+    from vishwamai_mp.training.dry_run import dry_run, render  # the stack takes seconds; mistakes are told before
+
+    found = dry_run(config, arguments.gpus, arguments.rank)
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else render(found))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,39 @@
+"""Which callbacks a run has."""
+
+from collections.abc import Sequence
+
+from vishwamai_mp.config import LoggingConfig, PretrainConfig
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.callbacks.best_model import BestModel
+from vishwamai_mp.training.callbacks.checkpointing import Checkpointing
+from vishwamai_mp.training.callbacks.early_stopping import EarlyStopping
+from vishwamai_mp.training.callbacks.evaluation import Evaluation
+from vishwamai_mp.training.callbacks.fp8 import Fp8Report
+from vishwamai_mp.training.callbacks.memory_snapshot import MemorySnapshot
+from vishwamai_mp.training.callbacks.metrics import Metrics
+from vishwamai_mp.training.callbacks.profiler import Profiler
+from vishwamai_mp.training.callbacks.progress import Progress
+from vishwamai_mp.training.callbacks.search import search_callbacks
+from vishwamai_mp.training.callbacks.stopping import Stopping
+
+
+def usual_callbacks(
+    config: PretrainConfig, tokenizer: Tokenizer | None = None, more: Sequence[Callback] = ()
+) -> list[Callback]:
+    """What the configuration asks for, and `more`."""
+    fp8 = [Fp8Report(config.fp8.report_every)] if config.fp8.report_every else []
+    patience = config.training.early_stopping_patience
+    stopping = [EarlyStopping(patience)] if patience else []
+    best = [BestModel()] if config.checkpoint.load_best else []
+    measuring = [Stopping(config.training.exit_after_minutes), Evaluation(), *stopping]
+    watching = [*_profiling(config.logging), *fp8, *measuring, *search_callbacks(config, tokenizer)]
+    return [*watching, *more, Metrics(), Checkpointing(), *best, Progress()]
+
+
+def _profiling(logging: LoggingConfig) -> list[Callback]:
+    if logging.profile_steps is None:
+        return []
+    first, last = logging.profile_steps
+    snapshot = [MemorySnapshot(first, last, logging.profile_ranks)] if logging.memory_snapshot else []
+    return [Profiler(first, last, logging.profile_ranks, memory=logging.memory_snapshot), *snapshot]

@@ -1,0 +1,175 @@
+"""One training step of any rank of a job, on a simulated device: what the rank needs and does, found out in seconds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
+from vishwamai_mp.data.batches import Batch, DocumentRules, make_batch
+from vishwamai_mp.model import build_model
+from vishwamai_mp.model.fully_sharded import FullySharded
+from vishwamai_mp.planning.out_of_memory import stage_memory
+from vishwamai_mp.precision import PrecisionPolicy
+from vishwamai_mp.runtime.simulated import Communication, SimulatedJob, simulated_job
+from vishwamai_mp.training.fully_sharded import fill_moments
+from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
+from vishwamai_mp.training.step import TrainStep
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A step of one rank.
+
+    Attributes:
+        rank: which.
+        world_size: of how many.
+        place: its place in the layout, in words.
+        parameters: that it holds.
+        peak_bytes: most memory in use at once: tensors, without the allocator's slack, libraries and buffers of theirs.
+        at_peak: what that consisted of: parameters, gradients, optimizer, activations.
+        activations_at_peak: what the activations among it consisted of, by class of the module that made them.
+        standing_bytes: memory in use before the step.
+        predicted_bytes: the peak from `planning`, which runs nothing.
+        updated: whether the step ran to its end.
+        flops: of matrix products and attention; a multiply-add counts as two.
+        launches: kernels, counted as operators.
+        host_waits: reads of the device by the host, by place in the program.
+        host_copies: copies of the host's tensors to the device, by place.
+        collectives: what was exchanged, by operation and group.
+        notes: what was done otherwise than asked.
+    """
+
+    rank: int
+    world_size: int
+    place: str
+    parameters: int
+    peak_bytes: int
+    at_peak: dict[str, int]
+    activations_at_peak: dict[str, int]
+    standing_bytes: int
+    predicted_bytes: int
+    updated: bool
+    flops: int
+    launches: int
+    host_waits: dict[str, int]
+    host_copies: dict[str, int]
+    collectives: list[Communication]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "simulated") -> DryRun:
+    """Run a step of a job on rank `rank`, as any after the first: the optimizer has its state.
+
+    Args:
+        config: resolved for `world_size`.
+        world_size: ranks of the job.
+        rank: one of them.
+        device: as `simulated_job` has it.
+    """
+    notes = []
+    if device != "cpu" and PrecisionPolicy.of(config.precision, config.fp8).fp8 is not None:
+        notes.append(f"precision={config.precision} is simulated as bf16: FP8 is Transformer Engine's")
+        config = replace(config, precision="bf16")
+    with simulated_job(config, world_size, rank, device) as job, training_step(config, job) as step:
+        batches = empty_batches(config, job)
+        job.recorder.restart()
+        standing = job.recorder.memory.now
+        result = step.train(batches, 0, config.optimizer.learning_rate, float("inf"))
+        recorder, memory, runtime = job.recorder, job.recorder.memory, job.runtime
+        stage = stage_memory(config, world_size, runtime.pipeline_rank, on_gpu=device != "cpu")
+        return DryRun(
+            rank=rank,
+            world_size=world_size,
+            place=runtime.describe(),
+            parameters=sum(_local(parameter).numel() for chunk in step.chunks for parameter in chunk.parameters()),
+            peak_bytes=memory.peak,
+            at_peak={kind: size for kind, size in memory.at_peak.items() if size},
+            activations_at_peak={kind: size for kind, size in memory.activations_at_peak.items() if size},
+            standing_bytes=standing,
+            predicted_bytes=round(stage.total),
+            updated=result.updated,
+            flops=sum(recorder.flops.values()),
+            launches=sum(recorder.launches.values()),
+            host_waits=dict(recorder.waits),
+            host_copies=dict(recorder.host_copies),
+            collectives=recorder.communications,
+            notes=notes,
+        )
+
+
+@contextmanager
+def training_step(config: PretrainConfig, job: SimulatedJob) -> Iterator[TrainStep]:
+    """The rank's model and optimizer, as `Trainer` builds them."""
+    memory = job.recorder.memory
+    models = build_model(config, job.runtime, initialize=False)
+    for model in models:
+        memory.claim("parameters", *map(_local, model.parameters()), *model.buffers())
+    chunks = wrap_data_parallel(config, job.runtime, models)
+    for chunk in chunks:
+        if not isinstance(chunk, FullySharded):  # whose gradients come and go with the backward pass
+            memory.claim("gradients", *(buffer.grad_data for buffer in chunk.buffers))
+    memory.claim("parameters", *(_local(parameter) for chunk in chunks for parameter in chunk.parameters()))
+    with memory.allocating("optimizer"):
+        optimizer = build_optimizer(config, job.runtime, chunks)
+        for part in optimizer.chained_optimizers:
+            if not part.is_stub_optimizer:
+                fill_moments(part.optimizer)
+    yield TrainStep(config, job.runtime, chunks, optimizer)
+
+
+def empty_batches(config: PretrainConfig, job: SimulatedJob) -> list[Batch]:
+    """Micro-batches of a step, of tokens without values: where a size depends on them, it is the largest it can be."""
+    data, training = config.data, config.training
+    rules = DocumentRules(
+        reset_attention_mask=data.reset_attention_mask,
+        reset_position_ids=data.reset_position_ids,
+        eod_mask_loss=data.eod_mask_loss,
+        marked=data.prepared_rows,
+    )
+    marks = (2,) if data.prepared_rows else ()
+    shape = (training.micro_batch_size, *marks, training.sequence_length + 1)
+    return [
+        make_batch(torch.zeros(shape, dtype=torch.int64).to(job.runtime.device, non_blocking=True), rules)
+        for _ in range(micro_batches_per_step(config, job.runtime.world_size))
+    ]
+
+
+def _local(parameter: Any) -> torch.Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def render(found: DryRun) -> str:
+    """The same as text."""
+    lines = [
+        f"{found.place} of {found.world_size}",
+        *(f"note: {note}" for note in found.notes),
+        f"parameters  {found.parameters:,}",
+        f"peak memory {_size(found.peak_bytes)}; predicted {_size(found.predicted_bytes)}",
+        *_table(found.at_peak),
+        "  activations, by the module that made them:",
+        *_table(found.activations_at_peak, indent=4),
+        f"operations  {found.flops:.4g} FLOP in {found.launches:,} kernels",
+        "collectives (operation, group × ranks, count, size):",
+        *(f"  {c.operation:14} {c.group} × {c.size}  {c.count:,}  {_size(c.bytes)}" for c in found.collectives),
+        f"the host waits for the device {sum(found.host_waits.values()):,} times:",
+        *(f"  {place}  {count:,}" for place, count in found.host_waits.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _table(sizes: dict[str, int], indent: int = 2) -> list[str]:
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return [f"{' ' * indent}{name:{28 - indent}} {_size(size):>12}" for name, size in ordered]
+
+
+def _size(size: int) -> str:
+    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**exponent:
+            return f"{size / 2**exponent:.2f} {unit}"
+    return f"{size} B"
