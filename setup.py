@@ -21,7 +21,7 @@ def _readme() -> str:
 
 _HUGGING_FACE = ["transformers>=4.48", "tokenizers>=0.21"]
 _PARQUET = ["pyarrow>=14"]
-_SERVE = ["fastapi>=0.110", "uvicorn>=0.27"]  # examples/serving
+_SERVE = ["starlette>=0.40", "uvicorn>=0.27"]  # vishwamai_mp/serving
 _PLOTS = ["matplotlib>=3.8"]
 _DATASETS = ["datasets>=3.0"]  # Hugging Face's, as training data
 
@@ -38,6 +38,7 @@ setup(
         "vishwamai_mp.config": ["presets/*.yaml"],
         "vishwamai_mp.conversion": ["remote_code/*.py"],
         "vishwamai_mp.observability": ["templates/*.html"],
+        "vishwamai_mp.serving": ["page.html"],
     },
     install_requires=[
         "backports.zstd>=1.0; python_version < '3.14'",  # compression.zstd of Python 3.14
@@ -73,6 +74,7 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.13",
             "myst-parser>=5.0",  # with sphinx: builds docs/
+            "openai>=2",  # the client that the endpoint is tested with
             "peft>=0.14",  # loads exported adapters in a test
             "pytest>=8.2",
             "pytest-xdist>=3.6",

@@ -25,6 +25,7 @@ _ORDER = [
     {"opening"},
     {"tree_of_thoughts"},
     {"observability"},
+    {"serving"},
     {"training"},
     {"pretrain", "trainer", "launch"},
 ]

@@ -1,6 +1,6 @@
 """What people look at, in a real browser: the run report, TensorBoard and the picture of a search.
 
-The page of examples/serving is tested beside its server, tests/examples/test_serving.py.
+The page of the server is tested beside it, tests/serving/test_server.py.
 """
 
 import subprocess

@@ -280,6 +280,28 @@ def scored() -> tuple[list[float], list[float]]:
     return ours.score([_PROMPTS[2]])[0], log_probs.gather(1, text[0, 1:, None])[:, 0].tolist()
 
 
+def test_the_likeliest_tokens_in_place_of_each(workers):
+    """One text asks for two, one for none, in one batch; scoring tells the same."""
+    for wants, none, scores in workers.run(likeliest, 2, ["parallel.tensor_model_parallel_size=2"]):
+        assert none.top_log_probs == [[]] * 5
+        for token, log_prob, top in zip(wants.tokens, wants.log_probs, wants.top_log_probs, strict=True):
+            assert top[0] == (token, pytest.approx(log_prob, abs=1e-6))  # greedy
+            assert len(top) == 2
+            assert top[0][1] >= top[1][1]
+        for top, (log_prob, scored) in zip(wants.top_log_probs, scores[-5:], strict=True):
+            assert [token for token, _ in scored] == [token for token, _ in top]
+            assert log_prob == pytest.approx(top[0][1], abs=1e-5)
+
+
+def likeliest(overrides: list[str]) -> tuple[Completion, Completion, list]:
+    ours = generator(*overrides)
+    wants = ours.submit(_PROMPTS[0], SamplingOptions(5, log_probs=True, top_log_probs=2))
+    none = ours.submit(_PROMPTS[1], SamplingOptions(5, log_probs=True))
+    while ours.busy:
+        ours.step()
+    return wants, none, ours.score_tokens(wants.prompt + wants.tokens, 2)
+
+
 def test_the_context_limits_what_is_added(workers):
     limit = ["model.max_position_embeddings=32"]
     ours = workers.run(generated, 1, limit, SamplingOptions(100), _PROMPTS)[0]
@@ -354,6 +376,7 @@ def damaged() -> str:
         ({"seed": -1}, "seed=-1"),
         ({"stop_strings": ("",)}, "stop string is empty"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"top_log_probs": 2}, "top_log_probs=2: use 0 or more, with log_probs"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

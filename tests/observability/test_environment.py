@@ -83,12 +83,17 @@ def test_no_revision_outside_a_checkout_or_without_git(checkout, tmp_path, monke
 def test_a_run_folder_describes_itself(tmp_path):
     tokenizer = tmp_path / "spm.model"
     tokenizer.write_bytes(b"\x00pieces\xff")
+    beside = {"tokenizer_config.json": b"{}", "chat_template.jinja": b"x"}
+    for name, content in beside.items():
+        (tmp_path / name).write_bytes(content)
     folder = tmp_path / "run"
     folder.mkdir()
     config = resolve(replace(PretrainConfig(), data=DataConfig(train="corpus", tokenizer=str(tokenizer))))
     for _ in range(2):  # a resumed run writes it again
         write_run_description(folder, config, RUNTIME)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "environment.json", "tokenizer.model"]
+    written = {path.name for path in folder.iterdir()}
+    assert written == {"config.yaml", "environment.json", "tokenizer.model", *beside}
+    assert all((folder / name).read_bytes() == content for name, content in beside.items())
     assert load_config(folder / "config.yaml") == config
     assert (folder / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     assert json.loads((folder / "environment.json").read_text())["world_size"] == 2

@@ -16,7 +16,7 @@ import pytest
 
 from tests.synthetic import write_corpus
 from tests.workers import WorkerPool
-from vishwamai_mp.config import UserError, load_config, resolve, to_yaml
+from vishwamai_mp.config import UserError
 from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,24 +222,52 @@ def test_the_program_prints_that_line_and_fails(tmp_path: Path) -> None:
     assert str(tmp_path) in line
 
 
-def test_settings_of_training_alone_do_not_stand_in_the_way(tmp_path: Path) -> None:
-    """Steps, evaluations and profiles of the run, whatever they were; a cache whose segments are long."""
-    overrides = ["training.max_steps=900", "training.evaluate_every=5", "checkpoint.load_best=true"]
-    overrides += ["logging.profile_steps=[800,801]", "cache.enabled=true", "cache.segment_length=64"]
-    trained = resolve(load_config("tiny", overrides))
-    (tmp_path / "config.yaml").write_text(to_yaml(trained))
-    found = runpy.run_path(str(TOOL))["generation_config"](tmp_path / "checkpoints/step_00000900", [])
-    assert (found.model, found.cache) == (trained.model, trained.cache)
-
-
 def test_another_tokenizer_is_refused(workers: WorkerPool, run_folder: Path, tmp_path: Path) -> None:
+    """One of more tokens than the model has; of one with fewer, what is beyond is never generated, and that is said."""
     other = Path(shutil.copytree(run_folder, tmp_path / "run"))
-    train_tokenizer(["another text entirely, " * 50], 364, other / "tokenizer")
-    with pytest.raises(UserError, match=r"has 364 tokens, the model 400"):
-        on(workers, 1, "--load", other, "--prompt", _PROMPT)
+    text = "another text entirely, with many different words in it so that a vocabulary can be larger than before. "
+    larger = train_tokenizer([text * 50], 410, tmp_path / "larger")
+    smaller = train_tokenizer(["a text " * 50], 364, tmp_path / "smaller")
+    assert larger.vocab_size > _VOCABULARY
+    options = ["--load", other, "--prompt", "a text", "--json"]
+    with pytest.raises(UserError, match=r"larger\.model has 410 tokens, the model 400"):
+        on(workers, 1, *options, f"data.tokenizer={larger.path}")
+    ((out, said),) = workers.run(call, 1, [*options, "--strategy", "sample", f"data.tokenizer={smaller.path}"])
+    assert "has 364 tokens, the model 400: those beyond are never generated" in said
+    assert max(json.loads(out)["new_tokens"]) < smaller.vocab_size
     (other / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"no tokenizer file .*spm\.model"):
         on(workers, 1, "--load", other, "--prompt", _PROMPT)
     (other / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"config\.yaml is missing"):
         on(workers, 1, "--load", other, "--prompt", _PROMPT)
+
+
+def test_every_strategy_gives_the_text_behind_the_prompt(workers: WorkerPool, run_folder: Path) -> None:
+    """Also where a stop text ends it, and where the answer begins with that."""
+    tokenizer = Tokenizer(run_folder / "tokenizer.model")
+    base = ["--load", run_folder, "--prompt", _PROMPT, "--json"]
+    plain = json.loads(on(workers, 1, *base, "--max-new-tokens", 12))
+    added = plain["text"].removeprefix(_PROMPT)
+    for stop in (added[:1], added[2:4]):
+        done = json.loads(on(workers, 1, *base, "--max-new-tokens", 12, "--stop", stop))
+        assert done["finish"] == "stop"
+        assert done["text"] == _PROMPT + added[: added.index(stop)]
+    for options in (["beam", "--max-new-tokens", 6], ["tree", "tree.max_thought_tokens=4", "tree.max_depth=2"]):
+        done = json.loads(on(workers, 1, *base, "--strategy", *options))
+        assert done["text"] == tokenizer.decode(tokenizer.encode(_PROMPT) + done["new_tokens"])
+
+
+def test_prompts_begin_with_bos_where_that_is_asked_for(workers: WorkerPool, run_folder: Path, tmp_path: Path) -> None:
+    """By the option, or by tokenizer_config.json beside the tokenizer; the option is the stronger."""
+    tokenizer = Tokenizer(run_folder / "tokenizer.model")
+    other = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (other / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    base = ["--prompt", _PROMPT, "--strategy", "tree", "--json", "tree.max_thought_tokens=2", "tree.max_depth=1"]
+
+    def root(*options: object) -> list[int]:
+        return json.loads(on(workers, 1, *base, *options))["tree"]["nodes"][0]["tokens"]
+
+    plain = tokenizer.encode(_PROMPT)
+    assert root("--load", run_folder) == root("--load", other, "--no-bos") == plain
+    assert root("--load", run_folder, "--bos") == root("--load", other) == [tokenizer.bos_id, *plain]

@@ -88,7 +88,8 @@ def test_evaluations_search_and_change_nothing_else(
 
 def test_the_solve_rate_is_of_answers_that_contain_what_is_right(data: list[str], monkeypatch: pytest.MonkeyPatch):
     tokenizer = Tokenizer(data[1].partition("=")[2])
-    found = [SearchResult([Node(0, None, 0, [1]), Node(1, 0, 1, tokenizer.encode("so 4"))], best=1) for _ in range(4)]
+    nodes = [Node(0, None, 0, [1]), Node(1, 0, 1, tokenizer.encode("so 4"))]
+    found = [SearchResult(nodes, best=1, texts=["1 + 1", "so 4"]) for _ in range(4)]
     search = Search([f"1 + 1\t{right}" for right in ("4", "so", "5", "4")], tokenizer)
     monkeypatch.setattr(search, "_search", lambda trainer: found)
     record = {"validation_loss": 1.0}

@@ -103,6 +103,10 @@ class Tokenizer:
         """Every token's spelling, by id."""
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
+    def control_tokens(self) -> dict[str, int]:
+        """Tokens without a text of their own, such as bos and eos, by their spelling."""
+        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)}
+
     def has_byte_fallback(self) -> bool:
         """Whether a character outside the vocabulary becomes its UTF-8 bytes rather than `<unk>`."""
         return sum(self._processor.is_byte(i) for i in range(self.vocab_size)) == 256

@@ -4,9 +4,10 @@ Every rank of a replica makes the same calls in the same order.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from vishwamai_mp.inference.blocks import BLOCK_TOKENS, CachedSequence
 from vishwamai_mp.inference.engine import Engine, check_fits
 from vishwamai_mp.inference.noise import NoiseNames
 from vishwamai_mp.inference.options import SamplingOptions
+from vishwamai_mp.inference.text import AddedText, Decode, find_stop
 from vishwamai_mp.inference.vocabulary import Shard, penalise_repetition, sample, sample_among
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.runtime import Runtime
@@ -31,6 +33,7 @@ class Completion:
         prompt, options: as given.
         tokens: added so far, without the stop token.
         log_probs: of each added token, in nats, where asked for.
+        top_log_probs: ids and log-probabilities of the likeliest tokens in place of each, where asked for.
         finish: None while it grows; "stop", "length" (of `max_new_tokens` or the context), or "cancelled".
         stop: the stop string that ended it.
     """
@@ -39,10 +42,17 @@ class Completion:
     options: SamplingOptions
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: str | None = None
     stop: str | None = None
     _sequence: CachedSequence = field(default_factory=CachedSequence)
     _limit: int = 0
+    _added: AddedText | None = None
+    _read: int = 0  # tokens whose text `_added` has
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what decodes: it may be any function, and begins anew in another process."""
+        return {**self.__dict__, "_added": None, "_read": 0}
 
 
 class Generator:
@@ -62,7 +72,7 @@ class Generator:
         config: PretrainConfig,
         runtime: Runtime,
         model: VishwamAIModel,
-        decode: Callable[[list[int]], str] | None = None,
+        decode: Decode | None = None,
         kv_tokens: int | None = None,
         max_batch: int = 64,
     ) -> None:
@@ -105,15 +115,18 @@ class Generator:
                 [(c._sequence, c.tokens[-1:]) for c in self._running] + [(c._sequence, c.prompt) for c in admitted]
             )
             rows = [_Row(c.options, len(c.prompt) + len(c.tokens), c.prompt + c.tokens) for c in batch]
-            chosen = self.engine.decide(output, lambda shard, _: choose(shard, rows), 2).tolist()
+            top = min(max(c.options.top_log_probs for c in batch), self.engine.config.model.vocab_size)
+            chosen = self.engine.decide(
+                output, lambda shard, _: _with_top(choose(shard, rows), shard, top), 2 + 2 * top
+            ).tolist()
             _check_finite(chosen)
         except BaseException:
             for completion in batch:
                 self._finish(completion, "cancelled")
             self._running = []
             raise
-        for completion, (token, log_prob) in zip(batch, chosen, strict=True):
-            self._append(completion, int(token), log_prob)
+        for completion, (token, log_prob, *likeliest) in zip(batch, chosen, strict=True):
+            self._append(completion, int(token), log_prob, _pairs(likeliest, completion.options.top_log_probs))
         self._running = [completion for completion in batch if completion.finish is None]
         return batch
 
@@ -131,10 +144,19 @@ class Generator:
         return bool(self._waiting or self._running)
 
     def text(self, completion: Completion) -> str:
-        """What was added, as text, cut before the stop string."""
-        assert self.decode is not None
-        text = self.decode(completion.tokens)
+        """What was added to the prompt's text, cut before the stop string; of a request that grows, what is certain."""
+        text = self._added_text(completion)
         return text if completion.stop is None else text[: text.index(completion.stop)]
+
+    def _added_text(self, completion: Completion) -> str:
+        assert self.decode is not None
+        if completion._added is None:
+            completion._added = AddedText(self.decode, completion.prompt)
+        completion._added.add(completion.tokens[completion._read :])
+        completion._read = len(completion.tokens)
+        if completion.finish is not None:
+            completion._added.end()
+        return completion._added.text
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities in nats of each text's tokens from the second on.
@@ -146,17 +168,21 @@ class Generator:
             if len(text) < 2:
                 raise UserError(f"a text of {len(text)} tokens has nothing to score; give at least 2 tokens")
             check_fits(len(text) - 1, self.engine.context)
-        return [self._score(text) for text in texts]
+        return [[log_prob for log_prob, _ in self.score_tokens(text)] for text in texts]
 
-    def _score(self, text: Sequence[int]) -> list[float]:
+    def score_tokens(self, text: Sequence[int], top: int = 0) -> list[tuple[float, list[tuple[int, float]]]]:
+        """Of each token from the second on: its log-probability in nats, and the `top` likeliest ids with theirs."""
+        top = min(top, self.engine.config.model.vocab_size)
         sequence = CachedSequence()
         try:
             output = self.engine.run([(sequence, text[:-1])], every_token=True)
             targets = torch.tensor(text[1:], device=self.engine.runtime.device)[:, None]
-            scores = self.engine.decide(output, lambda shard, _: shard.log_probs(targets), 1)
+            scores = self.engine.decide(
+                output, lambda shard, _: _with_top(shard.log_probs(targets).double(), shard, top), 1 + 2 * top
+            )
         finally:
             self.engine.release(sequence)
-        return scores[:, 0].tolist()
+        return [(log_prob, _pairs(rest, top)) for log_prob, *rest in scores.tolist()]
 
     def _check(self, prompt: Sequence[int], options: SamplingOptions) -> None:
         vocabulary, pool = self.engine.config.model.vocab_size, self.engine.pool
@@ -191,7 +217,7 @@ class Generator:
             admitted.append(self._waiting.popleft())
         return admitted
 
-    def _append(self, completion: Completion, token: int, log_prob: float) -> None:
+    def _append(self, completion: Completion, token: int, log_prob: float, top: list[tuple[int, float]]) -> None:
         options = completion.options
         if token in options.stop_tokens:
             self._finish(completion, "stop")
@@ -199,6 +225,7 @@ class Generator:
         completion.tokens.append(token)
         if options.log_probs:
             completion.log_probs.append(log_prob)
+            completion.top_log_probs.append(top)
         completion.stop = self._found_stop(completion)
         if completion.stop is not None:
             self._finish(completion, "stop")
@@ -208,12 +235,10 @@ class Generator:
     def _found_stop(self, completion: Completion) -> str | None:
         """The stop string that the last token completed, if any: the first in the text."""
         strings = completion.options.stop_strings
-        if not strings or self.decode is None:
+        if not strings:
             return None
-        # A byte of text takes at most a token; a few more, for those that stand for nothing.
-        tail = self.decode(completion.tokens[-max(len(string.encode()) for string in strings) - 4 :])
-        found = [string for string in strings if string in tail]
-        return min(found, key=tail.index) if found else None
+        before = len(completion._added.text) if completion._added else 0
+        return find_stop(self._added_text(completion), strings, before)
 
     def _finish(self, completion: Completion, reason: str) -> None:
         completion.finish = reason
@@ -250,6 +275,20 @@ def choose(shard: Shard, rows: Sequence[_Row]) -> Tensor:
     return chosen
 
 
+def _with_top(chosen: Tensor, shard: Shard, count: int) -> Tensor:
+    """Columns behind `chosen`: the `count` likeliest ids of each row, then their log-probabilities."""
+    if not count:
+        return chosen
+    values, ids = shard.top(count)
+    return torch.cat((chosen, ids.double(), (values - shard.log_normaliser()[:, None]).double()), -1)
+
+
+def _pairs(columns: Sequence[float], count: int) -> list[tuple[int, float]]:
+    """Of what `_with_top` appends, the first `count` ids with their log-probabilities."""
+    half = len(columns) // 2
+    return [(int(token), log_prob) for token, log_prob in zip(columns[:half], columns[half:], strict=True)][:count]
+
+
 def _choose_alike(
     shard: Shard,
     rows: Sequence[_Row],
@@ -275,5 +314,5 @@ def _penalised(shard: Shard, rows: Sequence[_Row]) -> Shard:
 
 
 def _check_finite(chosen: Iterable[Sequence[float]]) -> None:
-    if not all(abs(number) < float("inf") for _, number in chosen):
+    if not all(abs(number) < float("inf") for _, number, *_ in chosen):
         raise UserError("the model's logits are not finite; its checkpoint is damaged or its training diverged")

@@ -23,6 +23,7 @@ class SamplingOptions:
         stop_tokens: a text ends before one of these ids.
         stop_strings: a text ends before one of these.
         log_probs: also return the model's log-probability of each token.
+        top_log_probs: with `log_probs`: also those of so many likeliest tokens in each place.
     """
 
     max_new_tokens: int = 64
@@ -36,6 +37,7 @@ class SamplingOptions:
     stop_tokens: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     log_probs: bool = False
+    top_log_probs: int = 0
 
     def __post_init__(self) -> None:
         _at_least_one("max_new_tokens", self.max_new_tokens)
@@ -43,6 +45,8 @@ class SamplingOptions:
             raise UserError(f"temperature={self.temperature}: use 0 (greedy) or a positive number")
         if self.top_k is not None:
             _at_least_one("top_k", self.top_k)
+        if self.top_log_probs < 0 or (self.top_log_probs and not self.log_probs):
+            raise UserError(f"top_log_probs={self.top_log_probs}: use 0 or more, with log_probs")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:

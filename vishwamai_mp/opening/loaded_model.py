@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vishwamai_mp.checkpoint import CheckpointManager, locate
+from vishwamai_mp.checkpoint import CheckpointManager
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.model import build_model
+from vishwamai_mp.opening.run import find_run
 from vishwamai_mp.runtime import standing_session
 from vishwamai_mp.runtime.distributed import world_size
 
@@ -74,12 +75,5 @@ def load_model(config_path: str | Path | Mapping[str, Any], overrides: Sequence[
     """
     if isinstance(config_path, Mapping) or not Path(config_path).is_dir():
         return LoadedModel(load_config(config_path, overrides))
-    found = locate(Path(config_path).resolve())
-    assert found.path is not None
-    run = found.path.parent.parent
-    recipe = run / "config.yaml"
-    if not recipe.is_file():
-        raise UserError(f"{recipe} is missing; give load_model a configuration, with the checkpoint as checkpoint.load")
-    tokenizer = run / "tokenizer.model"
-    own = [f"data.tokenizer={tokenizer}"] if tokenizer.is_file() else []
-    return LoadedModel(load_config(recipe, [*own, *overrides]), found.path)
+    run = find_run(config_path)
+    return LoadedModel(run.trained(overrides), run.checkpoint)

@@ -14,6 +14,7 @@ from vishwamai_mp.config import TreeConfig, UserError
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import CachedSequence
 from vishwamai_mp.inference.noise import NoiseNames
+from vishwamai_mp.inference.text import AddedText
 from vishwamai_mp.inference.vocabulary import Shard, sample, sample_distinct
 from vishwamai_mp.tree_of_thoughts.result import Node
 
@@ -26,11 +27,22 @@ class GrowingNode:
         node: what the result shows.
         sequence: keys, values and component states up to its last token.
         first: candidates for the first token of each child, with log-probabilities.
+        added: the text of its tokens, behind the text before it; None without a decoder. `text` brings it up to date.
+        read: tokens that `added` has read; a prompt is text before it.
     """
 
     node: Node
     sequence: CachedSequence
     first: list[tuple[int, float]] = field(default_factory=list)
+    added: AddedText | None = None
+    read: int = 0
+
+    def text(self) -> str:
+        """What its tokens add to the text before it, but for a character that is not finished."""
+        assert self.added is not None
+        self.added.add(self.node.tokens[self.read :])
+        self.read = len(self.node.tokens)
+        return self.added.text
 
 
 class Grower:
@@ -41,7 +53,7 @@ class Grower:
         config: resolved.
         stop_tokens: a thought ends with one of these.
         end_token: with this a whole text ends.
-        stops: whether a thought's tokens end it otherwise (a stop string).
+        stop_string: a thought ends when its text has this; nodes then need `added`.
     """
 
     def __init__(
@@ -50,10 +62,10 @@ class Grower:
         config: TreeConfig,
         stop_tokens: Sequence[int],
         end_token: int | None,
-        stops: Callable[[list[int]], bool] | None,
+        stop_string: str | None,
     ) -> None:
         self.engine, self.config = engine, config
-        self._stop_tokens, self._end_token, self._stops = frozenset(stop_tokens), end_token, stops
+        self._stop_tokens, self._end_token, self._stop_string = frozenset(stop_tokens), end_token, stop_string
 
     def grow(
         self,
@@ -110,7 +122,10 @@ class Grower:
             ending="",
         )
         self._count(node, log_prob)
-        return GrowingNode(node, self.engine.fork(parent.sequence))
+        if parent.added is None:
+            return GrowingNode(node, self.engine.fork(parent.sequence))
+        parent.text()
+        return GrowingNode(node, self.engine.fork(parent.sequence), added=parent.added.fork())
 
     @property
     def _branching(self) -> int:
@@ -129,7 +144,7 @@ class Grower:
             node.ending = "stop"
         elif last == self._end_token:
             node.ending = "end"
-        elif last in self._stop_tokens or (self._stops is not None and self._stops(node.tokens)):
+        elif last in self._stop_tokens or (self._stop_string is not None and self._stop_string in grower.text()):
             node.ending = "stop"
         elif grower.sequence.length + 1 >= self.engine.context:
             node.ending = "context"

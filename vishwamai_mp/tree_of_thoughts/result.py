@@ -56,7 +56,7 @@ class SearchResult:
         best: id of the chosen node: the end of the answer.
         reason: why the search ended: "solved", "complete", "expansions", "tokens" or "time" (budgets: `best` is then
             the best so far).
-        texts: of each node's tokens, where a decoder was given.
+        texts: of each node's tokens, where a decoder was given: what they add to the text before them.
     """
 
     nodes: list[Node]
@@ -91,6 +91,11 @@ class SearchResult:
     def answer(self) -> list[int]:
         """Tokens of the chosen path, without the prompt."""
         return self.answer_to(self.best)
+
+    @property
+    def answer_text(self) -> str:
+        """Text of the chosen path, behind the prompt's; empty where no decoder was given."""
+        return "".join(self.texts[i] for i in self.path[1:]) if self.texts else ""
 
     @property
     def generated_tokens(self) -> int:

@@ -18,6 +18,7 @@ from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import CachedSequence
 from vishwamai_mp.inference.engine import check_fits
+from vishwamai_mp.inference.text import AddedText, Decode, added_text
 from vishwamai_mp.tree_of_thoughts.endings import ending_of_thoughts
 from vishwamai_mp.tree_of_thoughts.growth import Grower, GrowingNode
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
@@ -100,7 +101,7 @@ class TreeOfThoughts(KeepsValues):
         *,
         stop_tokens: Sequence[int] = (),
         end_token: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
+        decode: Decode | None = None,
         stop_string: str | None = None,
         scorer: Scorer | None = None,
         verifier: Verifier | None = None,
@@ -126,14 +127,8 @@ class TreeOfThoughts(KeepsValues):
                 " tree.enabled=false); set tree.value_weight=0 tree.logprob_weight=1, or give a scorer"
             )
         stop_tokens, end_token, stop_string = self._ends
-
-        def stops(tokens: list[int]) -> bool:
-            assert self.decode is not None
-            assert stop_string is not None
-            return stop_string in self.decode(tokens)
-
         self.engine = engine
-        self._grower = Grower(engine, self.config, stop_tokens, end_token, stops if stop_string is not None else None)
+        self._grower = Grower(engine, self.config, stop_tokens, end_token, stop_string)
 
     @torch.inference_mode()
     def search(
@@ -143,6 +138,7 @@ class TreeOfThoughts(KeepsValues):
         max_tokens: int | None = None,
         max_seconds: float | None = None,
         watch: Callable[[list[SearchResult]], None] | None = None,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> list[SearchResult]:
         """One tree per prompt; all of them grow in one batch.
 
@@ -151,6 +147,7 @@ class TreeOfThoughts(KeepsValues):
             max_tokens: generated per prompt at most.
             max_seconds: for the whole call. When a budget ends, the best so far is returned and marked.
             watch: called with the trees as they are, each time some have grown; what it raises ends the search.
+            before_pass: called before each pass of the model, so that others may have theirs; likewise.
 
         Raises:
             UserError: an empty or too long prompt, a budget that is not positive, a scorer or verifier that fails.
@@ -159,11 +156,18 @@ class TreeOfThoughts(KeepsValues):
             self._use(self.model.engine())
         self._check(prompts, max_tokens, max_seconds)
         deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+
+        def turn(trees: Sequence[_Tree]) -> None:
+            before_pass()
+            if deadline < math.inf and self._agree(time.monotonic() > deadline):
+                for tree in trees:
+                    tree.budget = tree.budget or "time"
+
         trees = [self._plant(prompt) for prompt in prompts]
         try:
-            self._grow([(tree, tree.growing[0]) for tree in trees], None, math.inf)
+            self._grow([(tree, tree.growing[0]) for tree in trees], None, lambda _: before_pass())
             while running := [tree for tree in trees if tree.reason is None]:
-                self._advance(running, max_tokens, deadline)
+                self._advance(running, max_tokens, turn)
                 if watch is not None:
                     watch([self._result(tree) for tree in trees])
         finally:
@@ -186,12 +190,12 @@ class TreeOfThoughts(KeepsValues):
                 raise UserError(f"the prompt has a token outside the vocabulary of {vocabulary}; encode it again")
             check_fits(len(prompt), self.engine.context)
 
-    @staticmethod
-    def _plant(prompt: Sequence[int]) -> _Tree:
-        root = GrowingNode(Node(0, None, 0, list(prompt)), CachedSequence())
+    def _plant(self, prompt: Sequence[int]) -> _Tree:
+        added = None if self.decode is None else AddedText(self.decode, prompt)
+        root = GrowingNode(Node(0, None, 0, list(prompt)), CachedSequence(), added=added, read=len(prompt))
         return _Tree([root], [root])
 
-    def _advance(self, trees: list[_Tree], max_tokens: int | None, deadline: float) -> None:
+    def _advance(self, trees: list[_Tree], max_tokens: int | None, turn: Callable[[Sequence[_Tree]], None]) -> None:
         """Expand what each tree's strategy says, score, prune, keep."""
         families = []
         for tree in trees:
@@ -203,7 +207,7 @@ class TreeOfThoughts(KeepsValues):
                 tree.growing += children
                 families.append((tree, children))
                 self.engine.release(parent.sequence)
-        self._grow([(tree, child) for tree, children in families for child in children], max_tokens, deadline)
+        self._grow([(tree, child) for tree, children in families for child in children], max_tokens, turn)
         for tree, children in families:
             self._judge(tree, children)
         for tree in trees:
@@ -217,7 +221,12 @@ class TreeOfThoughts(KeepsValues):
         tree.frontier = [grower for grower in tree.frontier if grower is not chosen]
         return [chosen]
 
-    def _grow(self, owners: list[tuple[_Tree, GrowingNode]], max_tokens: int | None, deadline: float) -> None:
+    def _grow(
+        self,
+        owners: list[tuple[_Tree, GrowingNode]],
+        max_tokens: int | None,
+        turn: Callable[[Sequence[_Tree]], None],
+    ) -> None:
         tree_of = {id(grower): tree for tree, grower in owners}
         spent = {id(tree): tree.generated for tree, _ in owners}
 
@@ -228,12 +237,8 @@ class TreeOfThoughts(KeepsValues):
             spent[id(tree)] += 1
             return tree.budget is None
 
-        def time_is_up() -> None:
-            if deadline < math.inf and self._agree(time.monotonic() > deadline):
-                for tree, _ in owners:
-                    tree.budget = tree.budget or "time"
-
-        self._grower.grow([grower for _, grower in owners], may_go_on, time_is_up)
+        trees = [tree for tree, _ in owners]
+        self._grower.grow([grower for _, grower in owners], may_go_on, lambda: turn(trees))
 
     def _agree(self, flag: bool) -> bool:
         """Whether any rank of this replica says so."""
@@ -277,7 +282,7 @@ class TreeOfThoughts(KeepsValues):
         while current.parent is not None:
             tokens = current.tokens + tokens
             current = tree.growing[current.parent].node
-        text = self.decode(tokens) if self.decode is not None else ""
+        text = "" if self.decode is None else added_text(self.decode, tree.growing[0].node.tokens, tokens)
         thought = Thought(tuple(tree.growing[0].node.tokens), tuple(tokens), text, node.status == "complete")
         try:
             return judge(thought)
@@ -322,8 +327,20 @@ class TreeOfThoughts(KeepsValues):
         nodes = [grower.node for grower in tree.growing]
         complete = [node for node in tree.kept if node.status == "complete"]
         best = max(complete or tree.kept or nodes, key=lambda node: _merit(node, by_depth=not complete))
-        texts = [self.decode(node.tokens) for node in nodes] if self.decode is not None else []
-        return SearchResult(nodes, best.id, tree.reason or "complete", texts)
+        return SearchResult(nodes, best.id, tree.reason or "complete", self._texts(tree))
+
+    def _texts(self, tree: _Tree) -> list[str]:
+        """Of each node's tokens, behind the text before it: along a path they make up the path's text."""
+        if self.decode is None:
+            return []
+        root, *thoughts = tree.growing
+        parents = {grower.node.parent for grower in thoughts}
+        texts = [self.decode(root.node.tokens)]
+        for grower in thoughts:
+            text = grower.text()
+            assert grower.added is not None
+            texts.append(text if grower.node.id in parents else text + grower.added.fork().end())
+        return texts
 
 
 def _merit(node: Node, by_depth: bool) -> tuple[bool, int, float, int]:

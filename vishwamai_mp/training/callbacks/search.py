@@ -56,8 +56,7 @@ class Search(Callback):
         record["search_score"] = sum(result.nodes[result.best].score for result in results) / len(results)
         record["search_tokens"] = sum(result.generated_tokens for result in results)
         if self.answers:
-            texts = [self.tokenizer.decode(result.answer) for result in results]
-            solved = [answer in text for answer, text in zip(self.answers, texts, strict=True)]
+            solved = [answer in result.answer_text for answer, result in zip(self.answers, results, strict=True)]
             record["search_solve_rate"] = sum(solved) / len(solved)
         if trainer.runtime.reports:
             self._write(trainer, results)

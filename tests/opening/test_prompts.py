@@ -1,0 +1,169 @@
+"""How a model is addressed: BOS, ends, chat templates. transformers' own tokenizer says what is right."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from vishwamai_mp.config import UserError
+from vishwamai_mp.conversion.tokenizer import import_tokenizer
+from vishwamai_mp.data.tokenizer import companions
+from vishwamai_mp.opening.prompts import PromptTokenizer
+
+_TEXTS = ["[INST] The quick brown fox jumps over the lazy dog. [/INST] Once upon a time there was a house."] * 20
+_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
+    "{% elif message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+_MESSAGES = [
+    {"role": "user", "content": "The fox"},
+    {"role": "assistant", "content": "Once upon"},
+    {"role": "user", "content": "the house."},
+]
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("spm")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_TEXTS),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture
+def folder(model_file: Path, tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
+    return tmp_path
+
+
+def opened(folder: Path, settings: Any = None, template: str | None = None, **options: Any) -> PromptTokenizer:
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return PromptTokenizer(folder / "tokenizer.model", 10_000, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "add_bos", "begins"),
+    [
+        (None, None, False),
+        (None, True, True),
+        ({"add_bos_token": True}, None, True),
+        ({"add_bos_token": True}, False, False),
+        ({"add_bos_token": False, "tokenizer_class": "LlamaTokenizer"}, None, False),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, None, True),  # as transformers' does by itself
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, None, False),
+    ],
+)
+def test_bos(folder: Path, settings: Any, add_bos: bool | None, begins: bool) -> None:
+    prompts = opened(folder, settings, add_bos=add_bos)
+    plain = prompts.tokenizer.encode("The fox")
+    assert prompts.encode("The fox") == ([1] if begins else []) + plain
+
+
+def test_ends(folder: Path) -> None:
+    assert opened(folder).end_tokens == (2,)
+    other = PromptTokenizer(folder / "tokenizer.model", 10_000).tokenizer.tokens()[300]
+    assert opened(folder, {"eos_token": {"content": other}}).end_tokens == (2, 300)
+
+
+@pytest.mark.parametrize("place", ["own file", "settings", "named"])
+def test_chat_is_what_transformers_makes_of_it(folder: Path, place: str) -> None:
+    from transformers import AutoTokenizer
+
+    settings: dict[str, Any] = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": False,
+    }
+    if place == "settings":
+        settings["chat_template"] = _TEMPLATE
+    elif place == "named":
+        settings["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": _TEMPLATE}]
+    prompts = opened(folder, settings, _TEMPLATE if place == "own file" else None)
+    assert prompts.render(_MESSAGES) == "<s>[INST] The fox [/INST] Once upon</s>[INST] the house. [/INST]"
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(_MESSAGES, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert prompts.chat(_MESSAGES) == expected
+
+
+def test_what_a_template_refuses_is_a_line(folder: Path) -> None:
+    prompts = opened(folder, template=_TEMPLATE)
+    with pytest.raises(UserError, match=r"messages: .*Only user and assistant roles are supported!"):
+        prompts.chat([{"role": "tool", "content": "x"}])
+
+
+def test_without_a_template_chat_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no chat template \(chat_template\.jinja or chat_template in"):
+        opened(folder).chat(_MESSAGES)
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(folder: Path) -> None:
+    prompts = opened(folder, template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(UserError, match="messages: the chat template does not take them"):
+        prompts.chat(_MESSAGES)
+
+
+def test_a_template_that_writes_tokens_which_are_not_there_is_refused(folder: Path) -> None:
+    settings = {"added_tokens_decoder": {"5000": {"content": "<|im_start|>"}}}
+    prompts = opened(folder, settings, "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match=r"writes <\|im_start\|>, which the tokenizer .* lacks"):
+        prompts.chat(_MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read"),
+        ("tokenizer_config.json", "[]", "is no JSON object"),
+        ("chat_template.jinja", "{% for %}", "chat template beside .* is not valid"),
+    ],
+)
+def test_damaged_files_are_named(folder: Path, file: str, content: str, message: str) -> None:
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        opened(folder)
+
+
+def test_sizes(folder: Path) -> None:
+    size = opened(folder).tokenizer.vocab_size
+    assert PromptTokenizer(folder / "tokenizer.model", size).notes == []
+    assert "never generated" in PromptTokenizer(folder / "tokenizer.model", size + 1).notes[0]
+    with pytest.raises(UserError, match=f"has {size} tokens, the model {size - 1}"):
+        PromptTokenizer(folder / "tokenizer.model", size - 1)
+
+
+def test_what_lies_beside_a_tokenizer(folder: Path) -> None:
+    assert companions(folder / "tokenizer.model") == []
+    opened(folder, {}, "x")
+    assert [file.name for file in companions(folder / "tokenizer.model")] == [
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ]
+
+
+def test_it_goes_along_when_a_folder_is_imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = {"add_bos_token": True}
+    size = opened(folder, settings, "x").tokenizer.vocab_size
+    run = tmp_path_factory.mktemp("run")
+    assert import_tokenizer(folder, run, size) is None
+    found = opened(run)
+    assert (found.first, found.template) == ([1], "x")

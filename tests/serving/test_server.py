@@ -1,0 +1,447 @@
+"""The endpoint over real HTTP: a server on a thread in a worker, and Python's own client and OpenAI's."""
+
+import contextlib
+import http.client
+import itertools
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from tests.browser import browser_window, why_no_browser
+from tests.workers import WorkerPool
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+_PROMPT = "once upon a time"
+
+
+class Letters:
+    """A token is a letter; a conversation is its messages in a row."""
+
+    end_tokens: tuple[int, ...] = ()
+    template: str | None = "{{ messages }}"
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(self.spell, ids))
+
+    def spell(self, token: int) -> str:
+        return chr(97 + token % 26)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return self.encode("".join(f"{message['role'][0]}:{message['content']} " for message in messages))
+
+
+@contextlib.contextmanager
+def server(**limits: Any) -> Iterator[tuple[Any, int]]:
+    """Runs in a worker: the service and its port."""
+    import uvicorn
+
+    from tests.model.builds import build
+    from vishwamai_mp.inference import Generator
+    from vishwamai_mp.serving import Limits, Service, build_app
+
+    config, runtime, (model,) = build("training.global_batch_size=8", "tree.enabled=true", "tree.max_thought_tokens=4")
+    prompts = Letters()
+    generator = Generator(config, runtime, model, decode=prompts.decode)
+    service = Service(generator, prompts, config.tree, {"stop_tokens": (5,)}, Limits(**limits))
+    web = uvicorn.Server(uvicorn.Config(build_app(service, "tiny"), port=0, log_level="error"))
+    thread = threading.Thread(target=web.run, daemon=True)
+    thread.start()
+    while not web.started:
+        time.sleep(0.02)
+    try:
+        yield service, web.servers[0].sockets[0].getsockname()[1]
+    finally:
+        web.should_exit = True
+        thread.join()
+        service.close()
+
+
+def post(port: int, **body: Any) -> tuple[int, str]:
+    return send(port, json.dumps(body))
+
+
+def send(port: int, text: str, address: str = "/v1/completions", method: str = "POST") -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, address, text, {"content-type": "application/json"})
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def events(text: str) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def conversation() -> dict[str, Any]:
+    """Runs in a worker."""
+    from vishwamai_mp.inference import SamplingOptions
+
+    with server() as (service, port):
+        generator = service.generator
+        (expected,) = generator.generate([service.prompts.encode(_PROMPT)], SamplingOptions(9, 0.8, seed=4))
+        body = {"prompt": _PROMPT, "max_tokens": 9, "temperature": 0.8, "seed": 4}
+        found = {
+            "expected": generator.text(expected),
+            "whole": post(port, **body),
+            "stream": post(port, **body, stream=True),
+            "stopped": post(port, **body, stop=generator.text(expected)[3:5]),
+            "tree": post(port, prompt=_PROMPT, strategy="tree", stream=True),
+            "tree whole": post(port, prompt=_PROMPT, strategy="tree"),
+            "bad": [
+                post(port, prompt=""),
+                post(port, prompt="x" * 64),
+                post(port, prompt="x", top_p=2.0, stream=True),
+                post(port, prompt="x", colour="blue"),
+                post(port, prompt="x", max_tokens=0),
+                post(port),
+                post(port, prompt="x", strategy="tree", top_p=0.5),
+                post(port, prompt="x", beam_width=2),
+                send(port, "{oops"),
+            ],
+            "parallel": in_parallel(port, body),
+        }
+        # A client that leaves in the middle of its stream: 60 slow tokens take longer than it takes to notice.
+        step, submit, submitted = generator.step, generator.submit, []
+
+        def slow_step() -> None:
+            time.sleep(0.1)
+            step()
+
+        def noted_submit(*request: Any) -> Any:
+            submitted.append(submit(*request))
+            return submitted[-1]
+
+        generator.step, generator.submit = slow_step, noted_submit
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request(
+            "POST",
+            "/v1/completions",
+            json.dumps({"prompt": "a", "max_tokens": 60, "stream": True}),
+            {"content-type": "application/json"},
+        )
+        response = connection.getresponse()
+        response.read(1)
+        response.close()  # it shares the socket, which stays open for as long as one of them is
+        connection.close()
+        deadline = time.monotonic() + 20
+        while (generator.busy or generator.engine.pool.used_blocks) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        found["blocks"] = generator.engine.pool.used_blocks
+        found["left"] = [completion.finish for completion in submitted]
+        return found
+
+
+def in_parallel(port: int, body: dict[str, Any]) -> list[str]:
+    texts = [""] * 4
+
+    def ask(i: int) -> None:
+        texts[i] = json.loads(post(port, **body)[1])["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return texts
+
+
+def test_the_endpoint(workers: WorkerPool) -> None:
+    found = workers.run(conversation, 1)[0]
+    expected = found["expected"]
+    status, text = found["whole"]
+    assert status == 200
+    whole = json.loads(text)
+    assert whole["choices"][0] == {"text": expected, "index": 0, "logprobs": None, "finish_reason": "length"}
+    assert whole["usage"] == {"prompt_tokens": 16, "completion_tokens": 9, "total_tokens": 25}
+    pieces = events(found["stream"][1])
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected
+    assert len(pieces) == 9
+    assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+    stopped = json.loads(found["stopped"][1])["choices"][0]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == expected[: expected.index(expected[3:5])]
+    assert found["parallel"] == [expected] * 4
+    grown = events(found["tree"][1])
+    sizes = [len(event["tree"]["nodes"]) for event in grown]
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) == 3
+    assert all(event["svg"].startswith("<svg") for event in grown)
+    assert len(grown[-1]["choices"][0]["text"]) == grown[-1]["tree"]["answer_tokens"]
+    whole_tree = json.loads(found["tree whole"][1])
+    assert (whole_tree["choices"], whole_tree["tree"]) == (grown[-1]["choices"], grown[-1]["tree"])
+    assert whole_tree["usage"]["completion_tokens"] == whole_tree["tree"]["generated_tokens"]
+    assert {status for status, _ in found["bad"]} == {400}
+    errors = [json.loads(text)["error"] for _, text in found["bad"]]
+    assert {error["type"] for error in errors} == {"invalid_request_error"}
+    messages = [error["message"] for error in errors]
+    assert messages[0] == "the prompt is empty; give at least one token"
+    assert "top_p=2.0" in messages[2]
+    assert messages[-1].startswith("the request is not JSON: ")
+    assert messages[3:-1] == [
+        "colour: extra inputs are not permitted",
+        "max_tokens: input should be greater than or equal to 1, or echo true",
+        "prompt: field required",
+        "top_p has no effect on strategy tree; leave it out",
+        "beam_width has no effect on strategy sample; leave it out",
+    ]
+    fields = ["prompt", "prompt", "top_p", "colour", "max_tokens", "prompt", "top_p", "beam_width", None]
+    assert [error["param"] for error in errors] == fields
+    assert found["left"] == ["cancelled"]
+    assert found["blocks"] == 0
+
+
+def by_openais_client() -> dict[str, Any]:
+    """Runs in a worker: what the official client makes of the server."""
+    import openai
+
+    with server() as (service, port):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        base: dict[str, Any] = {"model": "tiny", "prompt": _PROMPT, "max_tokens": 6, "seed": 4}
+        chat: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "seed": 3}
+
+        def text(**more: Any) -> Any:
+            return client.completions.create(**{**base, **more})
+
+        def refused(call: Callable[[], Any]) -> tuple[int, str | None]:
+            try:
+                call()
+            except openai.APIStatusError as error:
+                return error.status_code, error.param
+            return 200, None
+
+        def streamed(create: Any, **body: Any) -> list[Any]:
+            return list(create(**body, stream=True, stream_options={"include_usage": True}))
+
+        return {
+            "plain": text(),
+            "again": text(prompt=service.prompts.encode(_PROMPT)),
+            "several": text(prompt=[_PROMPT, "other"], n=2),
+            "lists": text(prompt=[service.prompts.encode(_PROMPT), service.prompts.encode("other")]),
+            "stream": streamed(client.completions.create, **base, n=2),
+            "best": text(best_of=4, logprobs=0),
+            "all four": text(n=4, logprobs=0),
+            "logprobs": text(logprobs=2, temperature=0),
+            "echo": text(echo=True, logprobs=1, max_tokens=2),
+            "scored": text(echo=True, logprobs=1, max_tokens=0),
+            "chat": client.chat.completions.create(**chat, max_tokens=5, logprobs=True, top_logprobs=2),
+            "chat stream": streamed(client.chat.completions.create, **chat, max_completion_tokens=5, n=2),
+            "models": [model.id for model in client.models.list()],
+            "model": client.models.retrieve("tiny").id,
+            "expected": service.generator.score([service.prompts.encode(_PROMPT)])[0],
+            "refused": [
+                refused(lambda: text(model="other")),
+                refused(lambda: client.models.retrieve("other")),
+                refused(lambda: text(frequency_penalty=0.5)),
+                refused(lambda: text(n=99)),
+                refused(lambda: text(prompt=["x"] * 99)),
+                refused(lambda: text(n=3, best_of=2)),
+                refused(lambda: client.chat.completions.create(**chat, tools=[{"type": "function"}])),  # type: ignore
+                refused(lambda: client.embeddings.create(model="tiny", input="x")),
+            ],
+        }
+
+
+def test_openais_own_client(workers: WorkerPool) -> None:
+    pytest.importorskip("openai")
+    found = workers.run(by_openais_client, 1)[0]
+    plain = found["plain"].choices[0].text
+    assert len(plain) == 6
+    assert found["again"].choices[0].text == plain
+    several = found["several"]
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert several.choices[0].text == plain != several.choices[1].text
+    assert several.usage.prompt_tokens == len(_PROMPT) + len("other")
+    assert several.usage.completion_tokens == 24
+    assert [choice.text for choice in found["lists"].choices] == [several.choices[0].text, several.choices[2].text]
+    for name, of_one in (("stream", lambda c: c.text), ("chat stream", lambda c: c.delta.content)):
+        *chunks, last = found[name]
+        assert not last.choices
+        assert last.usage.completion_tokens == sum(len(of_one(c)) for chunk in chunks for c in chunk.choices)
+        assert all(chunk.usage is None for chunk in chunks)
+        ends = [choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+        assert sorted(ends) == [0, 1]
+    texts = ["".join(c.text for chunk in found["stream"] for c in chunk.choices if c.index == i) for i in range(2)]
+    assert texts == [several.choices[0].text, several.choices[1].text]
+
+    means = {c.text: sum(c.logprobs.token_logprobs) / 6 for c in found["all four"].choices}
+    assert found["best"].choices[0].text == max(means, key=means.__getitem__)
+    assert found["best"].usage.completion_tokens == 24
+    logprobs = found["logprobs"].choices[0].logprobs
+    assert "".join(logprobs.tokens) == found["logprobs"].choices[0].text
+    assert logprobs.text_offset == list(range(6))
+    for token, log_prob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert top[token] == pytest.approx(log_prob, abs=1e-6)
+        assert len(top) <= 2
+    letters = Letters()
+    prompt = letters.decode(letters.encode(_PROMPT))
+    echo = found["echo"].choices[0]
+    assert echo.text[: len(_PROMPT)] == _PROMPT
+    assert "".join(echo.logprobs.tokens) == prompt + echo.text[len(_PROMPT) :]
+    assert echo.logprobs.token_logprobs[0] is None
+    assert echo.logprobs.token_logprobs[1:16] == pytest.approx(found["expected"], abs=1e-5)
+    assert echo.logprobs.text_offset == list(range(18))
+    scored = found["scored"].choices[0]
+    assert scored.text == _PROMPT
+    assert scored.logprobs.token_logprobs[1:] == pytest.approx(found["expected"], abs=1e-5)
+    assert found["scored"].usage.completion_tokens == 0
+
+    message = found["chat"].choices[0].message
+    assert (message.role, len(message.content)) == ("assistant", 5)
+    content = found["chat"].choices[0].logprobs.content
+    assert "".join(entry.token for entry in content) == message.content
+    assert all(len(entry.top_logprobs) == 2 for entry in content)
+    assert (found["models"], found["model"]) == (["tiny"], "tiny")
+    assert found["refused"] == [
+        (404, "model"),
+        (404, "model"),
+        (400, "frequency_penalty"),
+        (400, "n"),
+        (400, "prompt"),
+        (400, "best_of"),
+        (400, "tools"),
+        (404, None),
+    ]
+
+
+def under_pressure() -> dict[str, Any]:
+    """Runs in a worker: limits, and a search that does not hold up a text."""
+    with server(waiting=4, seconds=1.0, body_bytes=2000, search_nodes=32) as (service, port):
+        generator = service.generator
+        step, run = generator.step, service._searcher.run
+        found: dict[str, Any] = {
+            "too many": post(port, prompt=["a"] * 5),
+            "too long": post(port, prompt="x" * 3000),
+            "too wide": post(port, prompt="a", strategy="tree", beam_width=8, max_depth=8),
+            "no page": send(port, "", "/v1/nothing", "GET"),
+            "not so": send(port, "", "/v1/completions", "GET"),
+        }
+
+        def slow_run(*given: Any, **named: Any) -> Any:
+            time.sleep(0.05)
+            return run(*given, **named)
+
+        service._searcher.run = slow_run
+        trees: list[Any] = []
+        searching = threading.Thread(target=lambda: trees.append(post(port, prompt="a", strategy="tree")))
+        searching.start()
+        time.sleep(0.1)
+        found["beside"] = post(port, prompt="b", max_tokens=2)
+        found["still searching"] = searching.is_alive()
+        searching.join()
+        found["tree"] = trees[0]
+
+        def slow_step() -> None:
+            time.sleep(0.1)
+            step()
+
+        generator.step = slow_step
+        found["late"] = post(port, prompt="a", max_tokens=60)
+        found["late stream"] = post(port, prompt="a", max_tokens=60, stream=True)
+        found["blocks"] = generator.engine.pool.used_blocks + service._searcher.pool.used_blocks
+        generator.step = step
+        found["after"] = post(port, prompt="a", max_tokens=2)
+        return found
+
+
+def test_no_client_holds_up_the_others(workers: WorkerPool) -> None:
+    found = workers.run(under_pressure, 1)[0]
+    assert {name: found[name][0] for name in ("too many", "too long", "too wide", "no page", "not so", "late")} == {
+        "too many": 429,
+        "too long": 413,
+        "too wide": 400,
+        "no page": 404,
+        "not so": 405,
+        "late": 504,
+    }
+    assert all("message" in json.loads(found[name][1])["error"] for name in ("too many", "no page", "late"))
+    assert found["beside"][0] == 200
+    assert found["still searching"]
+    assert found["tree"][0] == 200
+    status, text = found["late stream"]
+    assert status == 200
+    *pieces, last = events(text)
+    assert pieces
+    assert "longer than 1 s" in last["error"]["message"]
+    assert found["blocks"] == 0
+    assert found["after"][0] == 200
+
+
+def seen_in_a_browser() -> dict[str, Any]:
+    """Runs in a worker: what the page shows when text is streamed, a tree grows, a reader stops, and of mistakes."""
+    with server() as (service, port), browser_window() as browser:
+        generator = service.generator
+        step = generator.step
+
+        def slow_step() -> None:
+            time.sleep(0.03)
+            step()
+
+        generator.step = slow_step
+        browser.resize(1280)
+        browser.open(f"http://127.0.0.1:{port}/")
+
+        def idle() -> bool:
+            return not browser.run("return document.querySelector('#ask button').disabled")
+
+        def watch(what: Any, button: str) -> list[Any]:
+            browser.click(button)
+            states = [what()]
+            while not idle():
+                if (state := what()) != states[-1]:
+                    states.append(state)
+            return [*states, what()]
+
+        def free() -> bool:
+            return not (generator.busy or generator.engine.pool.used_blocks)
+
+        browser.type("#prompt", _PROMPT)
+        found: dict[str, Any] = {"texts": watch(lambda: browser.text("#answer"), "button[value=sample]")}
+        found["tree"] = watch(lambda: browser.count("#tree .node"), "button[value=tree]")
+        found["state"] = browser.text("#state")
+        browser.hover("#tree .node")
+        found["tip"] = browser.text("#tip")
+        found["prompt"] = generator.decode(service.prompts.encode(_PROMPT))
+        # A reader who stops, and one who goes away.
+        for leave in (lambda: browser.click("#stop"), lambda: browser.open("about:blank")):
+            browser.type("#prompt", "a")
+            browser.click("button[value=sample]")
+            browser.wait(lambda: browser.text("#answer"))
+            found["used"] = generator.engine.pool.used_blocks
+            leave()
+            browser.wait(free)
+        browser.open(f"http://127.0.0.1:{port}/")
+        browser.type("#prompt", "x" * 80)
+        browser.click("button[value=sample]")
+        browser.wait(idle)
+        found["mistake"] = browser.text("#state")
+        browser.resize(480)
+        found["fits"] = browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        # The browser tells of the refused request, and of a picture for its tab that is not there.
+        found["complaints"] = [text for text in browser.complaints() if "400" not in text and "favicon" not in text]
+        return found
+
+
+@pytest.mark.skipif(bool(why_no_browser()), reason=why_no_browser())
+def test_the_page_in_a_browser(workers: WorkerPool) -> None:
+    found = workers.run(seen_in_a_browser, 1)[0]
+    texts = found["texts"]
+    assert len(texts) > 3  # it was seen to grow
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert found["tree"] == sorted(found["tree"])
+    assert found["tree"][-1] > 4
+    assert re.fullmatch(r"\d+ thoughts, \d+ tokens", found["state"])
+    assert found["tip"].startswith(found["prompt"])
+    assert found["used"] > 0
+    assert "context" in found["mistake"]
+    assert found["fits"]
+    assert found["complaints"] == []

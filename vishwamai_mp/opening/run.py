@@ -1,0 +1,86 @@
+"""The run folder that a user means, and its configuration: as it was trained, or for answering. Needs no torch."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vishwamai_mp.checkpoint.store import locate
+from vishwamai_mp.config import ParallelConfig, PretrainConfig, UserError, load_config, resolve, to_dict
+
+_NOT_FOR_ANSWERING = {
+    "context_parallel_size": 1,
+    "sequence_parallel": False,
+    "virtual_pipeline_model_parallel_size": None,
+    "fully_sharded": False,
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder with a checkpoint.
+
+    Attributes:
+        folder: has `config.yaml` and, usually, `tokenizer.model`.
+        checkpoint: the one that is meant.
+        skipped: why newer ones are not taken.
+    """
+
+    folder: Path
+    checkpoint: Path
+    skipped: list[str] = field(default_factory=list)
+
+    def trained(self, overrides: Sequence[str] = ()) -> PretrainConfig:
+        """The configuration as it was trained, not resolved; its tokenizer is the run folder's, where that has one."""
+        config, beside = load_config(self.folder / "config.yaml"), self.folder / "tokenizer.model"
+        if beside.is_file():
+            config = replace(config, data=replace(config.data, tokenizer=str(beside)))
+        return load_config(to_dict(config), overrides) if overrides else config
+
+    def answering(self, overrides: Sequence[str] = ()) -> PretrainConfig:
+        """The configuration for answering, resolved: on one process, or on the layout that the overrides name.
+
+        Raises:
+            UserError: an override that is for training alone, or a layout that these processes do not make up.
+        """
+        trained, plain = self.trained(), load_config({})
+        # What only concerns training would be checked against the rest of it. Components are checked against the
+        # length of training's sequences.
+        training = {"sequence_length": trained.training.sequence_length, "output_dir": str(self.folder)}
+        kept = replace(
+            trained,
+            parallel=ParallelConfig(),
+            training=plain.training,
+            checkpoint=plain.checkpoint,
+            logging=plain.logging,
+        )
+        config = load_config({**to_dict(kept), "training": training}, overrides)
+        for name, neutral in _NOT_FOR_ANSWERING.items():
+            if getattr(config.parallel, name) != neutral:
+                raise UserError(f"parallel.{name} has no use in generation; leave it out")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        config = replace(config, training=replace(config.training, micro_batch_size=1, global_batch_size=world))
+        return resolve(config, world)
+
+
+def find_run(path: str | os.PathLike[str]) -> RunFolder:
+    """The run that `path` means: a run folder, its `checkpoints/`, or one checkpoint.
+
+    Raises:
+        UserError: none of these, no whole checkpoint, or its configuration is missing.
+    """
+    given = Path(path).resolve()  # absolute, for the run folder is two levels above a checkpoint
+    if (given / "config.json").is_file() and not (given / "config.yaml").is_file():
+        raise UserError(
+            f"{path} is a Hugging Face folder; make it a run first: python tools/convert_checkpoint.py from-hf"
+            f" --load {path} --output RUN"
+        )
+    found = locate(given)
+    assert found.path is not None
+    folder = found.path.parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder / 'config.yaml'} is missing; give a run folder as training wrote it (training itself takes a"
+            " checkpoint alone, as checkpoint.load)"
+        )
+    return RunFolder(folder, found.path, found.skipped)
