@@ -37,12 +37,16 @@ setup(
     package_data={
         "vishwamai_mp.config": ["presets/*.yaml"],
         "vishwamai_mp.conversion": ["remote_code/*.py"],
+        "vishwamai_mp.observability": ["templates/*.html"],
     },
     install_requires=[
+        "backports.zstd>=1.0; python_version < '3.14'",  # compression.zstd of Python 3.14
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "packaging>=24.2",
+        "protobuf>=4.25",  # reads the settings in a tokenizer's file
         "psutil>=5.9",  # megatron-core's sharded save needs it, does not require it, and hangs without it
         "pydantic>=2.9",
         "pyyaml>=6.0",
@@ -50,7 +54,6 @@ setup(
         "sentencepiece>=0.2",
         "tensorboard>=2.15",
         "tqdm>=4.66",
-        "zstandard>=0.22",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.0"],  # on GPUs: fused layers, FP8

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share: messages, checks of this machine, and the torchrun command. Sourced, never run.
+# What the launchers share: messages, checks of this machine, and the command that starts the processes. Sourced, never run.
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -103,7 +103,7 @@ set_environment() {
 
 # Start, or print with --dry-run: launch <torchrun's flags for where and how many>
 launch() {
-    local command=("$PYTHON" -m torch.distributed.run "$@"
+    local command=("$PYTHON" -m vishwamai_mp.launch "$@"
         --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS"
         --log-dir "$LOG_DIR" --redirects 3 --tee 3
         -m vishwamai_mp.pretrain --config "$CONFIG" "${OVERRIDES[@]}")

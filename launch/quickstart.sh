@@ -12,9 +12,11 @@ usage() {
 Train a small model with neural memory and cache on this machine's CPU with two processes (tensor and sequence
 parallel), from nothing.
 
-usage: bash launch/quickstart.sh [--work-dir DIR] [--steps N]
+usage: bash launch/quickstart.sh [--work-dir DIR] [--steps N] [--overwrite]
 
   --work-dir DIR   where corpus, tokenizer and run go (default: quickstart)
+  --overwrite      delete the run and the export that an earlier quickstart left there; without it they are kept, and the
+                   quickstart refuses to start
   --steps N        training steps of 4,096 tokens (default: 330; training stops after 7 minutes at the latest)
 
 Takes under ten minutes on two cores, after an installation of some minutes.
@@ -26,10 +28,11 @@ fail() {
     exit 1
 }
 
-WORK=quickstart STEPS=330
+WORK=quickstart STEPS=330 OVERWRITE=0
 while (($#)); do
     case "$1" in
     -h | --help) usage && exit 0 ;;
+    --overwrite) OVERWRITE=1 ;;
     --work-dir=*) WORK="${1#*=}" ;;
     --steps=*) STEPS="${1#*=}" ;;
     --work-dir | --steps)
@@ -45,6 +48,11 @@ if ! [[ "$STEPS" =~ ^[0-9]{1,7}$ ]] || ((10#$STEPS < 40)); then
     fail "--steps $STEPS: use a number from 40"
 fi
 RUN="$WORK/run"
+for folder in "$RUN" "$WORK/hf"; do
+    if [[ -e "$folder" && "$OVERWRITE" == 0 ]]; then
+        fail "$folder exists, from an earlier quickstart; --overwrite deletes it, --work-dir names another place"
+    fi
+done
 
 title() { printf '\n== %s\n' "$*"; }
 
@@ -77,7 +85,7 @@ for part in train held_out; do
 done
 
 title "pretraining with two processes, killed on the way"
-rm -rf "$RUN"
+rm -rf "$RUN" # there is none, or --overwrite was given
 train &
 job=$!
 until [[ -f "$RUN/checkpoints/latest" ]]; do

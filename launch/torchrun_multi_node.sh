@@ -21,7 +21,8 @@ environment, with Slurm's own as fallbacks:
   NPROC           processes per machine; default: one per visible GPU, 1 on the CPU
   GPUS_PER_NODE   GPUs that must be visible on each (SLURM_GPUS_ON_NODE)
   JOB_ID          name of the rendezvous, equal on all machines (SLURM_JOB_ID; default: vishwamai)
-  MAX_RESTARTS    restarts of all processes after a failure; training resumes from its last checkpoint (default 3)
+  MAX_RESTARTS    restarts of all processes after a failure; training resumes from its last checkpoint (default 3).
+                  A mistake in the settings and a lack of memory are not retried
   LOG_DIR         a folder per machine below it, with one file per rank (default logs)
   PYTHON          default: the active virtual environment's, then .venv's
   NCCL_*          handed on, for example NCCL_SOCKET_IFNAME, NCCL_IB_HCA

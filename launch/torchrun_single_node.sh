@@ -16,7 +16,8 @@ usage: bash launch/torchrun_single_node.sh --config R.yaml [--dry-run] [section.
 environment:
   NPROC           processes; default: one per visible GPU, 1 on the CPU
   GPUS_PER_NODE   GPUs that must be visible (SLURM_GPUS_ON_NODE)
-  MAX_RESTARTS    restarts of all processes after a failure; training resumes from its last checkpoint (default 0)
+  MAX_RESTARTS    restarts of all processes after a failure; training resumes from its last checkpoint (default 0).
+                  A mistake in the settings and a lack of memory are not retried
   LOG_DIR         one file per rank below it (default logs)
   PYTHON          default: the active virtual environment's, then .venv's
 

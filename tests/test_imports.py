@@ -26,7 +26,7 @@ _ORDER = [
     {"tree_of_thoughts"},
     {"observability"},
     {"training"},
-    {"pretrain", "trainer"},
+    {"pretrain", "trainer", "launch"},
 ]
 _LEVEL = {room: level for level, rooms in enumerate(_ORDER) for room in rooms}
 _WITHOUT_TORCH = ("config", "planning")

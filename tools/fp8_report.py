@@ -11,10 +11,10 @@ largest.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.data.lines import json_records
 
 _FILE = "fp8.jsonl"
 _SHOWN = ("amax", "smallest_scale", "largest_scale", "underflow", "overflow")
@@ -45,10 +45,18 @@ def read(path: Path) -> dict[int, dict[str, float | None]]:
     """Numbers by step and by `layer/operand/what`."""
     if not path.is_file():
         raise UserError(f"{path} is not there; train with fp8.report_every=N, which writes it every N steps")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = {record.pop("step", None): record for record in json_records(path)}
     if not records:
         raise UserError(f"{path} is empty: no step was reported yet")
-    return {record.pop("step"): record for record in records}
+    if not all(isinstance(step, int) and all(map(_is_figure, record.items())) for step, record in records.items()):
+        raise UserError(
+            f"{path} is no FP8 report: a line lacks its step, or has other than numbers by layer/operand/what"
+        )
+    return records
+
+
+def _is_figure(item: tuple[str, object]) -> bool:
+    return item[0].count("/") == 2 and (item[1] is None or isinstance(item[1], int | float))
 
 
 def table(record: dict[str, float | None]) -> list[tuple[str, str, dict[str, float]]]:
@@ -56,7 +64,10 @@ def table(record: dict[str, float | None]) -> list[tuple[str, str, dict[str, flo
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for key, value in record.items():
         layer, operand, what = key.split("/")
-        rows.setdefault((layer, operand), {})[what] = float("nan") if value is None else value
+        rows.setdefault((layer, operand), {})[what] = float("nan" if value is None else value)
+    for (layer, operand), numbers in rows.items():
+        if missing := set(_SHOWN) - set(numbers):
+            raise UserError(f"{_FILE} is no whole FP8 report: {layer}/{operand} lacks {', '.join(sorted(missing))}")
     return [(layer, operand, numbers) for (layer, operand), numbers in rows.items()]
 
 

@@ -8,8 +8,10 @@ example:
     data.train=chats data.prepared_rows=true training.sequence_length=512
 
 A line is {"messages": [{"role": "user", "content": "…"}, …]}, {"conversations": [{"from": "human", "value": "…"}, …]},
-{"question": "…", "answer": "…"} or {"prompt": "…", "completion": "…"}. The template of a conversation is documented in
-vishwamai_mp/data/chat.py. Lengths are in tokens. Files appear when complete; after an error nothing is left behind.
+{"question": "…", "answer": "…"} or {"prompt": "…", "completion": "…"}. An answer with "weight": 0, or "loss", "train"
+or "trainable": false, is context without loss. Any other key (tool calls, identifiers) is refused unless --ignore-keys
+names it. The template of a conversation is documented in vishwamai_mp/data/chat.py. Lengths are in tokens. Files appear
+when complete; after an error nothing is left behind.
 """
 
 import argparse
@@ -48,6 +50,13 @@ def parse_arguments() -> argparse.Namespace:
         default="stop",
         help="at a malformed line: stop with its file:line, or leave it out and count it (default: stop)",
     )
+    parser.add_argument(
+        "--ignore-keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys of records and messages that are left out; one that is not known stops otherwise",
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)")
     return parser.parse_args()
 
@@ -69,6 +78,7 @@ def main() -> None:
             begin=arguments.bos,
             too_long=arguments.too_long,
             on_error=arguments.on_error,
+            ignored_keys=arguments.ignore_keys,
             workers=arguments.workers,
             on_progress=show,
             on_skip=progress.skipped,

@@ -11,6 +11,7 @@ They appear when complete; after an error or an interrupt nothing is left behind
 """
 
 import argparse
+import sys
 
 from vishwamai_mp.config.errors import run_program
 from vishwamai_mp.data.preprocess import PreprocessReport, preprocess
@@ -36,6 +37,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="SentencePiece .model")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument(
+        "--append-bos", action="store_true", help="begin each document with the tokenizer's beginning-of-sequence token"
+    )
+    parser.add_argument(
+        "--split-documents-at",
+        choices=("blank-lines",),
+        help="make a document of each stretch of a plain text file between blank lines (default: of the whole file)",
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)")
     parser.add_argument(
         "--output-prefix", required=True, metavar="PATH", help="files are PATH_<key>_document.bin, .idx"
@@ -63,6 +72,8 @@ def main() -> None:
             arguments.output_prefix,
             keys=arguments.json_keys,
             append_eod=arguments.append_eod,
+            append_bos=arguments.append_bos,
+            split_documents_at=arguments.split_documents_at,
             workers=arguments.workers,
             on_error=arguments.on_error,
             on_progress=show,
@@ -70,6 +81,12 @@ def main() -> None:
         )
     for key, prefix in report.prefixes.items():
         print(f"{prefix}: {report.documents} documents, {report.tokens[key]} tokens")
+    if report.documents == 1:
+        print(
+            "warning: the corpus is one document, and data.split divides a corpus between documents: none of it can"
+            " be held out; cut plain text with --split-documents-at blank-lines, or name another corpus in data.valid",
+            file=sys.stderr,
+        )
     rate = report.total_bytes / report.seconds / 1e6
     print(
         f"{report.empty_documents} documents without text, {report.skipped_documents} malformed skipped; "

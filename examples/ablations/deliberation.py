@@ -24,9 +24,9 @@ sys.path.insert(0, str(_FOLDER))
 import tasks  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from deliberator import Deliberator, PauseTokens, deliberate  # noqa: E402
 from torch import nn  # noqa: E402
 
-from vishwamai_mp.cache_augmentation.deliberation import Deliberator, PauseTokens, deliberate  # noqa: E402
 from vishwamai_mp.model import VishwamAIModel  # noqa: E402
 from vishwamai_mp.planning.flops import forward_flops_per_token  # noqa: E402
 from vishwamai_mp.runtime import distributed_session  # noqa: E402

@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from vishwamai_mp.checkpoint.manifest import NAME, FileRecord, Manifest, TensorRecord, record_of
-from vishwamai_mp.checkpoint.store import publish, write_file
+from vishwamai_mp.checkpoint.store import publish
 from vishwamai_mp.checkpoint.writer import ChecksummedFile
 from vishwamai_mp.config import PretrainConfig, load_config, padded_vocab_size, resolve, to_yaml
+from vishwamai_mp.config.files import write_through
 from vishwamai_mp.conversion.mapping import Mapped, plain_mapping
 
 TENSOR, STAGES, FILES_PER_RANK = 4, 2, 2
@@ -117,7 +118,7 @@ def write(run: Path, size: str) -> None:
                 raw.flush()
                 os.fsync(raw.fileno())
             records[name] = FileRecord(file.size, file.crc32)
-    write_file(partial / ".metadata", pickle.dumps(Metadata({**tensors}, storage_data=places)))
+    write_through(partial / ".metadata", pickle.dumps(Metadata({**tensors}, storage_data=places)))
     _complete(run, partial, config, tensors, records)
 
 
@@ -149,7 +150,7 @@ def _complete(
 ) -> None:
     torch.save({}, partial / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-    write_file(partial / "trainer.json", json.dumps({"optimizer": [], "trainer": {}}).encode())
+    write_through(partial / "trainer.json", json.dumps({"optimizer": [], "trainer": {}}).encode())
     records |= {path.name: record_of(path) for path in partial.iterdir() if path.name not in records}
     manifest = Manifest(
         step=0,
@@ -166,7 +167,7 @@ def _complete(
         objects=[],
         files=records,
     )
-    write_file(partial / NAME, manifest.to_json().encode())
+    write_through(partial / NAME, manifest.to_json().encode())
     publish(partial, 0)
     (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The small training job that `kill_and_resume.py` kills: its data, its command, its processes and its checkpoints."""
+"""The small training job that `kill_and_resume.py` kills and `chaos.py` torments: data, command, processes, results."""
 
 import contextlib
 import hashlib
@@ -18,6 +18,7 @@ import numpy as np
 
 from vishwamai_mp.checkpoint import find_checkpoint
 from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
+from vishwamai_mp.data.lines import json_records
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 512
@@ -49,12 +50,13 @@ def write_corpus(prefix: Path, seed: int, documents: int = 2000) -> None:
         writer.publish()
 
 
-def command(folder: Path, data: Path, settings: list[str]) -> list[str]:
-    """torchrun with two processes that train into `folder`."""
+def command(folder: Path, data: Path, settings: list[str], restarts: int = 0) -> list[str]:
+    """The launcher with two processes that train into `folder`; it starts them again so many times."""
     recipe = data.parent / "recipe.yaml"
     recipe.write_text(_RECIPE)
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(sys.executable, "-m", "vishwamai_mp.launch", "--nproc-per-node", "2", "--max-restarts", str(restarts)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "killable"),
         *("-m", "vishwamai_mp.pretrain", "--config", str(recipe)),
         *(f"data.train={data}", f"training.output_dir={folder}", *settings),
     ]
@@ -177,5 +179,4 @@ def digest(checkpoint: Path) -> dict[str, str]:
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) of each line of a run's metrics."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["lm_loss"]) for row in rows]
+    return [(row["step"], row["lm_loss"]) for row in json_records(folder / "metrics.jsonl")]

@@ -20,6 +20,7 @@ from typing import Any
 from vishwamai_mp.config import load_config, resolve, run_program
 from vishwamai_mp.data.corpus import read_documents
 from vishwamai_mp.data.datasets import build_datasets
+from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.data.prepare import prepare
 from vishwamai_mp.data.preprocess import preprocess
 from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
@@ -79,8 +80,7 @@ def prepare_data(options: argparse.Namespace) -> list[str]:
     texts = list(pretraining_texts(options.corpus))
     with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    # Not splitlines: a text within JSON may hold other line breaks than "\n".
-    lines = [line for line in options.data.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [line for line in text_lines(options.data) if line.strip()]
     every = max(2, min(40, len(lines) // 20))  # one conversation in so many is held out
     parts = {"held_out": lines[::every], "train": [line for n, line in enumerate(lines) if n % every]}
     for name, part in parts.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vishwamai_mp.config import UserError, run_program
+from vishwamai_mp.data.lines import json_records, text_lines
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="the JSONL it was made from")
     options = parser.parse_args()
     nats = validation_loss(options.run / "metrics.jsonl")
-    text = "".join(json.loads(line)["text"] for line in options.text.open(encoding="utf-8")).encode()
+    text = "".join(json.loads(line)["text"] for line in text_lines(options.text)).encode()
     tokens = np.fromfile(f"{options.held_out}.bin", dtype=np.uint16)
     bits_per_nat_token = len(tokens) / len(text) / math.log(2)  # tokens per byte, in bits
     counts = np.bincount(tokens)
@@ -45,7 +46,7 @@ def main() -> None:
 
 def validation_loss(metrics: Path) -> float:
     """The last validation loss of a run, nats per token."""
-    losses = [record["validation_loss"] for record in map(json.loads, metrics.open()) if record.get("validation_loss")]
+    losses = [record["validation_loss"] for record in json_records(metrics) if record.get("validation_loss")]
     if not losses:
         raise UserError(f"{metrics} has no validation_loss; set training.evaluate_every")
     return losses[-1]

@@ -39,6 +39,7 @@ from rows import LENGTH, Texts, WithRollouts, explore, puzzles
 from strategies import examine
 
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve, run_program
+from vishwamai_mp.config.files import written_whole
 from vishwamai_mp.data.batches import BatchStream, DocumentRules, Samples
 from vishwamai_mp.inference import Generator
 from vishwamai_mp.model import build_model
@@ -125,8 +126,8 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         if not weights.exists():
             report = train_all(config, runtime, chunks, generator, options)
             kept = {"report": json.dumps(report), "settings": trained_by}
-            save_file(dict(model.named_parameters()), aside := weights.with_suffix(".partial"), kept)
-            aside.replace(weights)
+            with written_whole(weights) as aside:
+                save_file(dict(model.named_parameters()), aside, kept)
         with safe_open(weights, "pt") as file:
             kept = file.metadata()
         if kept["settings"] != trained_by:

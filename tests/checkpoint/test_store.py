@@ -9,6 +9,7 @@ import pytest
 from vishwamai_mp.checkpoint import Manifest, check_files, find_checkpoint, read_manifest, store
 from vishwamai_mp.checkpoint.manifest import FileRecord, TensorRecord, record_of, share_of
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.files import write_through
 
 
 def write(root: Path, step: int, content: bytes = b"weights" * 100) -> Path:
@@ -25,7 +26,7 @@ def write(root: Path, step: int, content: bytes = b"weights" * 100) -> Path:
         objects=[],
         files={"data.distcp": record_of(folder / "data.distcp")},
     )
-    store.write_file(folder / "manifest.json", manifest.to_json().encode())
+    write_through(folder / "manifest.json", manifest.to_json().encode())
     return store.publish(folder, step)
 
 

@@ -29,7 +29,14 @@ def test_a_cache_that_is_off_is_not_looked_at():
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["cache.hidden_size=256"], ["cache.hidden_size=256", "model.hidden_size=512", "leave it out or use 512"]),
+        (
+            ["cache.hidden_size=256"],
+            [
+                "cache.hidden_size=256",
+                "model.hidden_size=512",
+                "use 512 or leave it out (cache.hidden_size=null undoes a recipe's)",
+            ],
+        ),
         (["cache.dropout=1"], ["cache.dropout=1.0", "from 0 to below 1"]),
         (["cache.max_cache_length=4"], ["cache.max_cache_length=4", "cache.latents_per_segment=8", "use a multiple"]),
         (["cache.layers=[8]"], ["cache.layers=[8]", "model.num_layers=8", "from 0 to 7"]),

@@ -39,7 +39,9 @@ def test_fitting_sizes_pass(precision):
     ["amax_history_length=4", "amax_algorithm=max", "bf16_layers_at_start=1", "bf16_layers_at_end=1", "report_every=5"],
 )
 def test_options_without_effect_are_refused(precision, option):
-    with pytest.raises(ConfigError, match=rf"fp8\.{option} has no effect at precision={precision}; leave it out"):
+    with pytest.raises(
+        ConfigError, match=rf"fp8\.{option} has no effect at precision={precision}; use an fp8 precision or leave"
+    ):
         resolved(precision, f"fp8.{option}")
 
 

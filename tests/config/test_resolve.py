@@ -1,6 +1,7 @@
 """Derived values and refused layouts: every message names the key, the value and the mend."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from vishwamai_mp.config import (
     load_config,
     micro_batches_per_step,
     padded_vocab_size,
+    preset_names,
     resolve,
     to_dict,
 )
@@ -31,7 +33,7 @@ def _config(*overrides):
     ("overrides", "parts"),
     [
         (
-            ["memory.enabled=true", "memory.head_dim=96"],
+            ["memory.enabled=true", "memory.memory_size=2048", "memory.head_dim=96"],
             ["memory.memory_size=2048", "memory.head_dim=96"],
         ),
         (["memory.enabled=true", "memory.layers=[8]"], ["memory.layers=[8]", "model.num_layers=8", "0 to 7"]),
@@ -96,6 +98,92 @@ def test_an_impossible_setting_is_named(overrides, parts):
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("width", "memory", "heads"),
+    [
+        (32, (64, 16), 2),
+        (128, (64, 16), 8),
+        (512, (128, 32), 8),
+        (768, (256, 32), 8),
+        (4096, (1024, 128), 8),
+        (6656, (2048, 128), 8),
+        (8192, (2048, 128), 8),
+        (100, (64, 16), 4),
+        (30, (64, 16), 1),
+    ],
+)
+def test_sizes_of_components_follow_from_the_models_width(width, memory, heads):
+    recipe = {"model": {"hidden_size": width, "num_attention_heads": 1, "head_dim": 16}}
+    on = ["memory.enabled=true", "cache.enabled=true"]
+    config = resolve(load_config(recipe, on))
+    assert (config.memory.memory_size, config.memory.head_dim) == memory
+    assert config.cache.num_heads == heads
+    assert resolve(config) == config
+    # What is said stays; the rest fits it.
+    narrow = resolve(load_config(recipe, [*on, "memory.head_dim=8"])).memory
+    assert (narrow.head_dim, 4 * narrow.memory_size >= width) == (8, True)
+    said = resolve(load_config(recipe, [*on, "memory.memory_size=192"])).memory
+    assert (said.memory_size, said.head_dim) == (192, 64)
+    assert resolve(load_config(recipe, [*on, "memory.memory_size=2048"])).memory.head_dim == 128
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_components_fit_every_preset_as_it_is_laid_out(name):
+    resolve(load_config(name, ["memory.enabled=true", "cache.enabled=true", "tree.enabled=true"]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel": {"virtual_pipeline_model_parallel_size": 2}},
+        {"parallel": {"num_layers_in_first_pipeline_stage": 2}},
+        {"memory": {"enabled": True, "hidden_size": 64}},
+        {"cache": {"enabled": True, "layers": []}},
+        {"data": {"prefetch_factor": 2}},
+        {"fp8": {"amax_history_length": 4}},
+        {"fp8": {"bf16_layers_at_end": 1}},
+        {"logging": {"profile_ranks": [1]}},
+        {"memory": {"enabled": True, "loss_weight": 1, "num_memory_layers": 1}},
+    ],
+)
+def test_what_a_message_says_undoes_a_recipe(settings):
+    with pytest.raises(ConfigError) as caught:
+        resolve(load_config(settings))
+    [undo] = re.findall(r"\((\S+=null) undoes", str(caught.value))
+    resolve(load_config(settings, [undo]))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(4, 0), (20, 2), (19, 1), (21, 20), (400, 20)])
+def test_a_run_shorter_than_its_recipes_warmup_warms_up_for_a_tenth(steps, warmup):
+    notes: list[str] = []
+    config = resolve(load_config("tiny", [f"training.max_steps={steps}"], notes))
+    assert config.schedule.warmup_steps == warmup
+    lowered = f"schedule.warmup_steps=20 of the recipe does not fit training.max_steps={steps}: lowered to {warmup};"
+    assert [note.startswith(lowered) for note in notes] == [True] * (warmup < 20)
+
+
+def test_a_recipes_final_decay_is_shortened_too():
+    notes: list[str] = []
+    recipe = {"schedule": {"decay": "wsd", "warmup_steps": 30, "wsd_decay_steps": 50}, "training": {"max_steps": 100}}
+    schedule = resolve(load_config(recipe, ["training.max_steps=25"], notes)).schedule
+    assert (schedule.warmup_steps, schedule.wsd_decay_steps, len(notes)) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ({}, ["training.max_steps=4", "schedule.warmup_steps=4"]),
+        ({}, ["training={max_steps: 4}", "schedule={warmup_steps: 4}"]),
+        ({"training": {"max_steps": 4}, "schedule": {"warmup_steps": 4}}, []),
+        ({"training": {"max_steps": 4}}, ["schedule.warmup_steps=4"]),
+        ({"schedule": {"warmup_steps": 4, "decay_steps": 4}}, ["training.max_steps=3"]),
+    ],
+)
+def test_a_warmup_that_was_chosen_for_the_run_is_not_shortened(recipe, overrides):
+    with pytest.raises(ConfigError, match=r"schedule.warmup_steps=4 leaves nothing"):
+        resolve(load_config(recipe, overrides))
 
 
 @pytest.mark.parametrize(

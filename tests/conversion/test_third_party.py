@@ -140,7 +140,7 @@ def test_an_import_that_is_exported_is_the_folder_again(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "linear"}}, "rotary scaling 'linear' lacks factor"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
         ({"num_key_value_heads": 4}, "not a multiple of model.num_key_value_heads=4"),
-        ({"hidden_size": "48a"}, "model.hidden_size='48a'"),
+        ({"hidden_size": "48a"}, "model.hidden_size=48a"),
     ],
 )
 def test_what_this_model_has_not_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:

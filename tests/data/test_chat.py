@@ -25,6 +25,7 @@ TALK = {
         {"role": "user", "content": "Thanks."},
     ]
 }
+ANSWER = {"role": "assistant", "content": "y"}
 WRITTEN = (
     "### System:\nBe brief.\n\n### User:\nWhat is 2 plus 3?\n\n### Assistant:\nIt is 5.|### User:\nAnd plus 4?\n\n"
 )
@@ -160,12 +161,52 @@ def test_other_records_and_the_beginning_of_a_sequence(vocabularies):
         ({"messages": [{"role": "user"}]}, "message 1 is no object with 'role' and 'content'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "'role'='tool'; known: human"),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no answer"),
+        ({"messages": [ANSWER | {"weight": 0}]}, "has no answer to learn"),
+        (
+            {"messages": [ANSWER | {"tool_calls": [{"id": "1"}]}]},
+            "message 1 has 'tool_calls'.*--ignore-keys tool_calls",
+        ),
+        ({"messages": [ANSWER | {"content": None, "tool_calls": [{}]}]}, "message 1 has 'tool_calls'"),
+        ({"messages": [ANSWER], "tools": [{"name": "f"}]}, "the record has 'tools'.*--ignore-keys tools"),
+        ({"messages": [ANSWER], "conversations": [{"from": "gpt", "value": "y"}]}, "the record has 'conversations'"),
+        ({"question": "x", "answer": "y", "system": "Be brief."}, "the record has 'system'"),
+        ({"prompt": "x", "completion": "y", "weight": 0}, "the record has 'weight'"),
+        ({"messages": [ANSWER | {"weight": 0.5}]}, "'weight'=0.5; use true or 1, false or 0"),
+        ({"messages": [ANSWER | {"loss": "no"}]}, "'loss'='no'; use true"),
+        (
+            {"messages": [{"role": "user", "content": "x", "train": True}, ANSWER]},
+            "message 1 has 'train'=True, but only",
+        ),
+        ({"messages": [ANSWER | {"weight": 1, "loss": False}]}, "marks that disagree: weight=1, loss=False"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "'value' is null, not a string"),
     ],
 )
 def test_what_is_no_conversation(record, reason):
     with pytest.raises(UnusableRecord, match=reason):
         conversation(record)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": 0.0}, {"trainable": False, "weight": 0}])
+def test_an_answer_marked_so_is_context_without_loss(vocabularies, mark):
+    tokenizer = vocabularies["ours"]
+    messages: list[dict[str, Any]] = [dict(message) for message in TALK["messages"]]
+    messages[2] |= mark
+    messages[4] |= {"weight": 1, "train": True, "loss": None}
+    chat = ChatEncoder(tokenizer)
+    ids, marks = chat.encode(conversation({"messages": messages}))
+    assert ids == chat.encode(conversation(TALK))[0]
+    assert learnt_runs(tokenizer, ids, marks) == [("9", True)]
+
+
+def test_keys_that_say_nothing_or_are_ignored():
+    messages = [{"role": "user", "content": "x", "name": "Ann"}, ANSWER | {"tool_calls": None, "refusal": ""}]
+    record = {"messages": messages, "id": 7, "tools": []}
+    with pytest.raises(UnusableRecord, match="the record has 'id'"):
+        conversation(record)
+    with pytest.raises(UnusableRecord, match="message 1 has 'name'"):
+        conversation(record, ["id"])
+    expected = conversation({"messages": [{"role": "user", "content": "x"}, ANSWER]})
+    assert conversation(record, ["id", "name"]) == expected
 
 
 def test_a_vocabulary_without_an_end_is_refused(tmp_path):

@@ -1,19 +1,21 @@
 """Reading a corpus: every format and compression, and each bad document with its place and reason."""
 
 import gzip
+import itertools
 import json
 import tracemalloc
 from collections.abc import Callable
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.data.corpus import CorpusReader, Malformed, kind_of, read_block, read_documents
+from vishwamai_mp.data.streams import zstd
 
 TEXTS = ["one\ntwo", "", "Ünï \u2028 ☃ 𐍈", '\\ " \t', "x" * 5000]
 
@@ -21,7 +23,7 @@ TEXTS = ["one\ntwo", "", "Ünï \u2028 ☃ 𐍈", '\\ " \t', "x" * 5000]
 def compressed(path, content, suffix):
     """Write `content` under `path` + suffix, in two members or frames, as concatenated shards are."""
     half = len(content) // 2
-    packers: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+    packers: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
     pack = packers[suffix]
     target = path.with_name(path.name + suffix)
     target.write_bytes(pack(content[:half]) + pack(content[half:]))
@@ -86,6 +88,43 @@ def test_any_bytes_are_a_document_or_a_reason(tmp_path_factory, lines):
     documents = list(read_documents([path]))
     assert (documents[0], documents[-1]) == ("first", "last")
     assert all(isinstance(document, str | Malformed) for document in documents)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("block_bytes", [1, 5, 1 << 20])
+def test_paragraphs_of_plain_text(tmp_path, suffix, block_bytes):
+    content = "\ufeff\r\none\r\n two\u2028\x0c\r\n\r\n \t\n\x85\nthree\n\n  four".encode()
+    path = compressed(tmp_path / "a.txt", content, suffix)
+    reader = CorpusReader([path], ["text"], block_bytes, paragraphs=True)
+    documents = [document for block in reader for document in read_block(block, ["text"])]
+    assert documents == [["one\r\n two\u2028\x0c"], ["\x85\nthree"], ["  four"]]
+
+
+@given(
+    lines=st.lists(st.sampled_from(["", " ", "\t\r", "a", " b", "\x0b"]), max_size=12), block_bytes=st.integers(1, 20)
+)
+def test_paragraphs_are_runs_of_lines_that_are_not_blank(tmp_path_factory, lines, block_bytes):
+    path = tmp_path_factory.mktemp("paragraphs") / "a.txt"
+    path.write_bytes("\n".join(lines).encode())
+    reader = CorpusReader([path], ["text"], block_bytes, paragraphs=True)
+    documents = [document for block in reader for document in read_block(block, ["text"])]
+    runs = itertools.groupby(lines, key=lambda line: bool(line.strip(" \t\r")))
+    assert documents == [["\n".join(run)] for filled, run in runs if filled]
+
+
+def test_malformed_paragraphs_are_named_by_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\n\n\ntwo\nt\xffo\n\nth\0ree\n\nfour\n")
+    for block_bytes in (1, 1 << 20):
+        reader = CorpusReader([tmp_path / "a.txt"], ["text"], block_bytes, paragraphs=True)
+        documents = [document for block in reader for document in read_block(block, ["text"])]
+        assert [document for document in documents if not isinstance(document, Malformed)] == [["one"], ["four"]]
+        assert [str(document).split(": ")[0] for document in documents[1:3]] == [
+            f"{tmp_path}/a.txt:5",
+            f"{tmp_path}/a.txt:7",
+        ]
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(UserError, match="--split-documents-at blank-lines is for plain text, of which --input names"):
+        CorpusReader([tmp_path / "a.jsonl"], ["text"], paragraphs=True)
 
 
 def test_files_keep_their_order_across_formats(tmp_path):
@@ -177,7 +216,14 @@ def test_malformed_parquet_rows(tmp_path):
     ("content", "message"),
     [
         (parquet_bytes(body=["a"]), r"no column 'text' \(columns: body\)"),
-        (parquet_bytes(text=[1]), "column 'text' is int64, not text"),
+        (parquet_bytes(text=[1]), r"column 'text' is int64, not text \(string, large_string, string_view, binary,"),
+        (parquet_bytes(text=[["a"]]), "column 'text' is list<element: string>, not text"),
+        (parquet_bytes(text=[{"a": "b"}]), "column 'text' is struct<a: string>, not text"),
+        (
+            parquet_bytes(text=pyarrow.array([b"ab"], pyarrow.binary(2))),
+            r"column 'text' is fixed_size_binary\[2\], not",
+        ),
+        (parquet_bytes(text=pyarrow.array([Decimal(1)])), r"column 'text' is decimal128\(1, 0\), not text"),
         (b"PAR1 nonsense PAR1", "not a whole parquet file"),
         (parquet_bytes(text=TEXTS)[:-9], "not a whole parquet file"),
         (b"", "not a whole parquet file"),
@@ -188,12 +234,6 @@ def test_unusable_parquet_file(tmp_path, content, message):
     with pytest.raises(UserError, match=rf"a\.parquet: {message}") as caught:
         list(read_documents([tmp_path / "a.parquet"]))
     assert "\n" not in str(caught.value)
-
-
-def test_dictionary_and_large_string_columns(tmp_path):
-    for column in (pyarrow.array(["a", "b", "a"]).dictionary_encode(), pyarrow.array(["a", "b", "a"], "large_string")):
-        (tmp_path / "a.parquet").write_bytes(parquet_bytes(text=column))
-        assert list(read_documents([tmp_path / "a.parquet"])) == ["a", "b", "a"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -223,6 +263,9 @@ def test_too_long_documents_are_refused(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + json_lines(["y" * 300]))
     with pytest.raises(UserError, match=r"a\.jsonl:2: a line over"):
         list(CorpusReader([tmp_path / "a.jsonl"], ["text"], block_bytes=20))
+    (tmp_path / "a.txt").write_bytes(b"x\n\n" + b"y\n" * 51)
+    with pytest.raises(UserError, match=r"a\.txt:3: over .* without a blank line"):
+        list(CorpusReader([tmp_path / "a.txt"], ["text"], block_bytes=2, paragraphs=True))
     (tmp_path / "a.txt").write_bytes(b"y" * 101)
     with pytest.raises(UserError, match=r"a\.txt: over .* for one document"):
         list(read_documents([tmp_path / "a.txt"]))

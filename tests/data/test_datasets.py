@@ -262,6 +262,16 @@ def test_settings_that_do_not_fit(books):
     _refused(_config(books, training={"evaluate_every": 5}), "leaves validation less than one", kind=ConfigError)
 
 
+def test_a_corpus_of_few_documents_cannot_be_split(tmp_path):
+    write_corpus(tmp_path / "one", [np.arange(200)])
+    cause = "corpora are split between documents and .*one has only 1 .*--split-documents-at blank-lines"
+    one, evaluated = str(tmp_path / "one"), {"evaluate_every": 5}
+    _refused(
+        _config(one, split="90,10,0", training=evaluated), f"less than one sequence, for {cause}", kind=ConfigError
+    )
+    _refused(_config(one, split="40,60,0", training=evaluated), f"0 tokens for train.*, for {cause}")
+
+
 def test_files_that_cannot_be_read(books, tmp_path):
     _refused(_config(str(tmp_path / "nothing")), "no data file")
     for suffix in (".bin", ".idx"):

@@ -81,6 +81,14 @@ def patched(at, code, value):
     return lambda data: data[:at] + struct.pack(code, value) + data[at + struct.calcsize(code) :]
 
 
+def test_the_multimodal_layout_is_called_so(tmp_path):
+    write(tmp_path / "pair", DOCUMENTS)
+    with (tmp_path / "pair.idx").open("ab") as file:
+        file.write(bytes(3))  # a mode for each of the three sequences
+    with pytest.raises(UserError, match=r"pair\.idx is of the multimodal layout"):
+        check_indexed(tmp_path / "pair")
+
+
 # In the index of DOCUMENTS: lengths at 34, offsets at 46, document boundaries at 70.
 @pytest.mark.parametrize(
     ("suffix", "damage", "message"),

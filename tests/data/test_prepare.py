@@ -207,6 +207,13 @@ def test_the_tool(tmp_path, tokenizer, talks):
     done = subprocess.run([*command, "48"], capture_output=True, text=True, check=True)
     assert "60 conversations in" in done.stdout
     assert f"data.train={tmp_path / 'out'} data.prepared_rows=true training.sequence_length=48" in done.stdout
+    written = write(talks, [talk | {"id": "7"} for talk in TALKS])
+    named = subprocess.run([*command, "48"], capture_output=True, text=True, check=False)
+    assert named.stderr.startswith(
+        f"error: {written}:1: the record has 'id', which cannot be learnt (--ignore-keys id "
+    )
+    subprocess.run([*command, "48", "--ignore-keys", "id"], capture_output=True, text=True, check=True)
+    write(talks, TALKS)
     failed = subprocess.run([*command, "8"], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")

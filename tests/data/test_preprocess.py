@@ -1,5 +1,6 @@
 """Preprocessing: what is written for which documents, in what order, and what happens when something goes wrong."""
 
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,15 +50,17 @@ def documents_of(prefix):
 
 
 def left_in(folder):
-    return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".tmp"))
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".partial"))
 
 
+@pytest.mark.parametrize("append_bos", [False, True])
 @pytest.mark.parametrize("append_eod", [False, True])
-def test_every_document_in_order(tmp_path, tokenizer, corpus, append_eod):
-    report = preprocess([corpus], tokenizer, tmp_path / "out", append_eod=append_eod)
+def test_every_document_in_order(tmp_path, tokenizer, corpus, append_eod, append_bos):
+    report = preprocess([corpus], tokenizer, tmp_path / "out", append_eod=append_eod, append_bos=append_bos)
     vocabulary = Tokenizer(tokenizer)
+    begin = [vocabulary.bos_id] if append_bos else []
     end = [vocabulary.eod_id] if append_eod else []
-    expected = [vocabulary.encode(text) + end if text else [] for text in TEXTS]
+    expected = [begin + vocabulary.encode(text) + end if text else [] for text in TEXTS]
     assert documents_of(tmp_path / "out_text_document") == expected
     assert (report.documents, report.empty_documents, report.skipped_documents) == (700, 2, 0)
     assert report.tokens == {"text": sum(map(len, expected))}
@@ -65,7 +69,7 @@ def test_every_document_in_order(tmp_path, tokenizer, corpus, append_eod):
 
 
 def test_workers_change_nothing(tmp_path, tokenizer, corpus, monkeypatch):
-    monkeypatch.setattr(module, "CorpusReader", lambda paths, keys: CorpusReader(paths, keys, 3000))
+    monkeypatch.setattr(module, "CorpusReader", lambda paths, keys, **more: CorpusReader(paths, keys, 3000, **more))
     for workers in (1, 2):
         preprocess([corpus, corpus], tokenizer, tmp_path / f"w{workers}", keys=["text", "title"], workers=workers)
     for name in ("text_document.bin", "text_document.idx", "title_document.bin", "title_document.idx"):
@@ -131,6 +135,19 @@ def test_input_that_cannot_work_writes_nothing(tmp_path, tokenizer, content, cha
     assert left_in(tmp_path) == []
 
 
+def test_a_vocabulary_without_the_tokens_asked_for_is_refused(tmp_path, corpus):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=33, bos_id=-1, eos_id=-1, minloglevel=2
+    )
+    (tmp_path / "bare.model").write_bytes(model.getvalue())
+    with pytest.raises(UserError, match="has no beginning-of-sequence token"):
+        preprocess([corpus], tmp_path / "bare.model", tmp_path / "out", append_bos=True)
+    with pytest.raises(UserError, match="has no end-of-document token"):
+        preprocess([corpus], tmp_path / "bare.model", tmp_path / "out", append_eod=True)
+    assert left_in(tmp_path) == []
+
+
 def test_one_key_without_text_publishes_no_pair(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"q": "text", "a": ""}\n')
     with pytest.raises(UserError, match="no text under 'a'"):
@@ -170,8 +187,8 @@ def test_worker_that_dies_is_one_clear_line(tmp_path, tokenizer, corpus, monkeyp
 def test_encoder_stops_at_the_first_malformed_document(tokenizer, corpus):
     corpus.write_bytes(b'bad\n{"text": "a"}\nbad\n')
     (block,) = module.CorpusReader([corpus], ["text"])
-    assert len(BlockEncoder(str(tokenizer), ["text"], False, True).encode(block).malformed) == 1
-    assert len(BlockEncoder(str(tokenizer), ["text"], False, False).encode(block).malformed) == 2
+    assert len(BlockEncoder(str(tokenizer), ["text"], [], [], True).encode(block).malformed) == 1
+    assert len(BlockEncoder(str(tokenizer), ["text"], [], [], False).encode(block).malformed) == 2
 
 
 PEAK = """

@@ -73,7 +73,7 @@ def test_the_single_node_command(tmp_path):
     )
     assert (result.returncode, result.stderr) == (0, "")
     words = shlex.split(result.stdout)
-    assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert words[:3] == [sys.executable, "-m", "vishwamai_mp.launch"]
     assert words[words.index("--nproc-per-node") + 1] == "2"
     assert words[words.index("--max-restarts") + 1] == "0"
     assert words[words.index("--tee") + 1] == "3"
@@ -177,3 +177,46 @@ def test_an_environment_without_the_package_is_named(tmp_path):
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "$@"\n')  # sees no installed package
     bare.chmod(0o755)
     assert "cannot import torch; run: pip install" in _error(_SINGLE, "--config", "tiny", PYTHON=str(bare))
+
+
+def test_the_quickstart_deletes_nothing_unasked(tmp_path):
+    kept = tmp_path / "run/checkpoints/step_00000001"
+    kept.mkdir(parents=True)
+    line = _error("launch/quickstart.sh", "--work-dir", str(tmp_path))
+    assert (
+        line
+        == f"error: {tmp_path}/run exists, from an earlier quickstart; --overwrite deletes it, --work-dir names"
+        + (" another place")
+    )
+    assert kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "installs", "said"),
+    [
+        ({}, False, "INSTALL_BROWSER=1 installs chromium first"),
+        ({"CI": "true"}, True, "installing chromium and chromium-driver with apt-get"),
+        ({"INSTALL_BROWSER": "1"}, True, "installing chromium and chromium-driver with apt-get"),
+    ],
+)
+def test_ci_installs_system_packages_only_when_told(tmp_path, environment, installs, said):
+    """With an apt-get that only notes its call, as root, on a machine without a browser."""
+    for folder in ("bin", ".ci", "tests"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(_REPOSITORY / ".ci/run", tmp_path / ".ci/run")
+    (tmp_path / "tests/run.sh").write_text("echo tests run\n")
+    for name in ("bash", "dirname", "timeout"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    for name, does in {"apt-get": f"echo called >>{tmp_path}/called", "id": "echo 0"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    result = subprocess.run(
+        ["bash", str(tmp_path / ".ci/run")],
+        env={"PATH": str(tmp_path / "bin"), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert (result.stdout, (tmp_path / "called").exists()) == ("tests run\n", installs)

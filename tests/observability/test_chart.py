@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vishwamai_mp.observability.chart import HEIGHT, WIDTH, Line, labels, line_chart, nice_ticks, short
+from vishwamai_mp.observability.report_style import STYLE
 from vishwamai_mp.observability.run_folder import Curve
 
 
@@ -82,11 +83,33 @@ def test_points_lie_where_the_ticks_say():
 def test_equal_pictures_over_steps_and_tokens_stand_once():
     svg, _ = parts(line_chart("A", [a_line([1.0, 2.0])]))
     assert [path.attrib["class"] for path in drawn(svg)] == [
-        "line dots x-steps x-tokens y-linear",
-        "line dots x-steps x-tokens y-log",
+        "line x-steps x-tokens y-linear",
+        "line x-steps x-tokens y-log",
     ]
     svg, _ = parts(line_chart("A", [a_line([1.0, 2.0]), a_line([1.0, 2.0, 1.0], tokens_per_step=7)]))
     assert len(drawn(svg)) > 4
+
+
+def dots(svg: ElementTree.Element) -> list[ElementTree.Element]:
+    return [item for item in svg.iter("path") if item.attrib.get("class", "").startswith("dots ")]
+
+
+def test_a_point_alone_is_a_dot_in_the_middle():
+    svg, data = parts(line_chart("A", [a_line([2.5])]))
+    (dot,) = dots(svg)
+    ((x, y),) = places(dot)
+    assert dot.attrib["d"] == f"M{x:g} {y:g}h0"
+    assert 150 < x < WIDTH - 150
+    assert 50 < y < HEIGHT - 50
+    assert re.search(r"\.dots \{[^}]*stroke-width: 5; stroke-linecap: round", STYLE)
+    assert data[0]["values"] == [2.5]
+
+
+def test_few_points_are_dots_and_many_are_not():
+    svg, _ = parts(line_chart("A", [a_line([1.0, math.nan, 2.0, 3.0])]))
+    assert [places(dot) for dot in dots(svg)] == [places(path) for path in drawn(svg)]
+    svg, _ = parts(line_chart("A", [a_line([float(value) for value in range(1, 40)])]))
+    assert not dots(svg)
 
 
 def test_a_gap_where_a_number_is_not_finite_and_values_on_hover():

@@ -37,7 +37,7 @@ def test_one_run(tmp_path):
     assert float(spread[1]) == pytest.approx(0.2)  # √(0.29 − 0.5²)
     assert "<td>60 of 100</td>" in page
     assert "<td>9,000</td><td>25.0%</td><td>1.50</td><td>0</td>" in page
-    assert "pretrain.py --config &#x27;a b&#x27;" in page
+    assert "pretrain.py --config &#39;a b&#39;" in page
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|https?:", page.replace("http://www.w3.org", ""))
     assert page == report(tmp_path / "run")
 
@@ -118,3 +118,17 @@ def test_what_could_not_be_read_is_said(tmp_path):
     assert len(page) < 400_000
     shutil.rmtree(folder / "profile")
     assert "<summary>steps.txt" not in report(folder)
+
+
+def test_nothing_a_folder_holds_is_markup(tmp_path):
+    mark = "<i>&\"'"
+    folder = make_run(tmp_path / "<i>&'", config={**CONFIG, mark: {"a": mark}})
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps(environment | {"command": ["x", mark], mark: mark}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "lm_loss": 1.0, mark: 2.0}) + "\n")
+    (folder / "profile").mkdir()
+    (folder / f"profile/{mark}.txt").write_text(mark)
+    page = report(folder, make_run(tmp_path / "other"))
+    assert "<i>" not in page
+    assert "&<" not in page
+    assert page.count("&lt;i&gt;&amp;") > 10

@@ -96,3 +96,28 @@ def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"logging.report_to names wandb.*pip install"):
         open_writers(tmp_path, PretrainConfig(logging=LoggingConfig(report_to=["wandb"])), 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "import a_module_that_is_not_there",
+            r"installed and cannot be imported \(ModuleNotFoundError: No module named",
+        ),
+        ("from json import nothing", r"installed and cannot be imported \(ImportError: cannot import name 'nothing'"),
+        ("raise TypeError('made for\\nanother protobuf')", r"imported \(TypeError: made for another protobuf\); mend"),
+        (
+            "class Error(Exception): ...\ndef init(**settings): raise Error('No API key.\\nUse `wandb login`.')",
+            r"cannot begin a run: No API key\. Use `wandb login`\. Set WANDB_API_KEY, set WANDB_MODE=offline",
+        ),
+    ],
+)
+def test_why_wandb_fails_is_said_in_one_line(tmp_path, monkeypatch, source, message):
+    (tmp_path / "wandb.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_writers(tmp_path, PretrainConfig(logging=LoggingConfig(report_to=["wandb"])), 0)
+    sys.modules.pop("wandb", None)
+    assert "\n" not in str(caught.value)

@@ -27,12 +27,36 @@ def test_local_rank_comes_from_torchrun(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU")
 def test_cores_are_shared_among_processes(monkeypatch, threads):
     cores = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for processes, expected in ((1, cores), (cores, 1), (cores + 1, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         room.set_threads(None)
         assert torch.get_num_threads() == expected
     room.set_threads(3)
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("configured", "said", "torchrun", "expected"),
+    [
+        (None, "3", False, (3, "OMP_NUM_THREADS")),
+        (None, "3", True, (3, "OMP_NUM_THREADS")),
+        (None, "1", False, (1, "OMP_NUM_THREADS")),
+        (None, "4,2", False, (4, "OMP_NUM_THREADS")),
+        (None, "1", True, (3, "6 cores / 2 processes; training.threads changes it")),
+        (None, "", True, (3, "6 cores / 2 processes; training.threads changes it")),
+        (None, "many", False, (3, "6 cores / 2 processes; training.threads changes it")),
+        (5, "3", True, (5, "training.threads")),
+    ],
+)
+def test_what_decides_the_number_of_threads(monkeypatch, configured, said, torchrun, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert room.cpu_threads(configured) == expected
 
 
 @pytest.mark.parametrize(

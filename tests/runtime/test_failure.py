@@ -1,6 +1,7 @@
 """A failing job of real processes prints one error, and ends."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,19 @@ def main():
         raise RuntimeError("a defect of ours")
     if case == "all":
         raise RuntimeError(f"seen on rank {{rank}}")
+    if case in ("silent", "gone"):
+        import datetime, signal
+        import torch
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # as in training
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=15))
+        dist.barrier()
+        if rank == "1":
+            if case == "gone":
+                os.kill(os.getpid(), 9)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(60)  # stopped, swapped out, or in an endless loop
+        dist.all_reduce(torch.zeros(1))
     if case == "code":
         return 3
     if case in ("user", "defect") and "RANK" in os.environ:
@@ -46,7 +60,7 @@ def _run(tmp_path, case, processes):
         env={**environment, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
 
@@ -71,6 +85,16 @@ def test_only_the_first_of_many_reports(tmp_path):
     result = _run(tmp_path, "all", 2)
     assert result.returncode == 1
     assert result.stderr.count("RuntimeError: seen on rank") == 1
+
+
+@pytest.mark.parametrize(("case", "cause"), [("silent", "Timed out"), ("gone", "closed by peer|reset by peer")])
+def test_a_rank_that_waited_in_vain_names_the_silent_one(tmp_path, case, cause):
+    result = _run(tmp_path, case, 3)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert re.match(rf"error: rank [02] waited for other ranks in vain: .*({cause})", line)
+    assert "No word within 3 s from rank 1: dead, stopped, hung or still computing. The fault is there" in result.stderr
+    assert "error on rank" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -11,9 +12,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vishwamai_mp.data.indexed import check_indexed
+from vishwamai_mp.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [f"The {i}. of the counted mice sat on mat {i * i}.\n" for i in range(300)]
@@ -55,6 +58,23 @@ def test_files_of_several_formats(folder, tmp_path):
     assert stats.num_documents == 301
     assert f"out_text_document: 301 documents, {stats.num_tokens} tokens" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out_text_document.bin", "out_text_document.idx"]
+
+
+def test_one_document_is_warned_of_and_can_be_split(folder, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(LINES[:40]))
+    arguments = ("--input", tmp_path / "a.txt", "--tokenizer", folder / "small.model", "--append-bos", "--append-eod")
+    done = run("preprocess_data.py", *arguments, "--output-prefix", tmp_path / "one")
+    assert "1 documents," in done.stdout
+    assert "warning: the corpus is one document" in done.stderr
+    assert "--split-documents-at blank-lines" in done.stderr
+    split = ("--split-documents-at", "blank-lines", "--output-prefix", tmp_path / "many")
+    done = run("preprocess_data.py", *arguments, *split)
+    assert "40 documents," in done.stdout
+    assert "warning" not in done.stderr
+    tokenizer = Tokenizer(folder / "small.model")
+    tokens = np.fromfile(tmp_path / "many_text_document.bin", np.uint16).tolist()
+    expected = [[tokenizer.bos_id, *tokenizer.encode(line.removesuffix("\n")), tokenizer.eod_id] for line in LINES[:40]]
+    assert tokens == list(itertools.chain.from_iterable(expected))
 
 
 def test_skipped_documents_are_named_and_counted(folder, tmp_path):
@@ -111,9 +131,9 @@ def test_interrupt_leaves_nothing(folder, tmp_path, sent, workers):
     ):
         pipe.write("".join(json.dumps({"text": line}) + "\n" for line in LINES * 100))  # over one block
         pipe.flush()
-        assert list(tmp_path.glob("*.tmp"))
+        assert list(tmp_path.glob("*.partial"))
         for _ in range(30):  # a signal between two reads waits for the next one
-            if list(tmp_path.glob("*.tmp")):  # not noticed yet; an interpreter that is ending dies of a second one
+            if list(tmp_path.glob("*.partial")):  # not noticed yet; an interpreter that is ending dies of a second one
                 os.killpg(process.pid, sent)  # as a terminal does, to the workers too
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=1)

@@ -84,7 +84,10 @@ def test_folders_that_are_none(tmp_path):
     [
         (lambda: ReasoningMemoryTransformer(MemoryConfig()), "memory.hidden_size is not set"),
         (lambda: ReasoningMemoryTransformer(MemoryConfig(hidden_size=32, memory_size=30)), "memory.memory_size=30"),
-        (lambda: DifferentiableCacheAugmentation(CacheConfig(hidden_size=30)), "cache.num_heads=8 does not divide"),
+        (
+            lambda: DifferentiableCacheAugmentation(CacheConfig(hidden_size=30, num_heads=8)),
+            "cache.num_heads=8 does not",
+        ),
         (lambda: DifferentiableCacheAugmentation(CacheConfig(hidden_size=32, dropout=2.0)), "cache.dropout=2.0"),
     ],
 )
@@ -211,13 +214,14 @@ def switched_off(folder: Path, _: str) -> str:
 @pytest.mark.parametrize(
     ("attempt", "name", "message"),
     [
-        (other_width, "memory", "memory.hidden_size=64 is not model.hidden_size=32; leave it out or use 32"),
-        (other_width, "cache", "cache.hidden_size=64 is not model.hidden_size=32; leave it out or use 32"),
+        (other_width, "memory", "memory.hidden_size=64 is not model.hidden_size=32"),
+        (other_width, "cache", "cache.hidden_size=64 is not model.hidden_size=32"),
         (switched_off, "", "use_neural_memory=False but a memory_module is given; leave one of them out"),
     ],
 )
 def test_modules_that_do_not_fit_are_refused_by_name(workers: WorkerPool, tmp_path, attempt, name, message):
-    assert workers.run(attempt, 1, tmp_path, name) == [message]
+    [said] = workers.run(attempt, 1, tmp_path, name)
+    assert said.startswith(message)
 
 
 def searches(folder: Path) -> dict[str, Any]:

@@ -86,11 +86,11 @@ def test_metrics_have_the_keys_of_the_contract_and_mean_what_they_say(workers: W
 def test_only_every_nth_step_is_logged(workers: WorkerPool, corpus, tmp_path):
     settings = ["training.max_steps=7", "logging.log_every=3"]
     [outcome] = workers.run(train, 1, tmp_path, corpus, settings)
-    assert [row["step"] for row in metrics(tmp_path)] == [3, 6]
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 3, 6, 7]
     lines = [line for line in outcome.said.splitlines() if line.startswith("step ")]
-    shape = r"step {}/7  loss \d\.\d{{4}}  tok/s [\d,]+  \d+:\d\d:\d\d left"
-    assert len(lines) == 3
-    assert all(re.fullmatch(shape.format(step), line) for step, line in zip((3, 6, 7), lines, strict=True))
+    shape = r"step {}/7  loss \d\.\d{{4}}  lr \d\.\d\de-\d\d  grad norm [\d.]+  tok/s [\d,]+  \d+:\d\d:\d\d left"
+    assert len(lines) == 4
+    assert all(re.fullmatch(shape.format(step), line) for step, line in zip((1, 3, 6, 7), lines, strict=True))
     assert lines[-1].endswith("0:00:00 left")
 
 
@@ -99,6 +99,43 @@ def test_progress_can_be_switched_off(workers: WorkerPool, corpus, tmp_path):
     [outcome] = workers.run(train, 1, tmp_path, corpus, settings)
     assert "step 1/2" not in outcome.said
     assert len(metrics(tmp_path)) == 2
+
+
+def labels(said: str) -> dict[str, str]:
+    """The tables that a run begins and ends with: the first word of a line, and the rest."""
+    return {line.split()[0]: line.split(maxsplit=1)[1] for line in said.splitlines() if re.match(r"\w+  +\S", line)}
+
+
+def test_a_run_says_what_it_is_and_what_came_of_it(workers: WorkerPool, corpus, tmp_path):
+    settings = ["training.max_steps=3", "memory.enabled=true", "cache.enabled=true", "cache.segment_length=8"]
+    quiet, told = workers.run(train, 2, tmp_path, corpus, settings)[::-1]
+    assert quiet.said == ""
+    table = labels(told.said)
+    assert re.match(r"[\d.]+ k parameters: 2 layers × \d+, ", table["model"])
+    assert re.match(
+        r"[\d.]+ k parameters, [\d.]+% of FLOPs: layers \[\d\], memory_size 64, head_dim 16", table["memory"]
+    )
+    assert re.match(r"[\d.]+ k parameters, [\d.]+% of FLOPs: layers \[\d\], num_heads 2, ", table["cache"])
+    assert table["layout"] == "2 processes: tensor 1 × pipeline 1 × context 1 × data 2"
+    assert table["compute"] == "fp32 on CPU, 1 thread per process (training.threads)"
+    assert table["batch"].startswith("8 sequences × 32 = 256 tokens a step, in 2 passes of 2 per replica; 768 tokens")
+    assert re.match(r"about [\d.]+ MiB per process: [\d.]+ MiB for weights", table["footprint"])
+    assert table["output"] == f"{tmp_path}, a new run of 3 steps"
+    assert table["done"].startswith("step 3 of 3 in 0:00:0")
+    assert f"loss {told.losses[-1]:.4f}" in table["done"]
+    assert table["checkpoint"] == f"{tmp_path}/checkpoints/step_00000003"
+    assert f"python tools/convert_checkpoint.py to-hf --load {tmp_path} --output {tmp_path}-hf" in told.said
+
+
+def test_a_finished_run_says_so_and_goes_on_when_asked_to(workers: WorkerPool, corpus, tmp_path):
+    settings = ["training.max_steps=2"]
+    workers.run(train, 1, tmp_path, corpus, settings)
+    [again] = workers.run(train, 1, tmp_path, corpus, settings)
+    said = f"nothing to do: the run in {tmp_path} has finished step 2 of training.max_steps=2; raise"
+    assert again.said.splitlines()[-1].startswith(said)
+    assert labels(again.said) == {}
+    [more] = workers.run(train, 1, tmp_path, corpus, ["training.max_steps=3"])
+    assert labels(more.said)["output"] == f"{tmp_path}, continues after step 2 of 3"
 
 
 def crash_after_save(step: int, trainer: Trainer, _: list[Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -91,7 +92,8 @@ def test_the_solve_rate_is_of_answers_that_contain_what_is_right(data: list[str]
     search = Search([f"1 + 1\t{right}" for right in ("4", "so", "5", "4")], tokenizer)
     monkeypatch.setattr(search, "_search", lambda trainer: found)
     record = {"validation_loss": 1.0}
-    search.on_step_end(SimpleNamespace(runtime=SimpleNamespace(reports=False)), record)
+    trainer: Any = SimpleNamespace(runtime=SimpleNamespace(reports=False))
+    search.on_step_end(trainer, record)
     assert record["search_solve_rate"] == 0.75
 
 

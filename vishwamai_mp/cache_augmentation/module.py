@@ -23,7 +23,7 @@ from vishwamai_mp.cache_augmentation.write import Widths, initial_positions, lat
 from vishwamai_mp.components.head_sharded import HeadShardedModule, Linears
 from vishwamai_mp.components.standalone import Standalone, alone
 from vishwamai_mp.config import CacheConfig
-from vishwamai_mp.config.components import IMPORTANCE_WIDTH
+from vishwamai_mp.config.components import IMPORTANCE_WIDTH, cache_heads
 from vishwamai_mp.runtime.measures import Measures
 
 _MEASURES = (
@@ -61,15 +61,15 @@ class DifferentiableCacheAugmentation(Standalone, HeadShardedModule):
         if megatron is None or groups is None or linears is None:
             config, megatron, groups, linears = alone(self.section, config)
         assert config.hidden_size is not None
-        width = config.hidden_size
-        widths = Widths(width // config.num_heads, IMPORTANCE_WIDTH, config.latents_per_segment)
+        width, heads = config.hidden_size, cache_heads(config)
+        widths = Widths(width // heads, IMPORTANCE_WIDTH, config.latents_per_segment)
         super().__init__(
             megatron,
             groups,
             layer_number,
             linears,
             width=width,
-            heads=config.num_heads,
+            heads=heads,
             features=widths.total,
             read_width=width,
         )

@@ -24,10 +24,12 @@ from torch import nn
 from vishwamai_mp.checkpoint import guard, manifest, sharded, store
 from vishwamai_mp.checkpoint.collective import Failure, on_all_ranks, on_first_rank
 from vishwamai_mp.checkpoint.components import check_adapters, check_components, check_value_head
+from vishwamai_mp.checkpoint.lock import RunLock
 from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.checkpoint.record import manifest_of
 from vishwamai_mp.checkpoint.writer import PlannedWrite, Written, plan_write
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.config.files import write_through
 
 _log = logging.getLogger(__name__)
 _TRAINER_FILE = "trainer.json"
@@ -62,10 +64,12 @@ class CheckpointManager:
         root: the `checkpoints/` folder, on storage that all ranks see. Made at the first save.
         config: resolved; `checkpoint.{async_save,keep_last,keep_every}`, and the model and layout for the manifest.
         runtime: process groups.
+        lock: of the run folder; each save makes sure on rank 0 that this job still has it. None: nobody else saves.
     """
 
-    def __init__(self, root: Path, config: PretrainConfig, runtime: Runtime) -> None:
+    def __init__(self, root: Path, config: PretrainConfig, runtime: Runtime, lock: RunLock | None = None) -> None:
         self.root, self.config, self.runtime = Path(root), config, runtime
+        self._lock = lock
         self._queue = AsyncCallsQueue()
         self._pending: _Pending | None = None
         self._saved_step: int | None = None
@@ -99,7 +103,7 @@ class CheckpointManager:
         self.wait()
         if final and self._saved_step == step:
             return
-        partial_folder = on_first_rank(lambda: store.begin(self.root, step))
+        partial_folder = on_first_rank(lambda: self._begin(step))
         if isinstance(partial_folder, Failure):
             partial_folder.throw(f"checkpoint of step {step} not saved to {self.root}")
         scalars = sharded.optimizer_scalars(optimizer) if optimizer else []
@@ -216,23 +220,31 @@ class CheckpointManager:
             )
         self._saved_step = pending.step
 
+    def _begin(self, step: int) -> Path:
+        """On rank 0: the folder to write into."""
+        if self._lock is not None:
+            self._lock.check()
+        return store.begin(self.root, step)
+
     def _commit(self, pending: _Pending, outcomes: Sequence[Written | Failure]) -> Failure | None:
         """On rank 0: complete the folder, publish it, delete old ones; or say which rank failed."""
         for outcome in outcomes:
             if isinstance(outcome, Failure):
                 return outcome
+        if self._lock is not None:
+            self._lock.check()
         written = cast(Sequence[Written], outcomes)
         metadata = pending.planned.write_metadata([part.results for part in written])
         folder = pending.partial
         torch.save({}, folder / "common.pt")  # megatron-core wants one; what it would hold is in trainer.json
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        store.write_file(folder / _TRAINER_FILE, json.dumps(pending.trainer, indent=1).encode())
+        write_through(folder / _TRAINER_FILE, json.dumps(pending.trainer, indent=1).encode())
         files = {name: record for part in written for name, record in part.files.items()}
         for path in folder.iterdir():
             if path.name not in files:
                 files[path.name] = manifest.record_of(path)
         described = manifest_of(self.config, self.runtime, pending.step, metadata, files)
-        store.write_file(folder / manifest.NAME, described.to_json().encode())
+        write_through(folder / manifest.NAME, described.to_json().encode())
         store.publish(folder, pending.step)
         try:
             options = self.config.checkpoint

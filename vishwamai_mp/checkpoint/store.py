@@ -5,8 +5,6 @@ A checkpoint is written in `step_00000100.<random>.partial`, then renamed. It is
 killed at any moment leaves at worst a folder that nobody takes for a checkpoint. Needs no torch.
 """
 
-import contextlib
-import os
 import re
 import secrets
 import shutil
@@ -17,6 +15,7 @@ from pathlib import Path
 from vishwamai_mp.checkpoint.manifest import NAME as MANIFEST
 from vishwamai_mp.checkpoint.manifest import Manifest, check_files, read_manifest
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.files import sync_folder, write_whole
 
 LATEST = "latest"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
@@ -115,10 +114,7 @@ def publish(partial: Path, step: int) -> Path:
         remove(final)
     partial.rename(final)
     sync_folder(root)
-    aside = root / f"{LATEST}.{secrets.token_hex(4)}.partial"
-    write_file(aside, f"{final.name}\n".encode())
-    aside.replace(root / LATEST)
-    sync_folder(root)
+    write_whole(root / LATEST, f"{final.name}\n")
     return final
 
 
@@ -154,22 +150,6 @@ def discard(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file through to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make names in a folder durable; file systems that cannot are left alone."""
-    descriptor = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _checkpoints(root: Path) -> list[Path]:

@@ -6,13 +6,10 @@ which it does not require, is missing; (2) keeps one more process per rank, whic
 outlives a killed job; (3) would have every file read again for its checksum.
 """
 
-import ctypes
 import gc
 import mmap
 import os
 import pickle
-import signal
-import sys
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +34,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from vishwamai_mp.checkpoint.collective import Failure, attempt
 from vishwamai_mp.checkpoint.manifest import FileRecord
+from vishwamai_mp.runtime.failure import die_with_parent
 
 _THREADS = 2  # files per rank, written at once: most of the time goes into writes and checksums, which run in parallel
-_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
 @dataclass
@@ -122,7 +119,7 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 def _write_forked(memory: "_SharedMemory", buckets: Sequence[Any]) -> None:
-    _die_with_parent()
+    die_with_parent()
     gc.disable()  # it would finalise the parent's tensors, and so touch its CUDA context
     memory.put(attempt(partial(_write_files, buckets)))
 
@@ -203,9 +200,3 @@ class _SharedMemory:
         """The value, or None."""
         length = int.from_bytes(self._memory[:8], "little")
         return pickle.loads(self._memory[8 : 8 + length]) if length else None
-
-
-def _die_with_parent() -> None:
-    """An orphan would go on writing, and hold the killed rank's connections open in front of its peers."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

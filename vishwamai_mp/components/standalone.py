@@ -25,6 +25,7 @@ from vishwamai_mp.config import (
     load_config,
     resolve,
 )
+from vishwamai_mp.config.files import write_whole
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _Section = TypeVar("_Section", MemoryConfig, CacheConfig)
@@ -153,9 +154,7 @@ def write_component(folder: str | Path, config: Any, weights: dict[str, Tensor])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            partial = folder / f"{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+            write_whole(folder / name, content)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); name another folder") from None
 

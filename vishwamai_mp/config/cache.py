@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from vishwamai_mp.config.components import check_component, placed
+from vishwamai_mp.config.components import cache_heads, check_component, placed
 from vishwamai_mp.config.errors import ConfigError
 from vishwamai_mp.config.schema import CacheConfig, PretrainConfig
 
@@ -21,6 +21,7 @@ def resolve_cache(config: PretrainConfig) -> CacheConfig:
         return cache
     cache = replace(
         cache,
+        num_heads=_heads(config.model.hidden_size) if cache.num_heads is None else cache.num_heads,
         hidden_size=config.model.hidden_size if cache.hidden_size is None else cache.hidden_size,
         layers=placed(cache.layers, min(8, layers) // 2, layers),
     )
@@ -30,15 +31,21 @@ def resolve_cache(config: PretrainConfig) -> CacheConfig:
     return cache
 
 
+def _heads(width: int) -> int:
+    """Up to 8, of a width of at least 16 each."""
+    return next((heads for heads in (8, 4, 2) if width % heads == 0 and width >= 16 * heads), 1)
+
+
 def _check_shape(cache: CacheConfig, config: PretrainConfig) -> None:
+    heads = cache_heads(cache)
     width, tensor = config.model.hidden_size, config.parallel.tensor_model_parallel_size
-    if width % cache.num_heads:
+    if width % heads:
         raise ConfigError(
-            f"cache.num_heads={cache.num_heads} does not divide model.hidden_size={width}; use a divisor of {width}"
+            f"cache.num_heads={heads} does not divide model.hidden_size={width}; use a divisor of {width}"
         )
-    if cache.num_heads % tensor:
+    if heads % tensor:
         raise ConfigError(
-            f"cache.num_heads={cache.num_heads} is not divisible by parallel.tensor_model_parallel_size={tensor};"
+            f"cache.num_heads={heads} is not divisible by parallel.tensor_model_parallel_size={tensor};"
             f" use a multiple of {tensor}"
         )
     if cache.max_cache_length < cache.latents_per_segment or cache.max_cache_length % cache.latents_per_segment:

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+USER_ERROR_STATUS = 78  # of a worker in a job, for its launcher: trying again is of no use (EX_CONFIG of sysexits.h)
+
 
 class UserError(ValueError):
     """A mistake the user can mend. The message is one line: what, which value, what to do."""
@@ -10,6 +12,11 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A setting that cannot work. The message names the key, the value and the mend."""
+
+
+def leave_out(key: str) -> str:
+    """The mend where `key` should not be set, whoever set it."""
+    return f"leave it out ({key}=null undoes a recipe's)"
 
 
 def run_program(main: Callable[[], int | None]) -> None:

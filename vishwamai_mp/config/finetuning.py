@@ -25,7 +25,9 @@ def resolve_rows(data: DataConfig) -> DataConfig:
             " set data.consecutive=false"
         )
     if data.eod_mask_loss:
-        raise ConfigError("data.eod_mask_loss=true has no effect with data.prepared_rows=true; leave it out")
+        raise ConfigError(
+            "data.eod_mask_loss=true has no effect with data.prepared_rows=true; set data.eod_mask_loss=false"
+        )
     return replace(data, reset_attention_mask=True, reset_position_ids=True)
 
 
@@ -48,7 +50,7 @@ def check_trained_parts(config: PretrainConfig) -> None:
     for part in freeze:
         if not switches.get(part, True):
             section = "tree" if part == "value_head" else part
-            raise ConfigError(f"training.freeze={freeze}: there is no {part} at {section}.enabled=false; leave it out")
+            raise ConfigError(f"training.freeze={freeze}: there is no {part} at {section}.enabled=false; take it out")
     trained = [part for part, exists in switches.items() if exists and part not in freeze]
     if "base" in frozen_parts(config) and not lora.enabled and not trained:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from dataclasses import fields, replace
 
-from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.schema import Fp8Config, PretrainConfig
 
 # Widths and token counts must be multiples of this: of a block of numbers that share a scale, or of the 16 bytes that
@@ -25,7 +25,7 @@ def resolve_fp8(config: PretrainConfig) -> PretrainConfig:
             if getattr(options, option.name) != option.default:
                 raise ConfigError(
                     f"fp8.{option.name}={getattr(options, option.name)} has no effect at precision={config.precision};"
-                    " leave it out or use an fp8 precision"
+                    f" use an fp8 precision or {leave_out(f'fp8.{option.name}')}"
                 )
         return config
     _check_layers(config)
@@ -37,7 +37,7 @@ def resolve_fp8(config: PretrainConfig) -> PretrainConfig:
         if getattr(options, name) is not None:
             raise ConfigError(
                 f"fp8.{name}={getattr(options, name)} has no effect at precision={config.precision}, which remembers"
-                " nothing; leave it out or use precision=fp8_delayed"
+                f" nothing; use precision=fp8_delayed or {leave_out(f'fp8.{name}')}"
             )
     return config
 

@@ -12,7 +12,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vishwamai_mp.config.errors import ConfigError
-from vishwamai_mp.config.schema import PretrainConfig
+from vishwamai_mp.config.schedule import shortened_schedule
+from vishwamai_mp.config.schema import Blend, PretrainConfig
+from vishwamai_mp.config.yaml_text import read_yaml
 
 # The guide's and Hugging Face's names for our keys.
 _MODEL_ALIASES = {"dim": "hidden_size", "num_hidden_layers": "num_layers"}
@@ -25,24 +27,31 @@ def preset_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> PretrainConfig:
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), notes: list[str] | None = None
+) -> PretrainConfig:
     """Read a configuration.
 
     Args:
         source: a YAML recipe's path, a preset's name, the guide's JSON file, or a nested mapping.
-        overrides: `section.key=value` strings; values are read as YAML.
+        overrides: `section.key=value` strings. The value of a text setting (a path, a name) is what is written, to
+            the letter; others are read like a recipe's. `null` undoes what the source says: the default holds again.
+        notes: gets a line for each setting of the source that had to give way to an override.
 
     Raises:
         ConfigError: unreadable file, unknown key (the nearest known one is named), or a value of the wrong type.
     """
     tree = dict(source) if isinstance(source, Mapping) else _read(str(source))
     tree = _apply_aliases(tree)
-    for override in overrides:
-        _set(tree, override)
+    changed = [_set(tree, override) for override in overrides]
     try:
-        return _ADAPTER.validate_python(tree)
+        config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
+    config, said = shortened_schedule(config, changed)
+    if notes is not None:
+        notes += said
+    return config
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:
@@ -71,14 +80,24 @@ def _read(name: str) -> dict[str, Any]:
     else:
         raise ConfigError(f"--config {name}: neither a .yaml/.json file nor a preset ({', '.join(preset_names())})")
     try:
-        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        tree = _read_json(text) if path.suffix == ".json" else read_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--config {name}: not valid {path.suffix[1:]} ({_reason(error)})") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {name}: expected sections such as 'model:', found {type(tree).__name__}")
     return tree
+
+
+def _read_json(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the key {twice[0]} stands twice")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def _reason(error: Exception) -> str:
@@ -114,23 +133,40 @@ def _rename(tree: Mapping[str, Any], rename: Callable[[str], str], prefix: str) 
     return {name: tree[key] for name, key in given.items()}
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
-    """Apply one `section.key=value` to the nested dictionaries."""
+def _set(tree: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Apply one `section.key=value` to the nested dictionaries; returns the key's parts, aliases replaced."""
     key, equals, text = override.partition("=")
     key = key.strip().removeprefix("--")
     *sections, last = key.split(".")
     if not equals or not all([*sections, last]):
         raise ConfigError(f"override '{override}': write section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': the value is not valid YAML ({_reason(error)})") from None
     sections[:1] = [_section_name(section) for section in sections[:1]]
+    last = _MODEL_ALIASES.get(last, last) if sections == ["model"] else last if sections else _section_name(last)
     for section in sections:
         inner = tree.get(section)
         tree[section] = dict(inner) if isinstance(inner, Mapping) else {}
         tree = tree[section]
-    tree[_MODEL_ALIASES.get(last, last) if sections == ["model"] else last] = value
+    path = (*sections, last)
+    hint = field_type(path)
+    if not text.strip():
+        default = "" if hint is str else f", or {key}=null for the default"
+        raise ConfigError(f"override '{override}': the value is empty; write one{default}")
+    if text.strip() == "null" and hint not in (None, str):
+        tree.pop(last, None)
+    elif hint in (str, str | None) or (hint == Blend and not text.lstrip().startswith("[")):
+        tree[last] = text
+    else:
+        try:
+            tree[last] = read_yaml(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override '{override}': the value is not valid YAML ({_reason(error)})") from None
+    return path
+
+
+def field_type(path: tuple[str, ...]) -> Any:
+    """The annotation of the field under a dotted key; None: there is no such field."""
+    cls = _section_type(path)
+    return get_type_hints(cls, include_extras=True).get(path[-1]) if cls else None
 
 
 def _field_names(cls: type) -> list[str]:
@@ -159,10 +195,20 @@ def _one_line(error: ValidationError) -> str:
         return _unknown(path)
     if first["type"] == "missing":
         return f"{key} is missing; it has no default"
+    shown = _shown(first["input"])
     if first["type"] in ("dataclass_type", "dataclass_exact_type"):
-        return f"{key}={first['input']!r}: expected keys under it, such as {_example(path)}"
+        return f"{key}={shown}: expected keys under it, such as {_example(path)}"
+    if first["input"] is None and first["type"] == "string_type":
+        return f"{key}=null: it needs a text; put quotes around a text that is 'null', or take the key out"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}={first['input']!r}: {message}"
+    return f"{key}={shown}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a recipe has it, on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return " ".join(value.split()) if isinstance(value, str) else repr(value)
 
 
 def _unknown(path: tuple[Any, ...]) -> str:

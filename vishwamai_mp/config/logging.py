@@ -1,6 +1,6 @@
 """The section `logging`: which steps can be profiled, and where."""
 
-from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.schema import LoggingConfig, PretrainConfig
 
 MOST_PROFILED_STEPS = 20  # a trace of more is too large for the programs that show it
@@ -19,7 +19,7 @@ def check_logging(config: PretrainConfig, world_size: int | None) -> None:
             if value != getattr(LoggingConfig(), name):
                 raise ConfigError(
                     f"logging.{name}={_spelt(value)} without logging.profile_steps: there is no profile; set"
-                    " logging.profile_steps=[FIRST,LAST] or leave it out"
+                    f" logging.profile_steps=[FIRST,LAST] or {leave_out(f'logging.{name}')}"
                 )
         return
     _check_steps(logging.profile_steps, config.training.max_steps)

@@ -4,13 +4,14 @@ import math
 from dataclasses import replace
 
 from vishwamai_mp.config.cache import resolve_cache
-from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.finetuning import check_trained_parts, check_verdicts, resolve_rows
 from vishwamai_mp.config.fp8 import resolve_fp8
 from vishwamai_mp.config.fully_sharded import check_fully_sharded
 from vishwamai_mp.config.logging import check_logging
 from vishwamai_mp.config.memory import resolve_memory
-from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig, ScheduleConfig
+from vishwamai_mp.config.schedule import resolve_schedule
+from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig
 from vishwamai_mp.config.tree import resolve_tree
 
 
@@ -29,7 +30,7 @@ def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainCo
         config,
         model=_resolve_model(config.model),
         optimizer=replace(config.optimizer, min_learning_rate=minimum),
-        schedule=_resolve_schedule(config.schedule, config.training.max_steps),
+        schedule=resolve_schedule(config.schedule, config.training.max_steps),
         tree=resolve_tree(config.tree),
         data=resolve_rows(config.data),
     )
@@ -142,22 +143,6 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _resolve_schedule(schedule: ScheduleConfig, max_steps: int) -> ScheduleConfig:
-    decay_steps: int = _default(schedule.decay_steps, max_steps)
-    wsd_decay_steps: int = _default(schedule.wsd_decay_steps, max(1, decay_steps // 10))
-    remaining = decay_steps - schedule.warmup_steps
-    if schedule.warmup_steps and remaining <= 0:
-        raise ConfigError(
-            f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of schedule.decay_steps="
-            f"{decay_steps} (training.max_steps if unset); shorten the warm-up"
-        )
-    if schedule.decay == "wsd" and wsd_decay_steps > remaining:
-        raise ConfigError(
-            f"schedule.wsd_decay_steps={wsd_decay_steps} exceeds the {remaining} steps after the warm-up; shorten it"
-        )
-    return replace(schedule, decay_steps=decay_steps, wsd_decay_steps=wsd_decay_steps)
-
-
 def _check_layout(config: PretrainConfig) -> None:
     model, parallel = config.model, config.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -201,11 +186,14 @@ def layers_per_stage(config: PretrainConfig) -> list[int]:
             "num_layers_in_last_pipeline_stage",
         ):
             if getattr(parallel, name) is not None:
-                raise ConfigError(f"parallel.{name} has no effect at pipeline_model_parallel_size=1; leave it out")
+                raise ConfigError(
+                    f"parallel.{name} has no effect at pipeline_model_parallel_size=1; {leave_out(f'parallel.{name}')}"
+                )
         return [layers]
     if chunks == 1:
         raise ConfigError(
-            "parallel.virtual_pipeline_model_parallel_size=1 has no effect; leave it out or use 2 or more"
+            "parallel.virtual_pipeline_model_parallel_size=1 has no effect; use 2 or more, or"
+            f" {leave_out('parallel.virtual_pipeline_model_parallel_size')}"
         )
     middle = stages - (first is not None) - (last is not None)
     rest = layers - (first or 0) - (last or 0)
@@ -270,8 +258,8 @@ def _check_training(config: PretrainConfig) -> None:
             )
     if config.data.prefetch_factor and not config.data.num_workers:
         raise ConfigError(
-            f"data.prefetch_factor={config.data.prefetch_factor} has no effect at data.num_workers=0; leave it out or"
-            " raise data.num_workers"
+            f"data.prefetch_factor={config.data.prefetch_factor} has no effect at data.num_workers=0; raise"
+            f" data.num_workers or {leave_out('data.prefetch_factor')}"
         )
     for name in ("beta1", "beta2"):
         if getattr(optimizer, name) >= 1:

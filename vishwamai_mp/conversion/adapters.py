@@ -6,7 +6,6 @@ of B, and share A. Shapes: I in, O out, R rank of the adapter.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vishwamai_mp.checkpoint.pieces import PieceReader
-from vishwamai_mp.checkpoint.store import write_file
 from vishwamai_mp.config import LoraConfig, UserError
+from vishwamai_mp.config.files import write_whole, written_whole
 from vishwamai_mp.conversion.journal import disk_errors
 from vishwamai_mp.conversion.mapping import Mapped
 from vishwamai_mp.conversion.source import Source, adapter_names
@@ -72,11 +71,10 @@ def export_adapters(source: Source, output: Path, base: str) -> None:
                 tensors |= _of_layer(mapped, *(_read(reader, name) for name in names))
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        aside = output / f".adapter.{os.getpid()}.partial"
-        save_file(tensors, aside, metadata={"format": "pt"})
-        aside.replace(output / "adapter_model.safetensors")
+        with written_whole(output / "adapter_model.safetensors") as aside:
+            save_file(tensors, aside, metadata={"format": "pt"})
         described = _config(config.lora, [name.split(".")[-3] for name in tensors], base)
-        write_file(output / "adapter_config.json", json.dumps(described, indent=2).encode() + b"\n")
+        write_whole(output / "adapter_config.json", json.dumps(described, indent=2).encode() + b"\n")
 
 
 def _read(reader: PieceReader, name: str) -> Tensor:

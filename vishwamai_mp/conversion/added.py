@@ -1,6 +1,5 @@
 """Fresh memories and caches for an imported model: the values that a training run with this seed would begin with."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import save_file
 
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config.files import written_whole
 from vishwamai_mp.conversion.safetensors_files import Entry, read_header
 from vishwamai_mp.model.initialization import initialize_parameters
 from vishwamai_mp.model.specs import layer_spec, spec_provider
@@ -60,6 +60,5 @@ def _write(component: _Placed, config: PretrainConfig, path: Path) -> None:
         for shard in component.sharded_state_dict().values()
         if isinstance(shard, ShardedTensor)
     }
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(tensors, aside)
-    aside.replace(path)
+    with written_whole(path) as aside:
+        save_file(tensors, aside)

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from vishwamai_mp.config import CacheConfig, MemoryConfig, PretrainConfig
-from vishwamai_mp.config.components import CONVOLUTION_TAPS, IMPORTANCE_WIDTH
+from vishwamai_mp.config.components import CONVOLUTION_TAPS, IMPORTANCE_WIDTH, cache_heads, memory_widths
 from vishwamai_mp.conversion.mapping import Mapped, whole
 
 ARCHITECTURE = "VishwamaiForCausalLM"
@@ -48,21 +48,22 @@ def _component(layer: int, name: str, shapes: dict[str, tuple[int, ...]]) -> lis
 def _memory_shapes(memory: MemoryConfig) -> dict[str, tuple[int, ...]]:
     width, levels = memory.hidden_size, memory.num_memory_layers
     assert width is not None
-    heads, gates = memory.memory_size // memory.head_dim, 3 if memory.momentum else 2
-    convolved = 3 * levels * memory.head_dim
+    size, head_dim = memory_widths(memory)
+    heads, gates = size // head_dim, 3 if memory.momentum else 2
+    convolved = 3 * levels * head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "norm.weight": (width,),
-        "projection.weight": (heads * (convolved + memory.head_dim + levels * gates), width),
-        "output.weight": (width, memory.memory_size),
+        "projection.weight": (heads * (convolved + head_dim + levels * gates), width),
+        "output.weight": (width, size),
         "taps": (heads * convolved * CONVOLUTION_TAPS,),
         "gate_bias": (heads * levels * gates,),
-        "read_norm": (memory.memory_size,),
+        "read_norm": (size,),
     }
     return {**shapes, "level_mix": (heads * levels,)} if levels > 1 else shapes
 
 
 def _cache_shapes(cache: CacheConfig) -> dict[str, tuple[int, ...]]:
-    width, heads, latents = cache.hidden_size, cache.num_heads, cache.latents_per_segment
+    width, heads, latents = cache.hidden_size, cache_heads(cache), cache.latents_per_segment
     assert width is not None
     return {
         "norm.weight": (width,),
@@ -92,7 +93,7 @@ def to_hf(config: PretrainConfig, value_head: bool) -> dict[str, Any]:
         if not memory.enabled
         else {
             "layers": memory.layers,
-            "heads": memory.memory_size // memory.head_dim,
+            "heads": memory_widths(memory)[0] // memory_widths(memory)[1],
             "head_dim": memory.head_dim,
             "levels": memory.num_memory_layers,
             "momentum": memory.momentum,

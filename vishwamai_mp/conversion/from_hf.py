@@ -36,6 +36,7 @@ from vishwamai_mp.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from vishwamai_mp.checkpoint.pieces import bytes_of
 from vishwamai_mp.checkpoint.writer import ChecksummedFile
 from vishwamai_mp.config import PretrainConfig, UserError, to_yaml
+from vishwamai_mp.config.files import write_through, write_whole
 from vishwamai_mp.conversion import dtypes
 from vishwamai_mp.conversion.dtypes import FP8, FP32, DType
 from vishwamai_mp.conversion.folder import Folder
@@ -116,7 +117,7 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
         with Progress("import", sum(sizes.values()), done) as progress:
             _write_files(folder, partial, todo, journal, progress)
         note = import_tokenizer(folder.path, output, config.model.vocab_size)
-        store.write_file(output / "config.yaml", to_yaml(config).encode())
+        write_whole(output / "config.yaml", to_yaml(config).encode())
         _complete(partial, config, files, journal)
         store.publish(partial, _STEP)
         shutil.rmtree(output / _ADDED, ignore_errors=True)
@@ -214,10 +215,10 @@ class _RowReader:
 def _complete(partial: Path, config: PretrainConfig, files: dict[str, list[_Piece]], journal: Journal) -> None:
     """Everything of a checkpoint but its tensors' files."""
     metadata = _metadata(files, journal)
-    store.write_file(partial / ".metadata", pickle.dumps(metadata))
+    write_through(partial / ".metadata", pickle.dumps(metadata))
     torch.save({}, partial / "common.pt")  # megatron-core wants one
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-    store.write_file(partial / "trainer.json", json.dumps({"optimizer": [], "trainer": {}}, indent=1).encode())
+    write_through(partial / "trainer.json", json.dumps({"optimizer": [], "trainer": {}}, indent=1).encode())
     records = {name: FileRecord(**journal.facts(name)["file"]) for name in files}
     for path in partial.iterdir():
         if path.name not in records and path.name != manifest.NAME:
@@ -242,7 +243,7 @@ def _complete(partial: Path, config: PretrainConfig, files: dict[str, list[_Piec
         objects=[],
         files=dict(sorted(records.items())),
     )
-    store.write_file(partial / manifest.NAME, described.to_json().encode())
+    write_through(partial / manifest.NAME, described.to_json().encode())
 
 
 def _metadata(files: dict[str, list[_Piece]], journal: Journal) -> Metadata:

@@ -5,7 +5,6 @@ The journal lies in the output folder from the first moment to the last; a folde
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vishwamai_mp.checkpoint.store import sync_folder, write_file
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.files import aside_of, leftovers, replace_durably, sync_folder, write_whole
 
 _NAME = ".conversion.json"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -54,6 +53,7 @@ class Journal:
 
     def close(self) -> None:
         """The whole output is complete."""
+        _discard_leftovers(self._path)
         sync_folder(self._path.parent)
         self._path.unlink()
 
@@ -71,14 +71,12 @@ class Journal:
         return state
 
     def _write(self) -> None:
-        aside = _aside(self._path)
-        write_file(aside, json.dumps(self._state).encode())
-        aside.replace(self._path)
+        write_whole(self._path, json.dumps(self._state))
 
 
 def _is_empty(folder: Path) -> bool:
     """Whether there is nothing in it but what a conversion left that was killed at its very beginning."""
-    return folder.is_dir() and all(path == _aside(folder / _NAME) for path in folder.iterdir())
+    return folder.is_dir() and set(folder.iterdir()) == set(leftovers(folder, _NAME))
 
 
 class Files:
@@ -102,7 +100,8 @@ class Files:
 
     def begin(self, path: Path) -> BinaryIO:
         """A file to write, which is to be given to `finish`."""
-        return _aside(path).open("wb")
+        _discard_leftovers(path)
+        return aside_of(path).open("wb")
 
     def finish(self, file: BinaryIO, path: Path, facts: Any) -> None:
         """All is written; `facts` is what the journal is to know. Raises what came of the file before."""
@@ -112,15 +111,15 @@ class Files:
         self._pending = self._pool.submit(self._publish, file, path, facts)
 
     def _publish(self, file: BinaryIO, path: Path, facts: Any) -> None:
-        with file:
-            os.fsync(file.fileno())
-        _aside(path).replace(path)
-        sync_folder(path.parent)
+        file.close()
+        replace_durably(Path(file.name), path)
         self._journal.finish(path.name, facts)
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+def _discard_leftovers(path: Path) -> None:
+    """Delete what killed attempts wrote of a file: a conversion's folder has one writer."""
+    for leftover in leftovers(path.parent, path.name):
+        leftover.unlink()
 
 
 def check_space(folder: Path, needed: int, output: str) -> None:

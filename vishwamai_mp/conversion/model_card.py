@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from vishwamai_mp import __version__
+from vishwamai_mp.config import UserError
 from vishwamai_mp.conversion.dtypes import DType
 from vishwamai_mp.conversion.source import Source
+from vishwamai_mp.data.lines import json_records
 
 
 def model_card(source: Source, config: Mapping[str, Any], dtype: DType) -> str:
@@ -70,13 +72,11 @@ def _last_record(path: Path, step: int) -> dict[str, Any]:
     """The logged step nearest to the checkpoint's, from before it."""
     last: dict[str, Any] = {}
     try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                record = json.loads(line)
-                if record.get("step", 0) > step:
-                    break
-                last = record
-    except (OSError, ValueError):
+        for record in json_records(path):
+            if record.get("step", 0) > step:
+                break
+            last = record
+    except UserError:
         pass  # a run may have logged nothing
     return last
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.checkpoint.pieces import PieceReader, bytes_of
-from vishwamai_mp.checkpoint.store import write_file
 from vishwamai_mp.config import LoraConfig
+from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.conversion import components, dtypes, model_config, safetensors_files
 from vishwamai_mp.conversion.adapters import merged
 from vishwamai_mp.conversion.block_scaled import BLOCK, is_block_scaled, quantized
@@ -217,11 +217,11 @@ def _write_small_files(source: Source, output: Path, shards: list[list[_Output]]
     _write_json(output / "config.json", config)
     _write_json(output / "generation_config.json", generation)
     for name, content in (tokenizer.contents | (components.code_files() if own else {})).items():
-        write_file(output / name, content)
-    write_file(output / "README.md", model_card(source, config, dtype if FP8 not in kinds else FP8).encode())
+        write_whole(output / name, content)
+    write_whole(output / "README.md", model_card(source, config, dtype if FP8 not in kinds else FP8).encode())
     if len(shards) > 1:
-        write_file(output / safetensors_files.INDEX, safetensors_files.index_of([_planned(s) for s in shards]))
+        write_whole(output / safetensors_files.INDEX, safetensors_files.index_of([_planned(s) for s in shards]))
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")

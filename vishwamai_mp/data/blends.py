@@ -44,7 +44,7 @@ def parse_blend(key: str, value: str | Sequence[str | float]) -> list[Source]:
         raise ConfigError(f"{key} is empty; name at least one .bin/.idx prefix")
     weights = [_number(item) for item in items]
     if all(weight is None for weight in weights):
-        sources = [Source(str(item).strip(), None) for item in items]
+        sources = [Source(str(item), None) for item in items]
     else:
         pairs_up = len(items) % 2 == 0 and all((w is None) == bool(i % 2) for i, w in enumerate(weights))
         if not pairs_up:
@@ -52,7 +52,7 @@ def parse_blend(key: str, value: str | Sequence[str | float]) -> list[Source]:
                 f"{key}={value!r}: give prefixes alone, or a weight before each prefix as in [0.7, books, 0.3, code]"
             )
         named = zip(weights[::2], items[1::2], strict=True)
-        sources = [Source(str(prefix).strip(), weight) for weight, prefix in named]
+        sources = [Source(str(prefix), weight) for weight, prefix in named]
     for source in sources:
         if source.weight is not None and not (source.weight > 0 and math.isfinite(source.weight)):
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Conversations: how they are read from JSON, and how they become token ids with a loss on answers only.
 
 The template. A turn is its role's heading and its text; an answer ends with the tokenizer's end-of-document token,
-where generation stops:
+where generation stops, also an answer without loss:
 
     ### System:⏎text⏎⏎
     ### User:⏎text⏎⏎
@@ -15,7 +15,7 @@ without headings.
 Needs no torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,14 @@ from vishwamai_mp.data.tokenizer import Tokenizer
 _HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
 _AFTER_TEXT = "\n\n"
 _ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in _HEADINGS}}
+_FORMS = (("messages",), ("conversations",), ("question", "answer"), ("prompt", "completion"))
 _KEYS = "'messages', 'conversations', 'question' and 'answer', or 'prompt' and 'completion'"
+_LEARNT_MARKS = ("weight", "loss", "train", "trainable")  # of a message: whether it is learnt, true or 1, false or 0
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `role` is system, user or assistant; None: text as it stands, `learnt` or not."""
+    """One message. `role` is system, user or assistant; None: text as it stands."""
 
     role: str | None
     text: str
@@ -42,50 +44,78 @@ class UnusableRecord(Exception):  # noqa: N818 (a finding about the data: its re
     """Why a JSON value is no conversation."""
 
 
-def conversation(record: Any) -> list[Turn]:
-    """The turns of a JSON value, up to the last answer.
+def conversation(record: Any, ignored: Collection[str] = ()) -> list[Turn]:
+    """The turns of a JSON value, up to the last answer that is learnt.
+
+    Nothing in a record or message is passed over: a key that is neither used nor `ignored` makes it unusable, unless
+    its value is null or an empty string, array or object, which say nothing.
 
     Args:
         record: an object with `messages` of `role` and `content`, `conversations` of `from` and `value`, a `question`
-            and its `answer`, or a `prompt` and its `completion`.
+            and its `answer`, or a `prompt` and its `completion`. A message of the assistant may say by `weight`,
+            `loss`, `train` or `trainable` (true or 1, false or 0) whether it is learnt.
+        ignored: keys of records and messages that are taken as not there.
 
     Raises:
-        UnusableRecord: it is nothing of these, a role is unknown, a text is none, or there is no answer.
+        UnusableRecord: it is nothing of these, a role or key is unknown, a text is none, or no answer is learnt.
     """
     if not isinstance(record, Mapping):
         raise UnusableRecord(f"not a JSON object with {_KEYS}")
-    if "messages" in record:
-        return _turns(record["messages"], "messages", "role", "content")
-    if "conversations" in record:
-        return _turns(record["conversations"], "conversations", "from", "value")
-    if "question" in record and "answer" in record:
-        question, answer = _texts(record, "question", "answer")
-        return [Turn("user", question), Turn("assistant", answer, learnt=True)]
-    if "prompt" in record and "completion" in record:
-        prompt, completion = _texts(record, "prompt", "completion")
-        return [Turn(None, prompt), Turn(None, completion, learnt=True)]
-    raise UnusableRecord(f"no {_KEYS} (keys: {', '.join(map(repr, list(record)[:8]))})")
+    given = {key: value for key, value in record.items() if key not in ignored}
+    form = next((form for form in _FORMS if given.keys() >= set(form)), None)
+    if form is None:
+        raise UnusableRecord(f"no {_KEYS} (keys: {', '.join(map(repr, list(given)[:8]))})")
+    _refuse_others(given, form, "the record")
+    if form == ("messages",):
+        return _turns(given["messages"], "messages", "role", "content", ignored)
+    if form == ("conversations",):
+        return _turns(given["conversations"], "conversations", "from", "value", ignored)
+    roles = ("user", "assistant") if form == ("question", "answer") else (None, None)
+    asked, answered = _texts(given, *form)
+    return [Turn(roles[0], asked), Turn(roles[1], answered, learnt=True)]
 
 
-def _turns(messages: Any, key: str, role_key: str, text_key: str) -> list[Turn]:
+def _refuse_others(given: Mapping[str, Any], used: Collection[str], where: str) -> None:
+    for key, value in given.items():
+        if key not in used and value not in (None, "", [], {}):
+            raise UnusableRecord(f"{where} has {key!r}, which cannot be learnt (--ignore-keys {key} leaves it out)")
+
+
+def _turns(messages: Any, key: str, role_key: str, text_key: str, ignored: Collection[str]) -> list[Turn]:
     if not isinstance(messages, list):
         raise UnusableRecord(f"{key!r} is no array")
     turns = []
     for number, message in enumerate(messages, start=1):
+        where = f"{key!r}: message {number}"
         if not isinstance(message, Mapping) or not message.keys() >= {role_key, text_key}:
-            raise UnusableRecord(f"{key!r}: message {number} is no object with {role_key!r} and {text_key!r}")
+            raise UnusableRecord(f"{where} is no object with {role_key!r} and {text_key!r}")
         role = _ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
         if role is None:
             known = ", ".join(_ROLES)
-            raise UnusableRecord(f"{key!r}: message {number} has {role_key!r}={message[role_key]!r}; known: {known}")
+            raise UnusableRecord(f"{where} has {role_key!r}={message[role_key]!r}; known: {known}")
+        given = {key: value for key, value in message.items() if key not in ignored}
+        _refuse_others(given, (role_key, text_key, *_LEARNT_MARKS), where)
         if reason := unusable(text_key, message[text_key]):
-            raise UnusableRecord(f"{key!r}: message {number}: {reason}")
-        turns.append(Turn(role, message[text_key], learnt=role == "assistant"))
+            raise UnusableRecord(f"{where}: {reason}")
+        turns.append(Turn(role, message[text_key], _is_learnt(given, role, where)))
     while turns and not turns[-1].learnt:
         turns.pop()  # after the last answer nothing is learnt
     if not turns:
-        raise UnusableRecord(f"{key!r} has no answer: no message of the assistant")
+        raise UnusableRecord(f"{key!r} has no answer to learn: no message of the assistant")
     return turns
+
+
+def _is_learnt(message: Mapping[str, Any], role: str, where: str) -> bool:
+    """Whether a message is learnt: an answer is, unless it is marked otherwise."""
+    marks = {key: message[key] for key in _LEARNT_MARKS if message.get(key) is not None}
+    for key, value in marks.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise UnusableRecord(f"{where} has {key!r}={value!r}; use true or 1, false or 0")
+        if value and role != "assistant":
+            raise UnusableRecord(f"{where} has {key!r}={value!r}, but only answers of the assistant are learnt")
+    if len(set(map(bool, marks.values()))) > 1:
+        raise UnusableRecord(f"{where} has marks that disagree: {', '.join(f'{k}={v!r}' for k, v in marks.items())}")
+    return role == "assistant" and all(marks.values())
 
 
 def _texts(record: Mapping[str, Any], *keys: str) -> list[str]:
@@ -130,10 +160,10 @@ class ChatEncoder:
                 add([self._pieces[turn.role]], 0)
             elif turn.role:
                 pending += _HEADINGS[turn.role]
-            if turn.learnt:
+            if turn.learnt or turn.role == "assistant":
                 add(self._tokenizer.encode(pending), 0)
                 pending = ""
-                add([*self._going_on(turn.text), self._end], LEARNT)
+                add([*self._going_on(turn.text), self._end], LEARNT if turn.learnt else 0)
             elif turn.role in self._pieces:
                 add(self._going_on(turn.text), 0)
             else:

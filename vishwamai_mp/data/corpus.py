@@ -4,21 +4,23 @@ The two halves run apart. `CorpusReader` only cuts files into `Block`s, cheap en
 `read_block` parses one, which workers do side by side. Neither holds more than a block and the longest document.
 
 Suffixes (each also with `.gz` or `.zst`): `.jsonl`, `.json` one JSON object per line; `.parquet` one row per
-document; `.txt`, `.md`, `.rst`, `.py` the whole file is one document.
+document, whose text is a string or binary column of any kind; `.txt`, `.md`, `.rst`, `.py` the whole file is one
+document.
 """
 
 import itertools
 import json
-import tempfile
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.data.parquet import row_blocks, rows_of
 from vishwamai_mp.data.streams import COMPRESSED_SUFFIXES, open_stream
 
-Kind = Literal["jsonl", "text", "parquet"]
+Kind = Literal["jsonl", "text", "paragraphs", "parquet"]
 
 KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
@@ -32,11 +34,13 @@ KINDS: dict[str, Kind] = {
 BLOCK_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 28  # a longer line or text file is a mistake, and would be held in memory whole
 _MAX_MIB = MAX_DOCUMENT_BYTES >> 20
+_LINE_SPACE = b" \t\r"  # of which a blank line consists; bytes.isspace() takes form feeds and others for space too
+_BLANK_LINES = re.compile(rb"(?m)(?:^[ \t\r]*(?:\n|\Z))+")
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
 class Part(NamedTuple):
-    """Some bytes of one file: whole JSON lines, a whole text, or rows as an Arrow stream."""
+    """Some bytes of one file: whole JSON lines, a whole text, whole paragraphs, or rows as an Arrow stream."""
 
     path: str
     first: int  # line (from 1) or row (from 0) at which the part begins
@@ -65,12 +69,20 @@ class Malformed:
 class CorpusReader:
     """Iterates the `Block`s of files, in the order given. Checks at once that every file exists and has a known suffix.
 
+    Args:
+        paths: the files.
+        keys: of JSON objects or columns.
+        block_bytes: of a block, about.
+        paragraphs: a plain text file is a document for each stretch between blank lines, instead of one.
+
     Attributes:
         total_bytes: size on disk of all files.
         bytes_read: of them, how many are behind us; for progress.
     """
 
-    def __init__(self, paths: Sequence[str | Path], keys: Sequence[str], block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(
+        self, paths: Sequence[str | Path], keys: Sequence[str], block_bytes: int = BLOCK_BYTES, paragraphs: bool = False
+    ) -> None:
         self._files = [(Path(path), kind_of(Path(path))) for path in paths]
         self._keys = list(keys)
         self._block_bytes = block_bytes
@@ -81,6 +93,10 @@ class CorpusReader:
         text = next((path for path, kind in self._files if kind == "text"), None)
         if text and len(self._keys) > 1:
             raise UserError(f"{text} is plain text and has no keys: give one --json-keys name, not {len(self._keys)}")
+        if paragraphs:
+            if not text:
+                raise UserError("--split-documents-at blank-lines is for plain text, of which --input names none")
+            self._files = [(path, "paragraphs" if kind == "text" else kind) for path, kind in self._files]
 
     @property
     def bytes_read(self) -> int:
@@ -101,8 +117,12 @@ class CorpusReader:
                     yield from _line_parts(path, stream, self._block_bytes)
                 elif kind == "text":
                     yield _text_part(path, stream)
+                elif kind == "paragraphs":
+                    yield from _paragraph_parts(path, stream, self._block_bytes)
                 else:
-                    yield from _row_parts(path, stream, self._keys, self._block_bytes)
+                    columns = list(dict.fromkeys(self._keys))
+                    for row, data in row_blocks(path, stream, columns, self._block_bytes, MAX_DOCUMENT_BYTES):
+                        yield Part(str(path), row, data)
             finally:
                 self._current = None
         self._finished_bytes += path.stat().st_size
@@ -118,7 +138,7 @@ def kind_of(path: Path) -> Kind:
 
 def read_block(block: Block, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
     """The documents of a block in order: the text under each of `keys`, or why there is none."""
-    readers = {"jsonl": _read_lines, "text": _read_texts, "parquet": _read_rows}
+    readers = {"jsonl": _read_lines, "text": _read_texts, "paragraphs": _read_paragraphs, "parquet": _read_rows}
     for part in block.parts:
         yield from readers[block.kind](part, keys)
 
@@ -179,44 +199,19 @@ def _text_part(path: Path, stream: BinaryIO) -> Part:
     return Part(str(path), 1, data.removeprefix(_UTF8_MARK))
 
 
-def _row_parts(path: Path, stream: BinaryIO, keys: Sequence[str], block_bytes: int) -> Iterator[Part]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with tempfile.TemporaryFile() as spool:
-        if path.suffix in COMPRESSED_SUFFIXES:  # parquet is read from its end, a compressed stream is not
-            while data := stream.read(1 << 20):
-                spool.write(data)
-            spool.seek(0)
-            stream = spool
-        try:
-            file = pyarrow.parquet.ParquetFile(stream)
-            _check_columns(path, file.schema_arrow, keys)
-            rows = file.metadata.num_rows
-            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            batch_rows = min(max(1, block_bytes * rows // max(size, 1)), 1 << 16)
-            row = 0
-            for batch in file.iter_batches(batch_size=batch_rows, columns=list(dict.fromkeys(keys))):
-                sink = pyarrow.BufferOutputStream()
-                with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
-                    writer.write_batch(batch)
-                yield Part(str(path), row, sink.getvalue().to_pybytes())
-                row += batch.num_rows
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not a whole parquet file: {' '.join(str(error).split())}") from error
-
-
-def _check_columns(path: Path, schema, keys: Sequence[str]) -> None:
-    import pyarrow
-
-    for key in keys:
-        if key not in schema.names:
-            raise UserError(f"{path}: no column {key!r} (columns: {', '.join(schema.names)})")
-        column = schema.field(key).type
-        if pyarrow.types.is_dictionary(column):
-            column = column.value_type
-        if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
-            raise UserError(f"{path}: column {key!r} is {column}, not text")
+def _paragraph_parts(path: Path, stream: BinaryIO, block_bytes: int) -> Iterator[Part]:
+    first = number = 1
+    data = bytearray()
+    while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+        data += line.removeprefix(_UTF8_MARK) if number == 1 else line
+        number += 1
+        if len(data) >= block_bytes and not line.strip(_LINE_SPACE + b"\n"):
+            yield Part(str(path), first, bytes(data))
+            first, data = number, bytearray()
+        elif len(data) > MAX_DOCUMENT_BYTES:
+            raise UserError(f"{path}:{first}: over {_MAX_MIB} MiB without a blank line, for one document: split it")
+    if data:
+        yield Part(str(path), first, bytes(data))
 
 
 def read_records(part: Part) -> Iterator[tuple[str, Any] | Malformed]:
@@ -224,7 +219,7 @@ def read_records(part: Part) -> Iterator[tuple[str, Any] | Malformed]:
     if not part.data:
         yield Malformed(f"{part.path}:{part.first}", "the file is empty")
     for number, line in enumerate(part.data.split(b"\n"), start=part.first):
-        if not line or line.isspace():
+        if not line.strip(_LINE_SPACE):
             continue
         where = f"{part.path}:{number}"
         try:
@@ -263,23 +258,29 @@ def _read_texts(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malform
     try:
         text = part.data.decode()
     except UnicodeDecodeError as error:
-        line = part.data.count(b"\n", 0, error.start) + 1
+        line = part.data.count(b"\n", 0, error.start) + part.first
         yield Malformed(f"{part.path}:{line}", _not_utf8(error))
         return
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
+        line = text.count("\n", 0, text.index("\0")) + part.first
         yield Malformed(f"{part.path}:{line}", "a NUL character: binary, or text in UTF-16")
     else:
         yield [text]
 
 
-def _read_rows(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
-    import pyarrow
+def _read_paragraphs(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
+    first, start = part.first, 0
+    for blank in (*_BLANK_LINES.finditer(part.data), None):
+        text = part.data[start : blank.start() if blank else None]
+        if text:
+            yield from _read_texts(Part(part.path, first, text.removesuffix(b"\n").removesuffix(b"\r")), keys)
+        if blank:
+            first += part.data.count(b"\n", start, blank.end())
+            start = blank.end()
 
-    table = pyarrow.ipc.open_stream(part.data).read_all()
-    # As bytes, because Arrow does not promise that a string column is UTF-8.
-    columns = [table.column(key).cast(pyarrow.large_binary()).to_pylist() for key in keys]
-    for row, values in enumerate(zip(*columns, strict=True), start=part.first):
+
+def _read_rows(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malformed]:
+    for row, values in enumerate(rows_of(part.data, keys), start=part.first):
         try:
             texts = [value if value is None else value.decode() for value in values]
         except UnicodeDecodeError as error:

@@ -28,6 +28,7 @@ from vishwamai_mp.runtime import Runtime, local_rank
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+_FEW_DOCUMENTS = 20  # of which a share of a few percent is none
 _EVALUATION_SEED = 0  # evaluation samples do not follow training.seed, so that runs of different seeds compare
 _Built = TypeVar("_Built")
 
@@ -203,13 +204,26 @@ def _build(config: PretrainConfig, tokenizer: Vocabulary | None, rows: int | Non
     if valid is None and config.training.evaluate_every:
         raise ConfigError(
             f"training.evaluate_every={config.training.evaluate_every} but data.split={data.split} leaves validation"
-            " less than one sequence; raise its second share, set data.valid or leave out training.evaluate_every"
+            f" less than one sequence{_few_documents(corpora)}; raise its second share, set data.valid or"
+            " training.evaluate_every=null"
         )
     notes[:0] = _epochs(config, corpora, train)
     split = data.split if data.valid is None else None
     identities = tuple(corpus.identity for corpus in corpora)
     fingerprint = DataFingerprint(identities, tuple(train.shares), config.training.sequence_length, split, seed, rows)
     return Datasets(train, valid, test, eod_id, fingerprint, notes)
+
+
+def _few_documents(corpora: Sequence[_Corpus]) -> str:
+    """Why shares of a split may be empty, for a message; nothing where documents are many."""
+    corpus = min(corpora, key=lambda corpus: len(corpus.indexed))
+    if len(corpus.indexed) >= _FEW_DOCUMENTS:
+        return ""
+    count = len(corpus.indexed)
+    return (
+        f", for corpora are split between documents and {corpus.source.prefix} has only {count} (preprocess plain text"
+        " with --split-documents-at blank-lines)"
+    )
 
 
 def _consecutive(
@@ -289,7 +303,7 @@ def _samples(
             parts.append(part)
             weights.append(corpus.source.weight)
         elif split is Split.train or config.data.valid is not None:
-            raise UserError(f"{problem}; shorten training.sequence_length or use more data")
+            raise UserError(f"{problem}{_few_documents([corpus])}; shorten training.sequence_length or use more data")
         else:
             notes.append(f"{problem}: left out of {split.name}")
     if not parts:

@@ -23,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.files import aside_of, sync_folder
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -61,7 +62,7 @@ class IndexedWriter:
         self.dtype = np.dtype(dtype)
         self.num_tokens = self.num_documents = self.num_sequences = 0
         self._code = next(code for code, known in _DTYPES.items() if known == self.dtype)
-        self._bin, self._idx = (_aside(f"{self.prefix}.{suffix}") for suffix in ("bin", "idx"))
+        self._bin, self._idx = (aside_of(Path(f"{self.prefix}.{suffix}")) for suffix in ("bin", "idx"))
         self._files: list[BinaryIO] = []
         self._published = False
 
@@ -116,6 +117,7 @@ class IndexedWriter:
             Path(f"{self.prefix}.idx").unlink(missing_ok=True)
             self._bin.replace(f"{self.prefix}.bin")
             self._idx.replace(f"{self.prefix}.idx")
+            sync_folder(Path(self.prefix).absolute().parent)
         except OSError as error:
             raise self._failure(error) from error
         self._published = True
@@ -215,6 +217,11 @@ def _check_header(path: Path) -> tuple[np.dtype, int, int]:
     if code not in _DTYPES:
         raise UserError(f"{path} is corrupt: dtype code {code}, known are {min(_DTYPES)} to {max(_DTYPES)}")
     size, promised = path.stat().st_size, _HEADER.size + 12 * sequences + 8 * boundaries
+    if sequences and size == promised + sequences:
+        raise UserError(
+            f"{path} is of the multimodal layout, with a mode for each sequence, which is not read here: preprocess"
+            " the text alone"
+        )
     if size != promised:
         raise UserError(f"{path} has {size} bytes but its header promises {promised}: cut short or corrupt")
     if sequences == 0:
@@ -255,10 +262,6 @@ def _check_tokens(path: Path, dtype: np.dtype, vocab_size: int) -> int:
         wrong = low if low < 0 else high
         raise UserError(f"{path} holds token {wrong}, but the vocabulary has {vocab_size}: is it another tokenizer's?")
     return high
-
-
-def _aside(path: str) -> Path:
-    return Path(f"{path}.{os.getpid()}.tmp")
 
 
 def _to_disk(file: BinaryIO) -> None:

@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from sentencepiece import sentencepiece_model_pb2
 
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space inside tokens
-_BPE = 2
 _MAX_ENTRIES = 1 << 17  # about 30 MB; a full table is emptied, so it follows a corpus whose language changes
 _MAX_ENTRY_CHARS = 64
 _SLICE_CHARS = 1 << 18  # of a long document cut at a time, which bounds the list of its parts
@@ -89,42 +89,9 @@ def separators_of(tokenizer: Tokenizer) -> str:
 
 
 def _keeps_text(proto: bytes) -> bool:
-    """Read the two specifications in a SentencePiece `ModelProto`, fields as in its sentencepiece_model.proto."""
-    trainer: dict[int, bytes | int] = {}
-    normalizer: dict[int, bytes | int] = {}
-    for field, value in _proto_fields(proto):
-        if field in (2, 3) and isinstance(value, bytes):
-            (trainer if field == 2 else normalizer).update(_proto_fields(value))
-    is_bpe = trainer.get(3, 1) == _BPE
-    space_leads = not trainer.get(24, 0)  # treat_whitespace_as_suffix
-    no_rules = not normalizer.get(2, b"")  # precompiled_charsmap
-    no_prefix = not normalizer.get(3, 1)  # add_dummy_prefix
-    keeps_spaces = not normalizer.get(4, 1)  # remove_extra_whitespaces
-    escapes_spaces = bool(normalizer.get(5, 1))  # escape_whitespaces
-    return is_bpe and space_leads and no_rules and no_prefix and keeps_spaces and escapes_spaces
-
-
-def _proto_fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Field number and raw value of each field of one protocol-buffer message."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        key = varint()
-        wire_type = key & 7
-        if wire_type == 0:
-            yield key >> 3, varint()
-        else:
-            size = {1: 8, 5: 4}.get(wire_type) or varint()
-            yield key >> 3, data[at : at + size]
-            at += size
+    """Whether a SentencePiece `ModelProto` is a BPE model that leaves text as it is, with spaces before words."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    changes_text = normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
+    is_bpe = trainer.model_type == trainer.BPE
+    return is_bpe and not trainer.treat_whitespace_as_suffix and not changes_text and normalizer.escape_whitespaces

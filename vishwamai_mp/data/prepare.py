@@ -8,7 +8,7 @@ padding, a document of its own without loss.
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,6 +74,7 @@ def prepare(
     begin: bool = False,
     too_long: TooLong = "stop",
     on_error: OnError = "stop",
+    ignored_keys: Collection[str] = (),
     workers: int = 1,
     on_progress: Callable[[PrepareReport], None] | None = None,
     on_skip: Callable[[Malformed], None] | None = None,
@@ -91,6 +92,7 @@ def prepare(
         too_long: what becomes of a conversation longer than a row: an error, its beginning alone (it is left out where
             that has nothing to learn), or nothing.
         on_error: "stop" at the first malformed record, or "skip" and count it.
+        ignored_keys: of records and messages, taken as not there.
         workers: processes that encode; 1 encodes in this one.
         on_progress: called after each block with the report so far.
         on_skip: called with each record left out.
@@ -109,7 +111,8 @@ def prepare(
     ChatEncoder(vocabulary, begin)  # finds what the tokenizer lacks
     report = PrepareReport(total_bytes=reader.total_bytes, row_tokens=sequence_length + 1, prefix=str(output_prefix))
     started = time.perf_counter()
-    make = partial(ConversationEncoder, str(tokenizer), begin, report.row_tokens, too_long, on_error == "stop")
+    ignored = frozenset(ignored_keys)
+    make = partial(ConversationEncoder, str(tokenizer), begin, report.row_tokens, too_long, on_error == "stop", ignored)
     dtype = token_dtype(vocabulary.vocab_size)
     with contextlib.ExitStack() as stack:
         rows = stack.enter_context(IndexedWriter(output_prefix, dtype))
@@ -162,12 +165,19 @@ class ConversationEncoder:
     """Parses and encodes blocks of JSON lines; one per worker."""
 
     def __init__(
-        self, tokenizer: str, begin: bool, row_tokens: int, too_long: TooLong, stop_at_malformed: bool
+        self,
+        tokenizer: str,
+        begin: bool,
+        row_tokens: int,
+        too_long: TooLong,
+        stop_at_malformed: bool,
+        ignored_keys: Collection[str] = (),
     ) -> None:
         vocabulary = Tokenizer(tokenizer)
         self._chat = ChatEncoder(vocabulary, begin)
         self._dtype = token_dtype(vocabulary.vocab_size)
         self._row_tokens, self._too_long, self._stop_at_malformed = row_tokens, too_long, stop_at_malformed
+        self._ignored_keys = ignored_keys
 
     def encode(self, block: Block) -> EncodedConversations:
         tokens: list[int] = []
@@ -182,7 +192,7 @@ class ConversationEncoder:
                 continue
             where, record = found
             try:
-                ids, marked = self._chat.encode(conversation(record))
+                ids, marked = self._chat.encode(conversation(record, self._ignored_keys))
             except UnusableRecord as reason:
                 malformed.append(Malformed(where, str(reason)))
                 continue

@@ -27,6 +27,7 @@ from vishwamai_mp.data.piece_cache import DocumentEncoder
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 OnError = Literal["stop", "skip"]
+SplitAt = Literal["blank-lines"]
 T_co = TypeVar("T_co", covariant=True)
 _BLOCKS_PER_WORKER = 3
 
@@ -62,6 +63,8 @@ def preprocess(
     *,
     keys: Sequence[str] = ("text",),
     append_eod: bool = False,
+    append_bos: bool = False,
+    split_documents_at: SplitAt | None = None,
     workers: int = 1,
     on_error: OnError = "stop",
     on_progress: Callable[[PreprocessReport], None] | None = None,
@@ -76,6 +79,8 @@ def preprocess(
         inputs: files, by suffix as in `corpus.py`.
         tokenizer: a SentencePiece `.model`.
         append_eod: end every document that has tokens with the end-of-document token.
+        append_bos: begin every such document with the beginning-of-sequence token.
+        split_documents_at: where a plain text file is cut into documents; None: it is one.
         workers: processes that encode; 1 encodes in this one.
         on_error: "stop" at the first malformed document, or "skip" and count it (under every key).
         on_progress: called after each block with the report so far.
@@ -85,13 +90,13 @@ def preprocess(
     text, a full disk, or a worker that died.
     """
     _check_arguments(keys, workers)
-    reader = CorpusReader(inputs, keys)
+    reader = CorpusReader(inputs, keys, paragraphs=split_documents_at == "blank-lines")
     vocabulary = Tokenizer(tokenizer)
-    if append_eod:
-        vocabulary.require_eod()
+    begin = [vocabulary.require_bos()] if append_bos else []
+    end = [vocabulary.require_eod()] if append_eod else []
     report = PreprocessReport(total_bytes=reader.total_bytes)
     started = time.perf_counter()
-    make = partial(BlockEncoder, str(tokenizer), tuple(keys), append_eod, on_error == "stop")
+    make = partial(BlockEncoder, str(tokenizer), tuple(keys), begin, end, on_error == "stop")
     with contextlib.ExitStack() as stack:
         dtype = token_dtype(vocabulary.vocab_size)
         prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
@@ -119,15 +124,17 @@ def preprocess(
 
 
 class BlockEncoder:
-    """Parses and encodes blocks; one per worker."""
+    """Parses and encodes blocks; one per worker. `begin` and `end` are tokens around each document that has any."""
 
-    def __init__(self, tokenizer: str, keys: Sequence[str], append_eod: bool, stop_at_malformed: bool) -> None:
+    def __init__(
+        self, tokenizer: str, keys: Sequence[str], begin: list[int], end: list[int], stop_at_malformed: bool
+    ) -> None:
         vocabulary = Tokenizer(tokenizer)
         dtype = token_dtype(vocabulary.vocab_size)
         self._documents = DocumentEncoder(vocabulary, dtype)
         self._itemsize = dtype.itemsize
         self._keys = keys
-        self._end = np.array([vocabulary.require_eod()], dtype=dtype).tobytes() if append_eod else b""
+        self._begin, self._end = (np.array(ids, dtype=dtype).tobytes() for ids in (begin, end))
         self._stop_at_malformed = stop_at_malformed
 
     def encode(self, block: Block) -> EncodedBlock:
@@ -142,7 +149,7 @@ class BlockEncoder:
                 continue
             for tokens_of_key, text in zip(encoded, document, strict=True):
                 tokens = self._documents.encode(text)
-                tokens_of_key.append(tokens + self._end if tokens else tokens)
+                tokens_of_key.append(self._begin + tokens + self._end if tokens else tokens)
             empty += not all(document)
         lengths = [np.array([len(tokens) for tokens in key], dtype=np.int64) // self._itemsize for key in encoded]
         return EncodedBlock([b"".join(key) for key in encoded], lengths, empty, malformed)
@@ -180,6 +187,9 @@ def encoded_blocks(
     blocks: Iterable[Block], workers: int, make: Callable[[], Encoder[T_co]]
 ) -> Iterator[Iterator[T_co]]:
     """The encoded blocks in order. Leaving early, by an error or an interrupt, ends the workers at once.
+
+    The standard library's `ProcessPoolExecutor` is not used: its workers outlive a parent that is killed, for each
+    holds both ends of the queue it waits at, and up to Python 3.13 it cannot end those that are at work.
 
     Args:
         workers: processes; 1 encodes in this one.

@@ -1,18 +1,28 @@
-"""Opening an input file by its suffix: plain, gzip or Zstandard, with damage told from the end of the file."""
+"""Opening an input file by its suffix: plain, gzip or Zstandard, with damage told from the end of the file.
+
+A read unpacks no more than it asks for, however well the file is packed. Zstandard frames that refer back further than
+`ZSTD_WINDOW_LOG` allows are refused, for what they refer to is held in memory.
+"""
 
 import gzip
 import io
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
 from vishwamai_mp.config.errors import UserError
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 COMPRESSED_SUFFIXES = (".gz", ".zst")
+ZSTD_WINDOW_LOG = 27  # 128 MiB, the most that the zstd program takes without --long
+_ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
 _BUFFER_BYTES = 1 << 20
 
 
@@ -28,50 +38,21 @@ def open_stream(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
                 with gzip.GzipFile(fileobj=file) as unzipped, io.BufferedReader(unzipped, _BUFFER_BYTES) as stream:
                     yield stream, file
             elif path.suffix == ".zst":
-                with io.BufferedReader(_ZstandardReader(file), _BUFFER_BYTES) as stream:
+                with (
+                    zstd.ZstdFile(file, options=_ZSTD_OPTIONS) as frames,
+                    io.BufferedReader(frames, _BUFFER_BYTES) as stream,
+                ):
                     yield stream, file
             else:
                 yield file, file
     except FileNotFoundError:
         raise UserError(f"no input file {path}") from None
-    except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, zstd.ZstdError) as error:
+        if "too much memory" in str(error):
+            raise UserError(
+                f"{path}: its Zstandard window is too large, over {1 << ZSTD_WINDOW_LOG - 20} MiB;"
+                " unpack it first, with zstd -d --long=31"
+            ) from error
         raise UserError(f"{path}: damaged or cut short {path.suffix[1:]} data: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or ' '.join(str(error).split())}") from error
-
-
-class _ZstandardReader(io.RawIOBase):
-    """Raw reader over one or more Zstandard frames that raises where the last one is cut short."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._in_frame = False
-        self._pending = b""
-        self._decoded = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._decoded:
-            compressed = self._pending or self._file.read(1 << 16)
-            if not compressed:
-                if self._in_frame:
-                    raise EOFError("the file ends inside a frame")
-                return 0
-            self._decoded = memoryview(self._decompress(compressed))
-        count = min(len(buffer), len(self._decoded))
-        buffer[:count] = self._decoded[:count]
-        self._decoded = self._decoded[count:]
-        return count
-
-    def _decompress(self, compressed: bytes) -> bytes:
-        self._in_frame = True
-        decoded = self._frame.decompress(compressed)
-        self._pending = b""
-        if self._frame.eof:
-            self._pending = self._frame.unused_data
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._in_frame = False
-        return decoded

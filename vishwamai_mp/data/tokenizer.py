@@ -10,6 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.files import write_whole
 
 SPECIAL_TOKENS = ("[MEMORY]", "[REASONING]", "[CACHE]", "[STEP]")
 # A newline that never merges keeps lines apart and lets the encoder cut a document at each one (piece_cache.py).
@@ -173,7 +174,10 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise UserError(_training_failure(str(error), vocab_size)) from error
-    _write_aside(target, model.getvalue())
+    try:
+        write_whole(target, model.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
     return Tokenizer(target)
 
 
@@ -215,15 +219,3 @@ def _training_failure(message: str, vocab_size: int) -> str:
         limit = message.rsplit("<= ", 1)[-1].rstrip(". ")
         return f"--vocab-size {vocab_size} is more than this text can fill: at most {limit}, or give more text"
     return f"tokenizer training failed: {' '.join(message.split())}"
-
-
-def _write_aside(target: Path, content: bytes) -> None:
-    """Write a small file so that it appears whole or not at all."""
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(content)
-        aside.replace(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        aside.unlink(missing_ok=True)

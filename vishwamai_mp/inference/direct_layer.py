@@ -56,27 +56,19 @@ class DirectLayer:
     @staticmethod
     def supports(layer: Any) -> bool:
         """Whether the layer consists of nothing but what is computed here."""
-        attention, mlp = layer.self_attention, layer.mlp
-        config = layer.config
-        linears = (attention.linear_qkv, ColumnParallelLinear), (attention.linear_proj, RowParallelLinear)
-        feed_forward = (
-            (getattr(mlp, "linear_fc1", None), ColumnParallelLinear),
-            (
-                getattr(mlp, "linear_fc2", None),
-                RowParallelLinear,
-            ),
-        )
+        attention, mlp, config = layer.self_attention, layer.mlp, layer.config
+        if not (type(layer) is VishwamAILayer and type(attention) is CachedSelfAttention and type(mlp) is MLP):
+            return False
+        columns, rows = (attention.linear_qkv, mlp.linear_fc1), (attention.linear_proj, mlp.linear_fc2)
         return (
-            type(layer) is VishwamAILayer
-            and type(attention) is CachedSelfAttention
-            and type(attention.core_attention) is CoreAttention
+            type(attention.core_attention) is CoreAttention
             and attention.core_attention.scale == 1 / math.sqrt(attention.hidden_size_per_attention_head)
             and _is_identity(attention.q_layernorm)
             and _is_identity(attention.k_layernorm)
-            and type(mlp) is MLP
             and isinstance(mlp.activation_func, SwiGLU)
             and all(type(norm) is RMSNorm for norm in (layer.input_layernorm, layer.pre_mlp_layernorm))
-            and all(type(linear) is kind and linear.bias is None for linear, kind in (*linears, *feed_forward))
+            and all(type(linear) is ColumnParallelLinear and linear.bias is None for linear in columns)
+            and all(type(linear) is RowParallelLinear and linear.bias is None for linear in rows)
             and not (config.rotary_interleaved or config.no_rope_freq or config.attention_output_gate)
             and not any(name.endswith("_adapter") for name, _ in (*attention.named_children(), *mlp.named_children()))
         )

@@ -20,6 +20,7 @@ from vishwamai_mp.components.head_sharded import HeadShardedModule, Linears
 from vishwamai_mp.components.standalone import Standalone, alone
 from vishwamai_mp.config import MemoryConfig
 from vishwamai_mp.config.components import CONVOLUTION_TAPS as TAPS
+from vishwamai_mp.config.components import memory_widths
 from vishwamai_mp.neural_memory.carry import CarriedState
 from vishwamai_mp.neural_memory.context import gather_tokens, scatter_tokens
 from vishwamai_mp.neural_memory.convolution import causal_convolution
@@ -86,7 +87,8 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
         if megatron is None or groups is None or linears is None:
             config, megatron, groups, linears = alone(self.section, config)
         assert config.hidden_size is not None
-        levels, head_dim, gates = config.num_memory_layers, config.head_dim, gate_count(config.momentum)
+        size, head_dim = memory_widths(config)
+        levels, gates = config.num_memory_layers, gate_count(config.momentum)
         convolved = 3 * levels * head_dim  # features per head that the convolution sees
         super().__init__(
             megatron,
@@ -94,9 +96,9 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
             layer_number,
             linears,
             width=config.hidden_size,
-            heads=config.memory_size // head_dim,
+            heads=size // head_dim,
             features=convolved + head_dim + levels * gates,
-            read_width=config.memory_size,
+            read_width=size,
         )
         self.memory_config, self.levels, self.head_dim = config, levels, head_dim
         self.gates, self.convolved = gates, convolved
@@ -209,7 +211,7 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
             return out
         mix = self._own_heads(self.level_mix).float().softmax(-1)
         shortfall = (mix * (mix * self.levels).log()).sum()
-        total = self.memory_config.memory_size // self.head_dim
+        total = memory_widths(self.memory_config)[0] // self.head_dim
         self.measures.add("memory_mix_loss", weight * shortfall * tokens, len(mix) * tokens)
         return attach_loss(out, weight * shortfall * tokens / total)
 

@@ -6,6 +6,7 @@ All variants stand in the page and style sheets show one (`page.py`), so the cha
 import html
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -146,7 +147,8 @@ def legend(lines: Sequence[Line]) -> str:
 
 def _across(values: Sequence[np.ndarray]) -> _Scale:
     low, high = float(min(v.min() for v in values)), float(max(v.max() for v in values))
-    return _Scale(low, high if high > low else low + 1, _LEFT, WIDTH - _RIGHT)
+    room = 0 if high > low else 1  # on both sides of a place alone, which would lie on the axis
+    return _Scale(low - room, high + room, _LEFT, WIDTH - _RIGHT)
 
 
 def _room(low: float, high: float) -> tuple[float, float]:
@@ -196,11 +198,16 @@ def _paths(
         for y_name, y_scale in up.items():
             key = (_path(x, y_scale(points.values)), f"y-{y_name}" if len(up) > 1 else "")
             classes.setdefault(key, []).append(f"x-{x_name}")
-    dots = " dots" if kind != "line smooth" and len(points.steps) <= FEW else ""
-    return [
-        f'<path class="{kind}{dots} {" ".join(names)} {y_class}" style="{style}"{mark} d="{d}"/>'
+    drawn = [
+        f'<path class="{kind} {" ".join(names)} {y_class}" style="{style}"{mark} d="{d}"/>'
         for (d, y_class), names in classes.items()
     ]
+    if kind != "line smooth" and len(points.steps) <= FEW:
+        drawn += [
+            f'<path class="dots {" ".join(names)} {y_class}" style="{style}" d="{_dots(d)}"/>'
+            for (d, y_class), names in classes.items()
+        ]
+    return drawn
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
@@ -215,6 +222,11 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
             parts.append("h0")
         pen_up = False
     return "".join(parts)
+
+
+def _dots(path: str) -> str:
+    """The points of a path, each a line of no length, which round ends make a dot."""
+    return "".join(f"M{place}h0" for place in re.findall(r"[ML]([^MLh]+)", path))
 
 
 def _numbers(points: Curve, line: Line, with_tokens: bool) -> dict[str, object]:

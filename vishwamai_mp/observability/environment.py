@@ -13,6 +13,7 @@ import torch
 
 import vishwamai_mp
 from vishwamai_mp.config import PretrainConfig, to_yaml
+from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.runtime import Runtime
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "sentencepiece")
@@ -35,16 +36,10 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
 
 def write_run_description(folder: Path, config: PretrainConfig, runtime: Runtime) -> None:
     """`config.yaml` (resolved), `environment.json` and the tokenizer into a run folder, each whole or not at all."""
-    _write(folder / "config.yaml", to_yaml(config).encode())
-    _write(folder / "environment.json", json.dumps(describe_environment(runtime), indent=2).encode() + b"\n")
+    write_whole(folder / "config.yaml", to_yaml(config).encode())
+    write_whole(folder / "environment.json", json.dumps(describe_environment(runtime), indent=2).encode() + b"\n")
     if config.data.tokenizer:
-        _write(folder / "tokenizer.model", Path(config.data.tokenizer).read_bytes())
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+        write_whole(folder / "tokenizer.model", Path(config.data.tokenizer).read_bytes())
 
 
 def _version(package: str) -> str | None:

@@ -1,10 +1,12 @@
 """The frame of the HTML pages: colours for light and dark, and text at the pointer. Pages load nothing."""
 
-import html
-import os
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.files import write_whole
 
 STYLE = """
 :root { --ink: #1c2430; --paper: #fbfaf7; --card: #fff; --line: #d5d8dd; --best: #0b7a4b; --faint: #5f6874;
@@ -38,6 +40,21 @@ function hideTip() { tip.style.opacity = 0; }
 """
 
 
+_TEMPLATES = Environment(
+    loader=PackageLoader("vishwamai_mp.observability"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def render(template: str, **values: object) -> Markup:
+    """A file of `templates/`. Values are escaped unless they are `Markup`."""
+    return Markup(_TEMPLATES.get_template(template).render(values))
+
+
 def page(title: str, body: str, style: str, script: str) -> str:
     """A whole document.
 
@@ -47,12 +64,8 @@ def page(title: str, body: str, style: str, script: str) -> str:
         style: beside `STYLE`.
         script: may call `showTip` and `hideTip`.
     """
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme"'
-        f' content="light dark"><title>{html.escape(title)}</title><style>{STYLE}{style}</style></head>\n'
-        f'<body><main>{body}</main>\n<div id="tip" role="tooltip"></div><script>{_TIP}{script}</script></body></html>\n'
-    )
+    parts = {"body": body, "style": STYLE + style, "script": _TIP + script}
+    return str(render("page.html", title=title, **{name: Markup(part) for name, part in parts.items()}))
 
 
 def write_page(path: Path, text: str, option: str) -> None:
@@ -64,9 +77,7 @@ def write_page(path: Path, text: str, option: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from None

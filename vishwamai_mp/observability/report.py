@@ -1,16 +1,16 @@
 """Runs as one self-contained HTML page: curves, what the components do, configurations side by side."""
 
-import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from vishwamai_mp.observability.chart import FEW, Line, legend, line_chart
 from vishwamai_mp.observability.curves import STRETCHES
-from vishwamai_mp.observability.page import page
+from vishwamai_mp.observability.page import page, render
 from vishwamai_mp.observability.panels import Panel, panels_of
 from vishwamai_mp.observability.report_style import SCRIPT, STYLE
-from vishwamai_mp.observability.report_tables import details, differences, environments, paragraph, summary
+from vishwamai_mp.observability.report_tables import details, differences, environments, summary
 from vishwamai_mp.observability.run_folder import Curve, Run
 
 
@@ -24,15 +24,28 @@ def render_report(runs: Sequence[Run]) -> str:
     half_life = max(1, round(span / 100)) if smoothed else None
     runs_named = dict(zip(names, runs, strict=True))
     title = f"Run report: {', '.join(names)}"
-    parts = [f"<h1>{html.escape(title)}</h1>", _facts(runs, half_life), summary(runs_named)]
-    parts.append(_controls(names, all(tokens), half_life is not None))
-    for section, panels, note in panels_of(runs_named):
-        charts = "".join(_chart(panel, dict(zip(names, tokens, strict=True)), half_life) for panel in panels)
-        parts.append(f'<section><h2>{section}</h2>{paragraph(note)}<div class="charts">{charts}</div></section>\n')
-    if len(runs) > 1:
-        parts.append(differences(runs_named))
-    parts += [environments(runs_named), *(details(name, run) for name, run in runs_named.items())]
-    return page(title, "".join(parts), STYLE, SCRIPT)
+    across = {"across": ("steps", "tokens")} if all(tokens) else {}
+    none = np.zeros(0)
+    keys = legend([Line(name, i, Curve(none, none), None) for i, name in enumerate(names)])
+    tokens_of = dict(zip(names, tokens, strict=True))
+    sections = [
+        {"title": section, "note": note, "charts": [Markup(_chart(panel, tokens_of, half_life)) for panel in panels]}
+        for section, panels, note in panels_of(runs_named)
+    ]
+    body = render(
+        "report.html",
+        title=title,
+        facts=_facts(runs, half_life),
+        summary=summary(runs_named),
+        choices=across | {"up": ("linear", "log")},
+        smoothed=smoothed,
+        legend=Markup(keys),
+        sections=sections,
+        differences=differences(runs_named),
+        environments=environments(runs_named),
+        details=[details(name, run) for name, run in runs_named.items()],
+    )
+    return page(title, body, STYLE, SCRIPT)
 
 
 def unique_names(runs: Sequence[Run]) -> list[str]:
@@ -68,24 +81,4 @@ def _facts(runs: Sequence[Run], half_life: int | None) -> str:
         )
     if half_life is not None:
         facts += f" Smoothed: a mean in which a value {half_life:,} steps away, before or after, counts half."
-    return f'<p class="facts">{facts} Gaps: the number was not finite.</p>'
-
-
-def _controls(names: Sequence[str], with_tokens: bool, with_smooth: bool) -> str:
-    """Choices for all charts, made by style sheets alone."""
-    choices = [("up", ("linear", "log"))]
-    if with_tokens:
-        choices.insert(0, ("across", ("steps", "tokens")))
-    fields = "".join(
-        "<fieldset>"
-        + "".join(
-            f'<label><input type="radio" name="{group}" id="{group}-{option}"{" checked" * (not i)}> {option}</label>'
-            for i, option in enumerate(options)
-        )
-        + "</fieldset>"
-        for group, options in choices
-    )
-    smooth = '<label><input type="checkbox" id="smoothed" checked> smoothed</label>' if with_smooth else ""
-    none = np.zeros(0)
-    keys = legend([Line(name, i, Curve(none, none), None) for i, name in enumerate(names)])
-    return f'<form class="controls">{fields}{smooth}<span>{keys}</span></form>\n'
+    return facts

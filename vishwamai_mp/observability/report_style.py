@@ -15,6 +15,7 @@ figcaption b { color: var(--ink); font-weight: 600; margin-right: 10px; }
 .axis, .tick path { fill: none; stroke: var(--line); }
 .tick text { font: 12px system-ui, sans-serif; fill: var(--faint); }
 .line { fill: none; stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
+.dots { fill: none; stroke-width: 5; stroke-linecap: round; stroke-dasharray: none !important; }
 .smooth { stroke-width: 2.2; }
 .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; }
 .cross { stroke: var(--faint); visibility: hidden; }

@@ -1,10 +1,10 @@
 """The tables of a report: results, configurations and environments side by side, what each folder holds."""
 
-import html
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,34 @@ import numpy as np
 from vishwamai_mp.observability.chart import short
 from vishwamai_mp.observability.run_folder import Run
 
+
+@dataclass(frozen=True)
+class Table:
+    """Texts. `marked`: numbers of the rows whose values are highlighted."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: Collection[int] = ()
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a run's folder holds beside metrics. `files`: texts by name."""
+
+    name: str
+    folder: str
+    command: str
+    notes: Sequence[str]
+    checkpoints: Table
+    older_checkpoints: int
+    files: Mapping[str, str]
+
+
 _SHOWN_CHECKPOINTS = 12
 _SHOWN_PROFILE = 20_000  # characters
 
 
-def summary(runs: Mapping[str, Run]) -> str:
+def summary(runs: Mapping[str, Run]) -> Table:
     """How each run went, a row each."""
     head = (
         *("run", "steps", "tokens", "training loss", "best validation loss", "tokens/s", "MFU", "memory, GiB"),
@@ -40,8 +63,7 @@ def summary(runs: Mapping[str, Run]) -> str:
                 str(len(run.checkpoints)),
             )
         )
-    note = "Loss: nats per token, of the last logged step. Speed: median. Memory: the fullest process's peak."
-    return _table(head, rows) + paragraph(note)
+    return Table(head, rows)
 
 
 def _last(run: Run, key: str, text: Any) -> str:
@@ -67,24 +89,19 @@ def _best(run: Run) -> str:
     return f"{curve.values[best]:.4f} at step {curve.steps[best]:,}"
 
 
-def differences(runs: Mapping[str, Run]) -> str:
+def differences(runs: Mapping[str, Run]) -> Table:
     """Keys of the configuration that are not equal in all runs."""
-    rows = [row for row, differs in _side_by_side([run.config for run in runs.values()]) if differs]
-    heading = "<h2>Differences of the configurations</h2>"
-    if not rows:
-        return f"<section>{heading}{paragraph('None.')}</section>\n"
-    return f"<section>{heading}{_table(('key', *runs), rows)}</section>\n"
+    return Table(
+        ("key", *runs), [row for row, differs in _side_by_side([run.config for run in runs.values()]) if differs]
+    )
 
 
-def environments(runs: Mapping[str, Run]) -> str:
+def environments(runs: Mapping[str, Run]) -> Table:
     """Versions and machines, with what differs highlighted."""
     shown = [{key: value for key, value in run.environment.items() if key != "command"} for run in runs.values()]
-    found = list(_side_by_side(shown))
-    if not found:
-        return ""
-    marks = [differs for _, differs in found]
-    table = _table(("", *runs), [row for row, _ in found], marks)
-    return f"<section><h2>Environment</h2>{table}</section>\n"
+    found = _side_by_side(shown)
+    marked = [number for number, (_, differs) in enumerate(found) if differs]
+    return Table(("", *runs), [row for row, _ in found], marked)
 
 
 def _side_by_side(mappings: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, ...], bool]]:
@@ -99,48 +116,21 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
 
 
-def details(name: str, run: Run) -> str:
+def details(name: str, run: Run) -> Details:
     """What a folder holds beside metrics, and what of it could not be read."""
-    parts = [f"<h2>{html.escape(name)}</h2>", paragraph(str(run.folder))]
     command = run.environment.get("command")
-    if isinstance(command, list):
-        parts.append(_fold("command", shlex.join(map(str, command))))
-    parts += [f'<p class="wrong">{html.escape(note)}</p>' for note in run.notes]
-    if run.checkpoints:
-        rows = [
-            (f"{c.step:,}", f"{c.size / 2**20:,.1f} MiB", c.problem or "whole")
-            for c in run.checkpoints[:_SHOWN_CHECKPOINTS]
-        ]
-        parts.append(_table(("checkpoint of step", "size", "files"), rows))
-        left = len(run.checkpoints) - len(rows)
-        parts.append(paragraph(f"and {left:,} older" if left else ""))
-    for file, text in run.profiles.items():
-        cut = text if len(text) <= _SHOWN_PROFILE else text[:_SHOWN_PROFILE] + "\n…"
-        parts.append(_fold(file, cut))
-    if run.config_text:
-        parts.append(_fold("config.yaml", run.config_text))
-    return f"<section>{''.join(parts)}</section>\n"
-
-
-def _fold(title: str, text: str) -> str:
-    return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
-
-
-def paragraph(text: str) -> str:
-    """Of small print; nothing without a text."""
-    return f'<p class="facts">{html.escape(text)}</p>' if text else ""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[bool] | None = None) -> str:
-    """`marks`: rows whose values are highlighted."""
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=differs' if j and marks and marks[i] else ''}>{html.escape(cell)}</td>"
-            for j, cell in enumerate(row)
-        )
-        + "</tr>"
-        for i, row in enumerate(rows)
+    shown = run.checkpoints[:_SHOWN_CHECKPOINTS]
+    rows = [(f"{c.step:,}", f"{c.size / 2**20:,.1f} MiB", c.problem or "whole") for c in shown]
+    cut = {
+        file: text if len(text) <= _SHOWN_PROFILE else text[:_SHOWN_PROFILE] + "\n…"
+        for file, text in run.profiles.items()
+    }
+    return Details(
+        name,
+        str(run.folder),
+        shlex.join(map(str, command)) if isinstance(command, list) else "",
+        run.notes,
+        Table(("checkpoint of step", "size", "files"), rows),
+        len(run.checkpoints) - len(shown),
+        cut | ({"config.yaml": run.config_text} if run.config_text else {}),
     )
-    titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    return f'<div class="scroll"><table><tr>{titles}</tr>{body}</table></div>'

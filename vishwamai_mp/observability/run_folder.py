@@ -14,6 +14,7 @@ import yaml
 from vishwamai_mp.checkpoint import Manifest, check_files
 from vishwamai_mp.checkpoint.store import candidates, step_of
 from vishwamai_mp.config import UserError
+from vishwamai_mp.data.lines import text_lines
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,15 @@ def read_curves(path: Path, notes: list[str]) -> dict[str, Curve]:
     steps: dict[str, array] = {}
     values: dict[str, array] = {}
     unreadable = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            record = _record(line)
-            if record is None:
-                unreadable += 1
-                continue
-            step = record.pop("step")
-            for key, value in record.items():
-                steps.setdefault(key, array("q")).append(step)
-                values.setdefault(key, array("d")).append(value)
+    for line in text_lines(path, errors="replace"):
+        record = _record(line)
+        if record is None:
+            unreadable += 1
+            continue
+        step = record.pop("step")
+        for key, value in record.items():
+            steps.setdefault(key, array("q")).append(step)
+            values.setdefault(key, array("d")).append(value)
     if unreadable:
         notes.append(f"{path.name}: left out {unreadable:,} of its lines, which are no JSON objects with a step")
     return {key: _curve(steps[key], values[key]) for key in steps}

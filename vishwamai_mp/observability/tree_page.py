@@ -1,9 +1,10 @@
 """Searches as one self-contained HTML page: the trees, the chosen path, and each thought's text on hover."""
 
-import html
 from collections.abc import Sequence
 
-from vishwamai_mp.observability.page import page
+from markupsafe import Markup
+
+from vishwamai_mp.observability.page import page, render
 from vishwamai_mp.tree_of_thoughts import SearchResult
 from vishwamai_mp.tree_of_thoughts.picture import text_of, to_svg
 
@@ -41,21 +42,14 @@ document.addEventListener('focusout', hideTip);
 
 def to_html(results: Sequence[SearchResult], title: str = "Tree of thoughts") -> str:
     """One page for all results. It loads nothing and works without a network."""
-    parts = "".join(_section(result, i, len(results)) for i, result in enumerate(results))
-    return page(title, f"<h1>{html.escape(title)}</h1>\n{parts}", STYLE, SCRIPT)
+    return page(title, render("tree.html", title=title, searches=list(map(_search, results))), STYLE, SCRIPT)
 
 
-def _section(result: SearchResult, number: int, count: int) -> str:
+def _search(result: SearchResult) -> dict[str, str]:
     pruned = sum(node.status == "pruned" for node in result.nodes)
     facts = (
         f"{len(result.nodes) - 1} thoughts, {result.generated_tokens} tokens generated, {len(result.answer)} of them in"
         f" the answer; {pruned} pruned. Search ended: {result.reason}."
     )
     answer = "".join(text_of(result, result.nodes[i]) for i in result.path[1:])
-    heading = f"<h2>Prompt {number + 1}</h2>" if count > 1 else ""
-    return (
-        f'<section>{heading}<p class="facts">{facts}</p><pre class="answer">{html.escape(answer)}</pre>'
-        f'<figure><div class="tree">{to_svg(result)}</div>'
-        "<figcaption>Green: the chosen path. Dashed: pruned or dropped. A box is filled the more, the higher its score."
-        "</figcaption></figure></section>\n"
-    )
+    return {"facts": facts, "answer": answer, "picture": Markup(to_svg(result))}

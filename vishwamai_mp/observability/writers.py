@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from vishwamai_mp.config import ConfigError, PretrainConfig, to_dict
+from vishwamai_mp.config import ConfigError, PretrainConfig, UserError, to_dict
+from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.observability.panels import tensorboard_layout
 
 
@@ -28,29 +30,26 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [line for line in _lines(path) if _step_of(line) <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        lines = text_lines(path, errors="replace") if path.exists() else ()
+        write_whole(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= resume_step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot be written ({error.strerror}); free space there") from None
 
     def close(self) -> None:
         self._file.close()
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-
-
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf  # the torn last line of a killed run
 
 
@@ -72,7 +71,7 @@ class TensorBoard:
 
     def write_text(self, step: int, key: str, text: str) -> None:
         """Show `text` as it is, in the dashboard's text page."""
-        self._writer.add_text(key, "".join(f"    {line}\n" for line in text.splitlines()), step)  # Markdown's code
+        self._writer.add_text(key, "".join(f"    {line}\n" for line in text.split("\n")), step)  # Markdown's code
 
     def close(self) -> None:
         self._writer.close()
@@ -82,22 +81,26 @@ class WeightsAndBiases:
     """Scalars for Weights & Biases; one run id per run folder, so that a resumed run continues its curves.
 
     WANDB_MODE=offline keeps all in `wandb/` of the run folder, for `wandb sync` to send later.
+
+    Raises:
+        ConfigError: the package is missing or broken, or cannot begin a run: no key, no network.
     """
 
     def __init__(self, folder: Path, config: PretrainConfig) -> None:
+        wandb = _import_wandb()
         try:
-            import wandb
-        except ImportError:
+            self._run = wandb.init(
+                project=config.logging.project,
+                dir=str(folder),
+                id=_run_id(folder / "wandb_id"),
+                resume="allow",
+                config=to_dict(config),
+            )
+        except wandb.Error as error:
             raise ConfigError(
-                "logging.report_to names wandb, which is not installed; pip install 'vishwamai-mp[wandb]'"
-            ) from None
-        self._run = wandb.init(
-            project=config.logging.project,
-            dir=str(folder),
-            id=_run_id(folder / "wandb_id"),
-            resume="allow",
-            config=to_dict(config),
-        )
+                f"logging.report_to names wandb, which cannot begin a run: {' '.join(str(error).split())} Set"
+                " WANDB_API_KEY, set WANDB_MODE=offline to send the run later, or leave wandb out"
+            ) from error
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         self._run.log(dict(record), step=step)
@@ -106,12 +109,26 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except Exception as error:  # whatever a package's own modules raise
+        if isinstance(error, ModuleNotFoundError) and error.name == "wandb":
+            raise ConfigError(
+                "logging.report_to names wandb, which is not installed; pip install 'vishwamai-mp[wandb]'"
+            ) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"logging.report_to names wandb, which is installed and cannot be imported ({reason}); mend the"
+            " installation, or leave wandb out"
+        ) from error
+    return wandb
+
+
 def _run_id(file: Path) -> str:
     """What the file says; a new one where there is none."""
     if not file.exists():
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(secrets.token_hex(4))
-        partial.replace(file)
+        write_whole(file, secrets.token_hex(4))
     return file.read_text()
 
 

@@ -1,7 +1,7 @@
 """Parameters, FLOPs and memory of the cache. A test holds these formulae against the built module."""
 
 from vishwamai_mp.config import CacheConfig
-from vishwamai_mp.config.components import IMPORTANCE_WIDTH
+from vishwamai_mp.config.components import IMPORTANCE_WIDTH, cache_heads
 
 
 def cache_parameters(cache: CacheConfig) -> int:
@@ -12,9 +12,9 @@ def cache_parameters(cache: CacheConfig) -> int:
     """
     if not cache.enabled:
         return 0
-    width = _width(cache)
-    per_head = cache.latents_per_segment * cache.segment_length + IMPORTANCE_WIDTH + 1 + width // cache.num_heads
-    return _modules(cache) * (_matrices(cache) + width + cache.num_heads * per_head)
+    width, heads = _width(cache), cache_heads(cache)
+    per_head = cache.latents_per_segment * cache.segment_length + IMPORTANCE_WIDTH + 1 + width // heads
+    return _modules(cache) * (_matrices(cache) + width + heads * per_head)
 
 
 def cache_forward_flops_per_token(cache: CacheConfig, sequence_length: int) -> float:
@@ -22,7 +22,7 @@ def cache_forward_flops_per_token(cache: CacheConfig, sequence_length: int) -> f
     if not cache.enabled:
         return 0.0
     width, latents = _width(cache), cache.latents_per_segment
-    pooling = 2 * latents * (2 * width + IMPORTANCE_WIDTH * cache.num_heads)
+    pooling = 2 * latents * (2 * width + IMPORTANCE_WIDTH * cache_heads(cache))
     read, scored = _mean_segments(cache, sequence_length)
     reading = 4 * width * (1 + latents * read) + 2 * width * scored
     return _modules(cache) * (2 * _matrices(cache) + pooling + reading)
@@ -36,7 +36,7 @@ def cache_state_bytes(cache: CacheConfig, tokens: int, bytes_per_number: int) ->
     """
     if not cache.enabled:
         return 0
-    width, heads, latents = _width(cache), cache.num_heads, cache.latents_per_segment
+    width, heads, latents = _width(cache), cache_heads(cache), cache.latents_per_segment
     kept = min(tokens // cache.segment_length, cache.max_cache_length // latents) + 1
     per_segment = latents * (2 * width * bytes_per_number + 4 * heads) + width * bytes_per_number + 8 * heads
     per_open_token = (2 * width + (IMPORTANCE_WIDTH + latents) * heads) * bytes_per_number
@@ -55,7 +55,7 @@ def _width(cache: CacheConfig) -> int:
 def _matrices(cache: CacheConfig) -> int:
     """Query, key, value and output projections; importance and pooling of each head."""
     width = _width(cache)
-    return 4 * width * width + width * cache.num_heads * (IMPORTANCE_WIDTH + cache.latents_per_segment)
+    return 4 * width * width + width * cache_heads(cache) * (IMPORTANCE_WIDTH + cache.latents_per_segment)
 
 
 def _mean_segments(cache: CacheConfig, length: int) -> tuple[float, float]:

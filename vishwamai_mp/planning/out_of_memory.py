@@ -47,8 +47,8 @@ def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:
     """
     need = rank_memory(config, world_size, on_gpu)
     lines = [
-        f"this run needs about {_text(need.total)} per process: {_text(need.states)} for weights, gradients and"
-        f" optimizer state, {_text(need.activations)} for activations"
+        f"this run needs about {size_text(need.total)} per process: {size_text(need.states)} for weights, gradients and"
+        f" optimizer state, {size_text(need.activations)} for activations"
         + (" (memory and cache not counted)" if config.memory.enabled or config.cache.enabled else "")
     ]
     steps: list[tuple[str, float]] = []
@@ -66,7 +66,7 @@ def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:
         return f"{lines[0]}; make the model or training.sequence_length smaller"
     lines[0] += ". Change in this order:"
     width = max(len(settings) for settings, _ in steps)
-    return "\n".join([*lines, *(f"  {settings:{width}}  saves about {_text(saved)}" for settings, saved in steps)])
+    return "\n".join([*lines, *(f"  {settings:{width}}  saves about {size_text(saved)}" for settings, saved in steps)])
 
 
 def _changes(config: PretrainConfig) -> list[tuple[str, str, object]]:
@@ -100,5 +100,6 @@ def _changed(config: PretrainConfig, section: str, name: str, value: object, wor
         return None
 
 
-def _text(size: float) -> str:
+def size_text(size: float) -> str:
+    """Bytes in GiB or MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

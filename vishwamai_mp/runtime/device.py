@@ -64,11 +64,30 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
 
 
-def set_threads(threads: int | None) -> None:
-    """Share this machine's cores among its processes (`threads`: this many for each). No effect on GPUs."""
+def cpu_threads(configured: int | None) -> tuple[int, str]:
+    """Threads that this process computes with on a CPU, and what decides it.
+
+    `training.threads`, else OMP_NUM_THREADS, else an equal share of the cores that the affinity mask allows.
+    torchrun, and the scripts in launch/, set OMP_NUM_THREADS=1 where it is not set; under torchrun a 1 says nothing.
+
+    Args:
+        configured: training.threads.
+    """
+    if configured:
+        return configured, "training.threads"
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if said.isdecimal() and int(said) > (1 if "TORCHELASTIC_RUN_ID" in os.environ else 0):
+        return int(said), "OMP_NUM_THREADS"
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shared = f"{allowed} core{'s' if allowed > 1 else ''} / {processes} process{'es' if processes > 1 else ''}"
+    return max(1, allowed // processes), f"{shared}; training.threads changes it"
+
+
+def set_threads(configured: int | None) -> None:
+    """Use `cpu_threads`. No effect on GPUs."""
     if device().type == "cpu":
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
+        torch.set_num_threads(cpu_threads(configured)[0])
 
 
 def peak_flops(dtype: torch.dtype, configured_tflops: float | None = None) -> float:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.checkpoint import CheckpointManager
+from vishwamai_mp.checkpoint.collective import Failure, on_first_rank
+from vishwamai_mp.checkpoint.lock import RunLock
 from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.data.batches import BatchStream, evaluation_stream, train_stream
 from vishwamai_mp.data.datasets import Datasets
@@ -59,10 +61,11 @@ class Trainer:
         self.config, self.runtime, self.datasets = config, runtime, datasets
         self.folder = Path(config.training.output_dir)
         _make_folder(self.folder)
+        self.lock = RunLock(self.folder, self.say)
         self.chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
         self.optimizer = build_optimizer(config, runtime, self.chunks)
         self.steps = TrainStep(config, runtime, self.chunks, self.optimizer)
-        self.checkpoints = CheckpointManager(self.folder / "checkpoints", config, runtime)
+        self.checkpoints = CheckpointManager(self.folder / "checkpoints", config, runtime, self.lock)
         self.guard = LossGuard(config.training)
         self.state = TrainerState()
         self.stop_reason: str | None = None
@@ -73,8 +76,14 @@ class Trainer:
 
     def train(self) -> TrainerState:
         """Train from the newest checkpoint, or from the start, until `training.max_steps` or until asked to stop."""
-        with advice_when_out_of_memory(self.config):
-            return self._train()
+        locked = on_first_rank(self.lock.acquire)
+        if isinstance(locked, Failure):
+            locked.throw("training not started")
+        try:
+            with advice_when_out_of_memory(self.config):
+                return self._train()
+        finally:
+            self.lock.release()
 
     def _train(self) -> TrainerState:
         self.resume()

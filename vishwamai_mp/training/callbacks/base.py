@@ -1,5 +1,6 @@
 """What a callback may do and when."""
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,13 @@ class Order(IntEnum):
     WRITE = 30
     SAVE = 40
     REPORT = 50
+
+
+def is_logged(trainer: "Trainer", record: Mapping[str, float]) -> bool:
+    """Whether the step that just ended is reported: every `logging.log_every`-th, first, last and evaluated ones."""
+    step, config = trainer.state.step, trainer.config
+    regular = step % config.logging.log_every == 0 or step in (1, config.training.max_steps)
+    return regular or "validation_loss" in record
 
 
 class Callback:

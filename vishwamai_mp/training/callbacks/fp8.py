@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.config import ConfigError
+from vishwamai_mp.config.errors import leave_out
 from vishwamai_mp.observability.writers import JsonLines
 from vishwamai_mp.precision import use_transformer_engine
 from vishwamai_mp.precision.statistics import Fp8Statistics
@@ -32,7 +33,8 @@ class Fp8Report(Callback):
     def on_train_begin(self, trainer: "Trainer") -> None:
         if use_transformer_engine():
             raise ConfigError(
-                f"fp8.report_every={self.every}: Transformer Engine's layers do not show their operands; leave it out"
+                f"fp8.report_every={self.every}: Transformer Engine's layers do not show their operands;"
+                f" {leave_out('fp8.report_every')}"
                 " on GPUs"
             )
         if trainer.runtime.reports:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vishwamai_mp.config.files import written_whole
 from vishwamai_mp.runtime.profiling import has_memory_history, record_memory_history, write_memory_history
 from vishwamai_mp.training.callbacks.base import Callback, Order
 from vishwamai_mp.training.callbacks.profiler import PROFILE_FOLDER, profile_name
@@ -54,7 +55,6 @@ class MemorySnapshot(Callback):
         folder = trainer.folder / PROFILE_FOLDER
         folder.mkdir(exist_ok=True)
         path = folder / f"{profile_name(self.begun, trainer.state.step, trainer.runtime.rank)}_memory.pickle"
-        aside = path.with_name(path.name + ".partial")
-        write_memory_history(aside)
-        aside.replace(path)
+        with written_whole(path) as aside:
+            write_memory_history(aside)
         self.begun = 0

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from vishwamai_mp.observability.environment import write_run_description
 from vishwamai_mp.observability.writers import MetricWriter, open_writers
 from vishwamai_mp.runtime.device import peak_memory_gib
-from vishwamai_mp.training.callbacks.base import Callback, Order
+from vishwamai_mp.training.callbacks.base import Callback, Order, is_logged
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -28,7 +28,7 @@ class Metrics(Callback):
             self.writers = open_writers(trainer.folder, trainer.config, trainer.state.step)
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
-        if trainer.state.step % trainer.config.logging.log_every and "validation_loss" not in record:
+        if not is_logged(trainer, record):
             return
         memory = torch.tensor(peak_memory_gib(), device=trainer.runtime.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)  # the fullest rank is the one that will run out

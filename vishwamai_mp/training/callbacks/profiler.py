@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.profiler import profile, record_function
 
+from vishwamai_mp.config.files import write_whole, written_whole
 from vishwamai_mp.runtime.profiling import has_memory_history, profiler_activities
 from vishwamai_mp.training.callbacks.base import Callback, Order
 
@@ -81,15 +81,14 @@ class Profiler(Callback):
         path = folder / f"{profile_name(first, last, rank)}.json.gz"
         steps = f"step {first}" if first == last else f"steps {first} to {last}"
         table = f"{steps}, rank {rank}: {operator_table(finished.key_averages(), self.memory)}"
-        _write(path.with_name(f"{profile_name(first, last, rank)}.txt"), table)
-        aside = path.with_name(f"{profile_name(first, last, rank)}.partial.json.gz")  # its suffix chooses the format
-        finished.export_chrome_trace(str(aside))
-        if (size := aside.stat().st_size) > _LARGEST_TRACE:
-            aside.unlink()
-            trace = f"the trace of {size / 2**20:,.0f} MiB is too large and not kept; profile fewer steps"
-        else:
-            aside.replace(path)
-            trace = f"{path}: {size / 2**20:.1f} MiB"
+        write_whole(path.with_name(f"{profile_name(first, last, rank)}.txt"), table)
+        with written_whole(path, ending=".json.gz") as aside:  # torch chooses the format by the name's ending
+            finished.export_chrome_trace(str(aside))
+            if (size := aside.stat().st_size) > _LARGEST_TRACE:
+                aside.unlink()
+                trace = f"the trace of {size / 2**20:,.0f} MiB is too large and not kept; profile fewer steps"
+            else:
+                trace = f"{path}: {size / 2**20:.1f} MiB"
         trainer.say(table + trace)
 
 
@@ -129,9 +128,3 @@ def _render(rows: Sequence[tuple[str, int, str, str]]) -> str:
         short = name if len(name) <= 50 else name[:49] + "…"
         lines.append(f"  {short:50} {calls:9,} ×{amount:>14} {share:>6}".rstrip() + "\n")
     return "".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

@@ -1,4 +1,4 @@
-"""Shows a person how far training is: a bar on a terminal, lines elsewhere."""
+"""Shows a person what runs and how far it is: a table, a bar on a terminal or lines elsewhere, and the outcome."""
 
 import sys
 import time
@@ -6,47 +6,54 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from vishwamai_mp.training.callbacks.base import Callback, Order
+from vishwamai_mp.training.callbacks.base import Callback, Order, is_logged
+from vishwamai_mp.training.summary import closing_lines, duration, loss_text, losses_of, opening_lines
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
 
 
 class Progress(Callback):
-    """Loss, throughput and time left, from rank 0."""
+    """Losses, learning rate, gradient norm, throughput and time left, from rank 0."""
 
     order = Order.REPORT
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         self.total, self.first = trainer.config.training.max_steps, trainer.state.step
+        self.record: dict[str, float] = {}
+        self.bar = None
+        if self.first >= self.total:
+            trainer.say(
+                f"nothing to do: the run in {trainer.config.training.output_dir} has finished step {self.first} of"
+                f" training.max_steps={self.total}; raise training.max_steps to train on, or name another"
+                " training.output_dir"
+            )
+            return
+        trainer.say(opening_lines(trainer.config, trainer.runtime, self.first))
         self.start = time.monotonic()
         wanted = trainer.config.logging.progress_bar and trainer.runtime.reports
-        self.bar = (
-            tqdm(total=self.total, initial=self.first, unit="step", dynamic_ncols=True)
-            if wanted and sys.stderr.isatty()
-            else None
-        )
+        if wanted and sys.stderr.isatty():
+            self.bar = tqdm(total=self.total, initial=self.first, unit="step", dynamic_ncols=True)
         self.lines = wanted and self.bar is None
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
-        step = trainer.state.step
-        shown = {"loss": f"{record['lm_loss']:.4f}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
-        if "validation_loss" in record:
-            shown["validation loss"] = f"{record['validation_loss']:.4f}"
+        step, self.record = trainer.state.step, record
+        shown = {name: loss_text(value) for name, value in losses_of(record).items()}
+        shown["lr"], shown["grad norm"] = f"{record['learning_rate']:.2e}", f"{record['grad_norm']:.3g}"
+        shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix(shown)
-        elif self.lines and (step % trainer.config.logging.log_every == 0 or step == self.total):
+        elif self.lines and is_logged(trainer, record):
             left = (time.monotonic() - self.start) / (step - self.first) * (self.total - step)
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"step {step}/{self.total}  {text}  {_duration(left)} left", file=sys.stderr, flush=True)
+            trainer.say(f"step {step}/{self.total}  {text}  {duration(left)} left")
 
     def on_train_end(self, trainer: "Trainer") -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+        if not self.record:
+            return
+        state, seconds = trainer.state, time.monotonic() - self.start
+        best = None if state.best_step is None or state.best_loss is None else (state.best_step, state.best_loss)
+        trainer.say(closing_lines(trainer.config, state.step, seconds, self.record, best))

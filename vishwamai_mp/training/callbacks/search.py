@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.config import ConfigError, PretrainConfig
+from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.observability.tree_page import to_html
@@ -76,10 +78,7 @@ class Search(Callback):
         step = trainer.state.step
         folder = trainer.folder / "search"
         folder.mkdir(exist_ok=True)
-        page = folder / f"step_{step:08d}.html"
-        aside = page.with_suffix(".partial")
-        aside.write_text(to_html(results, f"Step {step}"), encoding="utf-8")
-        aside.replace(page)
+        write_whole(folder / f"step_{step:08d}.html", to_html(results, f"Step {step}"))
         for callback in trainer.callbacks:
             for writer in callback.writers if isinstance(callback, Metrics) else []:
                 if isinstance(writer, TensorBoard):
@@ -98,7 +97,7 @@ def search_callbacks(config: PretrainConfig, tokenizer: Tokenizer | None) -> lis
     if tokenizer is None:
         raise ConfigError("tree.prompts needs a tokenizer; set data.tokenizer")
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in text_lines(Path(path)) if line.strip(" \t")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tree.prompts={path}: cannot be read ({error})") from None
     if not lines:

@@ -1,11 +1,17 @@
 """Latent deliberation: one pass over all branches is the model run on each by itself."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.model.builds import build
-from vishwamai_mp.cache_augmentation.deliberation import Deliberator, PauseTokens, deliberate, lay_out
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "ablations"))
+
+from deliberator import Deliberator, PauseTokens, deliberate, lay_out
 
 TOKENS, LATENTS, AHEAD = 20, 3, 4
 POSITIONS = torch.tensor([2, 9, 10, 15])

@@ -4,7 +4,9 @@ Every field is a key of a YAML recipe and a dotted override (`training.max_steps
 `resolve.resolve` fills it in without touching the user's object.
 """
 
+import re
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -14,25 +16,49 @@ from pydantic_core import PydanticCustomError
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def _no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):  # Python's True is an int, a recipe's `true` is not
-        raise PydanticCustomError("boolean", "use a number, not true or false")
-    return value
+# Decimal, as people write it: 1000, 1_000, .5, 3e-4. Leading zeros mean nothing; 0x10, 1:30 and 1,000 are refused.
+_DECIMAL = re.compile(r"[+-]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false")):
+        raise PydanticCustomError("boolean", "use a number, not true or false")  # Python's True is an int
+    if not isinstance(value, str):
+        return value
+    if not _DECIMAL.fullmatch(value.strip()):
+        raise PydanticCustomError("number", "use a decimal number, such as 1000 or 3e-4")
+    number = float(value)
+    return int(Decimal(value.strip())) if number.is_integer() and abs(number) < 2**63 else number
 
 
 def _blend(value: Any) -> Any:
     items = value if isinstance(value, list | tuple) else ()
-    if value is None or isinstance(value, str) or (items and all(type(item) in (str, int, float) for item in items)):
+    if items and all(type(item) in (str, int, float) for item in items):
+        # In a recipe all are texts; at the places of weights numbers are meant.
+        weighted = len(items) % 2 == 0 and all(
+            not isinstance(item, str) or _DECIMAL.fullmatch(item) for item in items[::2]
+        )
+        return [float(item) if weighted and i % 2 == 0 else item for i, item in enumerate(items)]
+    if value is None or isinstance(value, str):
         return value
     raise PydanticCustomError("blend", "use a prefix, or a list [weight, prefix, weight, prefix, ...]")
 
 
-_NoBoolean = BeforeValidator(_no_boolean)
-PositiveInt = Annotated[int, _NoBoolean, Field(gt=0)]
-NonNegativeInt = Annotated[int, _NoBoolean, Field(ge=0)]
-PositiveFloat = Annotated[float, _NoBoolean, Field(gt=0)]
-NonNegativeFloat = Annotated[float, _NoBoolean, Field(ge=0)]
+def _split(value: Any) -> Any:
+    """`[98, 2, 0]` and `100` are read as the text `98,2,0` and `100`."""
+    items = [value] if type(value) in (int, float) else value
+    if isinstance(items, list | tuple) and all(type(item) in (str, int, float) for item in items):
+        return ",".join(str(item).strip() for item in items)
+    return value
+
+
+_Number = BeforeValidator(_number)
+PositiveInt = Annotated[int, Field(gt=0), _Number]
+NonNegativeInt = Annotated[int, Field(ge=0), _Number]
+PositiveFloat = Annotated[float, Field(gt=0), _Number]
+NonNegativeFloat = Annotated[float, Field(ge=0), _Number]
 Blend = Annotated[list[str | float] | str | None, BeforeValidator(_blend)]
+Split = Annotated[str, BeforeValidator(_split)]
 
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Part = Literal["base", "embedding", "memory", "cache", "value_head"]
@@ -86,10 +112,10 @@ class MemoryConfig:
     __pydantic_config__ = _STRICT
     enabled: bool = False
     hidden_size: PositiveInt | None = None  # the model's
-    memory_size: PositiveInt = 2048  # total width: heads × head_dim
+    memory_size: PositiveInt | None = None  # total width: heads × head_dim; hidden_size / 4, in fours of heads
     num_memory_layers: PositiveInt = 3  # cascaded levels
     dropout: NonNegativeFloat = 0.1
-    head_dim: PositiveInt = 128
+    head_dim: PositiveInt | None = None  # hidden_size / 16, a power of two from 16 to 128
     chunk_size: PositiveInt = 64  # tokens per triangular solve; a performance knob only
     momentum: bool = True
     layers: list[NonNegativeInt] | None = None  # transformer layers (from 0) that carry one; 1 in 8
@@ -104,7 +130,7 @@ class CacheConfig:
     __pydantic_config__ = _STRICT
     enabled: bool = False
     hidden_size: PositiveInt | None = None  # the model's
-    num_heads: PositiveInt = 8  # of width hidden_size / num_heads
+    num_heads: PositiveInt | None = None  # of width hidden_size / num_heads; 8, fewer where they would be below 16
     max_cache_length: PositiveInt = 65536  # latents that are kept; beyond, the least important × read go
     dropout: NonNegativeFloat = 0.1
     retrieval_factor: NonNegativeFloat = 1.0  # what is read is multiplied by it
@@ -166,7 +192,7 @@ class DataConfig:
     __pydantic_config__ = _STRICT
     train: Blend = None
     valid: Blend = None  # None: a part of `train`, by `split`
-    split: str = "99,1,0"  # train, valid, test shares of `train`
+    split: Split = "99,1,0"  # train, valid, test shares of `train`
     tokenizer: str | None = None  # SentencePiece .model
     reset_position_ids: bool = False  # positions start anew in each packed document
     reset_attention_mask: bool = False  # packed documents do not see each other
@@ -224,7 +250,7 @@ class TrainingConfig:
     early_stopping_patience: PositiveInt | None = None  # evaluations in a row without a new lowest loss; then stop
     max_skipped_steps: NonNegativeInt = 10  # consecutive non-finite or spiking steps before giving up
     spike_factor: PositiveFloat | None = None  # skip a step whose loss exceeds this multiple of the running mean
-    threads: PositiveInt | None = None  # CPU threads per process; None: cores / processes on this machine
+    threads: PositiveInt | None = None  # CPU threads per process; None: OMP_NUM_THREADS, else cores / processes
     freeze: list[Part] = field(default_factory=list)  # not trained; base: all but components, embedding: both tables
 
 
@@ -259,10 +285,10 @@ class LoggingConfig:
     """What is reported, where."""
 
     __pydantic_config__ = _STRICT
-    log_every: PositiveInt = 1  # steps
+    log_every: PositiveInt = 1  # steps; the first and the last step are always logged
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     project: str = "vishwamai-mp"  # Weights & Biases project
-    progress_bar: bool = True
+    progress_bar: bool = True  # on a terminal; lines elsewhere. False: neither
     hardware_peak_tflops: PositiveFloat | None = None  # per device, for MFU; None: known GPUs, else measured
     profile_steps: list[PositiveInt] | None = None  # [first, last], from 1: traced by torch's profiler into profile/
     profile_ranks: list[NonNegativeInt] = field(default_factory=lambda: [0])

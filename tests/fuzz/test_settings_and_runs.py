@@ -1,0 +1,133 @@
+"""Damaged recipes, overrides, files of metrics, prepared rows and prompts: read, or refused in one line."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.fuzz.mutations import damaged, emptied, fuzzed, outcome
+from vishwamai_mp.config import PretrainConfig, TreeConfig, load_config, preset_names
+from vishwamai_mp.data.indexed import IndexedWriter, check_indexed
+from vishwamai_mp.data.lines import json_records
+from vishwamai_mp.data.marks import BEGINS, LEARNT
+from vishwamai_mp.data.rows import IndexedDataset, PreparedRows, check_rows
+from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.observability.report import render_report
+from vishwamai_mp.observability.run_folder import Run, read_run
+from vishwamai_mp.observability.writers import JsonLines
+from vishwamai_mp.training.callbacks.search import Search, search_callbacks
+
+PRESETS = resources.files("vishwamai_mp.config") / "presets"
+METRICS = [{"step": step, "lm_loss": 8 / step, "consumed_tokens": step * 512, "mfu": None} for step in range(1, 40)]
+LENGTH = 8
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+@fuzzed
+@given(data=st.data())
+def test_recipes(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    preset = (PRESETS / f"{data.draw(st.sampled_from(preset_names()))}.yaml").read_bytes()
+    guide = json.dumps({"model_config": {"dim": 128, "num_attention_heads": 4, "vocab_size": 400}}).encode()
+    (tmp_path / name).write_bytes(data.draw(damaged(preset if name == "a.yaml" else guide)))
+    found = outcome(lambda: load_config(tmp_path / name))
+    assert isinstance(found, PretrainConfig | str)
+
+
+KEYS = ["model.hidden_size", "data.train", "data.split", "optimizer.learning_rate", "logging.report_to", "precision"]
+KEYS += ["model", "memory.layers", "training.output_dir", "", ".", "model.", "a.b.c"]
+VALUES = [
+    "010",
+    "1e9999",
+    "[1,",
+    "{a: b}",
+    "null",
+    "true",
+    "-1",
+    "x" * 3000,
+    "&a [*a]",
+    "!!python/none",
+    "2001-01-01",
+    "?",
+]
+
+
+@fuzzed
+@given(
+    key=st.one_of(st.sampled_from(KEYS), st.text(st.characters(exclude_characters="\n"), max_size=12)),
+    sign=st.sampled_from(["=", ""]),
+    value=st.one_of(st.sampled_from(VALUES), st.text(st.characters(exclude_characters="\n"), max_size=12)),
+)
+def test_overrides(key: str, sign: str, value: str) -> None:
+    found = outcome(lambda: load_config("tiny", [f"{key}{sign}{value}"]))
+    assert isinstance(found, PretrainConfig | str)
+
+
+@fuzzed
+@given(data=st.data())
+def test_metrics(tmp_path: Path, data: st.DataObject) -> None:
+    whole = "".join(json.dumps(record) + "\n" for record in METRICS).encode()
+    folder = emptied(tmp_path / "run")
+    (folder / "metrics.jsonl").write_bytes(data.draw(damaged(whole)))
+    found = outcome(lambda: read_run(folder))
+    if isinstance(found, Run):
+        assert outcome(lambda: render_report([found])).startswith("<!doctype html>")
+    outcome(lambda: list(json_records(folder / "metrics.jsonl")))
+    outcome(lambda: JsonLines(folder / "metrics.jsonl", 10).close())
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+    assert all(step <= 10 for step in steps)
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Files of three prepared rows, by the end of their name."""
+    folder = tmp_path_factory.mktemp("rows")
+    marks = np.full(3 * (LENGTH + 1), LEARNT, dtype=np.uint8)
+    marks[:: LENGTH + 1] |= BEGINS
+    for name, values in (("a", np.arange(len(marks), dtype=np.uint16)), ("a_marks", marks)):
+        with IndexedWriter(folder / name, values.dtype) as writer:
+            writer.add(values.tobytes(), np.full(3, LENGTH + 1))
+            writer.publish()
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.idx", "a_marks.bin", "a_marks.idx"])
+@fuzzed
+@given(data=st.data())
+def test_prepared_rows(tmp_path: Path, rows: dict[str, bytes], name: str, data: st.DataObject) -> None:
+    folder = emptied(tmp_path / "rows")
+    for file, content in rows.items():
+        (folder / file).write_bytes(data.draw(damaged(content)) if file == name else content)
+
+    def read() -> list[Any]:
+        check_indexed(folder / "a")
+        corpus = IndexedDataset(str(folder / "a"))
+        check_rows(str(folder / "a"), corpus, LENGTH)
+        prepared = PreparedRows(corpus, range(len(corpus)), seed=1)
+        return [prepared.text(index) for index in range(len(prepared))]
+
+    found = outcome(read)
+    assert isinstance(found, str) or all(row.shape == (2, LENGTH + 1) for row in found)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(["some words to learn"] * 9, 370, tmp_path_factory.mktemp("tokenizer") / "small")
+
+
+@fuzzed
+@given(content=damaged("one\tyes\n\u2028two\tno\r\n\nthree\t3\n".encode()))
+@example(content=b"")
+def test_prompts(tmp_path: Path, tokenizer: Tokenizer, content: bytes) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    config = PretrainConfig(tree=TreeConfig(enabled=True, prompts=str(tmp_path / "prompts.txt")))
+    found = outcome(lambda: search_callbacks(config, tokenizer))
+    if isinstance(found, list):
+        (search,) = found
+        assert isinstance(search, Search)
+        assert search.prompts

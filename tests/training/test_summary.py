@@ -1,0 +1,47 @@
+"""Texts that a run begins and ends with."""
+
+import pytest
+
+from vishwamai_mp.config import load_config, resolve
+from vishwamai_mp.training.summary import closing_lines, count_text, duration, loss_text, losses_of
+
+
+def test_losses_are_those_that_were_trained():
+    assert losses_of({"lm_loss": 2.0, "loss": 2.0, "grad_norm": 1.0}) == {"loss": 2.0}
+    assert losses_of({"lm_loss": 0.0}) == {"loss": 0.0}
+    both = {"lm_loss": 2.0, "memory_mix_loss": 0.1, "validation_loss": 3.0}
+    assert losses_of(both) == {"loss": 2.0, "memory mix loss": 0.1, "validation loss": 3.0}
+    # Rows of verdicts have no token that the language model learns from.
+    assert losses_of({"lm_loss": 0.0, "value_loss": 0.7, "value_auc": 0.5}) == {"value loss": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(7, "7"), (1234, "1.23 k"), (999_600, "1e+03 k"), (98_123_000_000, "98.1 B"), (2e12, "2 T")]
+)
+def test_counts(number, text):
+    assert count_text(number) == text.replace("1e+03", "1000")
+
+
+def test_a_small_loss_keeps_its_digits():
+    assert [loss_text(x) for x in (3.14159, 0.1, 0.000523, 0.0, float("nan"))] == [
+        *("3.1416", "0.1000", "0.000523", "0.0000", "nan")
+    ]
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (0.4, 61, 7325)] == ["0:00:00", "0:01:01", "2:02:05"]
+
+
+def test_the_end_names_the_checkpoint_and_what_to_do_next(tmp_path):
+    run = tmp_path / "my run"
+    (run / "checkpoints/step_00000004").mkdir(parents=True)
+    overrides = [f"training.output_dir={run}", "training.max_steps=4", "data.tokenizer=t.model"]
+    config = resolve(load_config("tiny", overrides))
+    text = closing_lines(config, 4, 3.0, {"lm_loss": 2.0}, (2, 1.5))
+    lines = text.splitlines()
+    assert lines[0] == "done        step 4 of 4 in 0:00:03: loss 2.0000  lowest validation loss, at step 2, 1.5000"
+    assert lines[1] == f"checkpoint  {run}/checkpoints/step_00000004"
+    assert lines[2] == f"next        python tools/generate.py --load '{run}' --prompt \"Once upon a time\""
+    assert lines[-1].endswith(f"--load '{run}' --output '{run}-hf'")
+    stopped = closing_lines(config, 3, 3.0, {"lm_loss": 2.0}, None)
+    assert stopped == "done  step 3 of 4 in 0:00:03: loss 2.0000"

@@ -1,0 +1,190 @@
+"""What a run says of itself when it starts and when it ends, as lines of a label and a text."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
+from vishwamai_mp.planning import total_parameters, training_flops_per_token
+from vishwamai_mp.planning.cache import cache_forward_flops_per_token, cache_parameters
+from vishwamai_mp.planning.memory import memory_forward_flops_per_token, memory_parameters
+from vishwamai_mp.planning.out_of_memory import rank_memory, size_text
+from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.runtime.device import cpu_threads
+
+
+def opening_lines(config: PretrainConfig, runtime: Runtime, step: int) -> str:
+    """Model, components, layout, batch, predicted footprint and output of a run that begins.
+
+    Args:
+        config: resolved.
+        runtime: of the job.
+        step: finished steps; above 0 where the run continues.
+    """
+    lines = {"model": _model(config), **_components(config), "layout": _layout(config, runtime)}
+    lines["compute"] = _compute(config, runtime)
+    lines["batch"] = _batch(config, runtime)
+    lines["footprint"] = _footprint(config, runtime)
+    steps = config.training.max_steps
+    begins = f"continues after step {step} of {steps}" if step else f"a new run of {steps} steps"
+    lines["output"] = f"{config.training.output_dir}, {begins}"
+    return _table(lines)
+
+
+def closing_lines(
+    config: PretrainConfig, step: int, seconds: float, record: Mapping[str, float], best: tuple[int, float] | None
+) -> str:
+    """How far a run came, where its checkpoint is, and what to do with it.
+
+    Args:
+        config: resolved.
+        step: the last one.
+        seconds: that this part of the run took.
+        record: of the last step.
+        best: step and value of the lowest validation loss.
+    """
+    training = config.training
+    losses = {name: loss_text(value) for name, value in losses_of(record).items()}
+    if best is not None and best[0] != step:
+        losses[f"lowest validation loss, at step {best[0]},"] = loss_text(best[1])
+    told = "  ".join(f"{name} {value}" for name, value in losses.items())
+    lines = {"done": f"step {step} of {training.max_steps} in {duration(seconds)}: {told}"}
+    checkpoint = Path(training.output_dir) / "checkpoints" / f"step_{step:08d}"
+    if checkpoint.is_dir():
+        lines["checkpoint"] = str(checkpoint)
+        if step == training.max_steps:
+            lines["next"] = "\n".join(_next_commands(config))
+    return _table(lines)
+
+
+def losses_of(record: Mapping[str, float]) -> dict[str, float]:
+    """The losses that a step was trained with, by name, and its validation loss if it has one.
+
+    The language model's loss is left out where no token had one, as in rows that only carry verdicts.
+    """
+    own = {
+        name.replace("_", " "): value
+        for name, value in record.items()
+        if name.endswith("_loss") and name not in ("lm_loss", "validation_loss")
+    }
+    losses = {"loss": record["lm_loss"]} if record["lm_loss"] != 0 or not own else {}
+    validation = {"validation loss": record["validation_loss"]} if "validation_loss" in record else {}
+    return losses | own | validation
+
+
+def loss_text(loss: float) -> str:
+    """Four decimals; three digits of what is small, as a weighted auxiliary loss may be."""
+    return f"{loss:.3g}" if 0 < loss < 0.1 else f"{loss:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def count_text(number: float) -> str:
+    """A large number in three digits and a letter, as in 1.35 M."""
+    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}" if number < 999.5 * size else f"{number / size:.0f}{letter}"
+    return f"{number:.0f}"
+
+
+def _table(lines: Mapping[str, str]) -> str:
+    width = max(len(label) for label in lines) + 2
+    indented = {label: text.replace("\n", "\n" + " " * width) for label, text in lines.items()}
+    return "\n".join(f"{label:{width}}{text}" for label, text in indented.items())
+
+
+def _model(config: PretrainConfig) -> str:
+    model = config.model
+    heads = f"{model.num_attention_heads} heads"
+    if model.num_key_value_heads != model.num_attention_heads:
+        heads += f" ({model.num_key_value_heads} of keys and values)"
+    whole = total_parameters(config) + (model.hidden_size + 1 if config.tree.enabled else 0)
+    return (
+        f"{count_text(whole)} parameters: {model.num_layers} layers × {model.hidden_size}, {heads},"
+        f" vocabulary {model.vocab_size:,}"
+    )
+
+
+def _components(config: PretrainConfig) -> dict[str, str]:
+    """What each component costs, with its sizes: they may be derived."""
+    memory, cache, lines = config.memory, config.cache, {}
+    whole, length = training_flops_per_token(config), config.training.sequence_length
+    if memory.enabled:
+        share = 3 * memory_forward_flops_per_token(memory) / whole
+        lines["memory"] = (
+            f"{count_text(memory_parameters(memory))} parameters, {share:.1%} of FLOPs: layers {memory.layers},"
+            f" memory_size {memory.memory_size}, head_dim {memory.head_dim}"
+        )
+    if cache.enabled:
+        share = 3 * cache_forward_flops_per_token(cache, length) / whole
+        lines["cache"] = (
+            f"{count_text(cache_parameters(cache))} parameters, {share:.1%} of FLOPs: layers {cache.layers},"
+            f" num_heads {cache.num_heads}, a segment is {cache.segment_length} tokens"
+        )
+    if config.tree.enabled:
+        lines["tree"] = f"a value head of {config.model.hidden_size + 1:,} parameters"
+    return lines
+
+
+def _layout(config: PretrainConfig, runtime: Runtime) -> str:
+    parallel, chunks = config.parallel, config.parallel.virtual_pipeline_model_parallel_size
+    extras = [
+        name
+        for name, on in (
+            ("sequence parallel", parallel.sequence_parallel),
+            ("fully sharded", parallel.fully_sharded),
+            (f"{chunks} chunks per stage", chunks is not None),
+        )
+        if on
+    ]
+    return (
+        f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''}: tensor"
+        f" {parallel.tensor_model_parallel_size} × pipeline {parallel.pipeline_model_parallel_size} × context"
+        f" {parallel.context_parallel_size} × data {runtime.data_parallel_size}" + "".join(f", {x}" for x in extras)
+    )
+
+
+def _compute(config: PretrainConfig, runtime: Runtime) -> str:
+    if runtime.device.type == "cuda":
+        return f"{config.precision} on {torch.cuda.get_device_name()}"
+    threads, why = cpu_threads(config.training.threads)
+    return f"{config.precision} on CPU, {threads} thread{'s' if threads > 1 else ''} per process ({why})"
+
+
+def _batch(config: PretrainConfig, runtime: Runtime) -> str:
+    training = config.training
+    tokens = training.global_batch_size * training.sequence_length
+    passes = micro_batches_per_step(config, runtime.world_size)
+    return (
+        f"{training.global_batch_size} sequences × {training.sequence_length} = {tokens:,} tokens a step, in"
+        f" {passes} pass{'es' if passes > 1 else ''} of {training.micro_batch_size} per replica;"
+        f" {count_text(tokens * training.max_steps)} tokens in all"
+    )
+
+
+def _footprint(config: PretrainConfig, runtime: Runtime) -> str:
+    need = rank_memory(config, runtime.world_size, runtime.device.type == "cuda")
+    return (
+        f"about {size_text(need.total)} per process: {size_text(need.states)} for weights, gradients and optimizer"
+        f" state, {size_text(need.activations)} for activations"
+        + (" (of memory and cache not counted)" if config.memory.enabled or config.cache.enabled else "")
+    )
+
+
+def _next_commands(config: PretrainConfig) -> list[str]:
+    run = shlex.quote(config.training.output_dir)
+    text = [f'python tools/generate.py --load {run} --prompt "Once upon a time"'] if config.data.tokenizer else []
+    export = shlex.quote(f"{config.training.output_dir.rstrip(os.sep)}-hf")
+    return [
+        *text,
+        f"python tools/report.py {run} --output report.html",
+        f"python tools/convert_checkpoint.py to-hf --load {run} --output {export}",
+    ]
