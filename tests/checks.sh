@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-.venv/bin/python}"
 
 folders=()
-for folder in vishwamai_mp tools examples tests setup.py; do
+for folder in vishwamai_mp tools examples tests docs setup.py; do
     # mypy refuses a folder without Python files
     [[ -n "$(find "$folder" -name '*.py' -print -quit 2>/dev/null)" ]] && folders+=("$folder")
 done

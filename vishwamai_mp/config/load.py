@@ -139,7 +139,7 @@ def _set(tree: dict[str, Any], override: str) -> tuple[str, ...]:
     key = key.strip().removeprefix("--")
     *sections, last = key.split(".")
     if not equals or not all([*sections, last]):
-        raise ConfigError(f"override '{override}': write section.key=value")
+        raise ConfigError(f"override {override!r}: write section.key=value")
     sections[:1] = [_section_name(section) for section in sections[:1]]
     last = _MODEL_ALIASES.get(last, last) if sections == ["model"] else last if sections else _section_name(last)
     for section in sections:
@@ -150,7 +150,7 @@ def _set(tree: dict[str, Any], override: str) -> tuple[str, ...]:
     hint = field_type(path)
     if not text.strip():
         default = "" if hint is str else f", or {key}=null for the default"
-        raise ConfigError(f"override '{override}': the value is empty; write one{default}")
+        raise ConfigError(f"override {override!r}: the value is empty; write one{default}")
     if text.strip() == "null" and hint not in (None, str):
         tree.pop(last, None)
     elif hint in (str, str | None) or (hint == Blend and not text.lstrip().startswith("[")):
@@ -159,7 +159,7 @@ def _set(tree: dict[str, Any], override: str) -> tuple[str, ...]:
         try:
             tree[last] = read_yaml(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override '{override}': the value is not valid YAML ({_reason(error)})") from None
+            raise ConfigError(f"override {override!r}: the value is not valid YAML ({_reason(error)})") from None
     return path
 
 
@@ -190,6 +190,7 @@ def _one_line(error: ValidationError) -> str:
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     first = min(error.errors(), key=lambda item: item["type"] not in unknown)  # a misspelt key is also a missing one
     path = tuple(part for part in first["loc"] if not (isinstance(part, str) and "[" in part))  # its names of types
+    path = path or first["loc"]  # a user's own key with a bracket
     key = ".".join(str(part) for part in path)
     if first["type"] in unknown:
         return _unknown(path)
@@ -217,7 +218,7 @@ def _unknown(path: tuple[Any, ...]) -> str:
     where = "".join(f"{part}." for part in path[:-1])
     near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean '{where}{near[0]}'?" if near else f"known: {', '.join(known)}"
-    return f"unknown key '{where}{path[-1]}'{f' in section {where[:-1]!r}' if where else ''}; {hint}"
+    return f"unknown key {where + str(path[-1])!r}{f' in section {where[:-1]!r}' if where else ''}; {hint}"
 
 
 def _example(path: tuple[Any, ...]) -> str:

@@ -59,10 +59,7 @@ class DirectLayer:
         attention, mlp, config = layer.self_attention, layer.mlp, layer.config
         if not (type(layer) is VishwamAILayer and type(attention) is CachedSelfAttention and type(mlp) is MLP):
             return False
-        linears: list[tuple[Any, type]] = [
-            *((attention.linear_qkv, ColumnParallelLinear), (attention.linear_proj, RowParallelLinear)),
-            *((mlp.linear_fc1, ColumnParallelLinear), (mlp.linear_fc2, RowParallelLinear)),
-        ]
+        columns, rows = (attention.linear_qkv, mlp.linear_fc1), (attention.linear_proj, mlp.linear_fc2)
         return (
             type(attention.core_attention) is CoreAttention
             and attention.core_attention.scale == 1 / math.sqrt(attention.hidden_size_per_attention_head)
@@ -70,7 +67,8 @@ class DirectLayer:
             and _is_identity(attention.k_layernorm)
             and isinstance(mlp.activation_func, SwiGLU)
             and all(type(norm) is RMSNorm for norm in (layer.input_layernorm, layer.pre_mlp_layernorm))
-            and all(type(linear) is kind and linear.bias is None for linear, kind in linears)
+            and all(type(linear) is ColumnParallelLinear and linear.bias is None for linear in columns)
+            and all(type(linear) is RowParallelLinear and linear.bias is None for linear in rows)
             and not (config.rotary_interleaved or config.no_rope_freq or config.attention_output_gate)
             and not any(name.endswith("_adapter") for name, _ in (*attention.named_children(), *mlp.named_children()))
         )
