@@ -89,7 +89,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Job:
 
 
 if __name__ == "__main__":
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "RANK" not in os.environ:  # no launcher waits for an exit status
         run_program(main)  # imports torch only when the command line is sound
     from vishwamai_mp.runtime.failure import run_distributed_program
 
