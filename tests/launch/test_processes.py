@@ -221,7 +221,10 @@ def test_training_stops_in_order_and_shares_its_folder_with_nobody(recipe, tmp_p
     try:
         launch.wait_for(lambda: "step 3/" in launch.text())
         second = Launch(command, tmp_path / "second", LOG_DIR=str(tmp_path / "logs"), MAX_RESTARTS="3")
-        assert second.wait() == 1
+        try:
+            assert second.wait() == 1
+        finally:
+            second.kill()
         (error,) = second.text().splitlines()[-1:]
         assert re.search(rf"error: training not started: training.output_dir={run} is in use by process \d+ on", error)
         launch.process.terminate()
