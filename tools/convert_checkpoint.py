@@ -43,7 +43,11 @@ def parse_arguments() -> argparse.Namespace:
             "--load", required=True, type=Path, help="a run folder, its checkpoints folder, or one checkpoint"
         )
     adapters.add_argument("--output", required=True, type=Path, help="a new or empty folder")
-    adapters.add_argument("--base", default="", help="name or path of the Hugging Face model they were trained on")
+    adapters.add_argument(
+        "--base",
+        default="",
+        help="name of the Hugging Face model they were trained on, or its folder, which is compared",
+    )
     for command in (export, check):
         command.add_argument("--tokenizer", help="SentencePiece .model, or none (default: the run folder's)")
         command.add_argument("--prompt", action="append", default=[], help="text to compare on; may be repeated")
@@ -100,7 +104,8 @@ def to_peft(options: argparse.Namespace) -> None:
     from vishwamai_mp.conversion.adapters import export_adapters
 
     source = open_source(options.load)
-    export_adapters(source, options.output, options.base)
+    for note in export_adapters(source, options.output, options.base):
+        print(note, file=sys.stderr)
     print(f"adapters of {source.path} → {options.output}")
 
 
@@ -148,13 +153,14 @@ def open_source(load: Path) -> "Source":
 
 
 def tokenizer_path(options: argparse.Namespace, source: "Source") -> Path | None:
-    """The tokenizer that is named, or else the run folder's."""
+    """The tokenizer that is named, or else the run folder's; there only Hugging Face's files may be."""
     if options.tokenizer == "none":
         return None
     if options.tokenizer:
         return Path(options.tokenizer)
-    beside = source.run / "tokenizer.model"
-    return beside if beside.is_file() else None
+    from vishwamai_mp.conversion.tokenizer import NAME, has_tokenizer
+
+    return source.run / NAME if has_tokenizer(source.run) else None
 
 
 def read_text(path: Path) -> str:

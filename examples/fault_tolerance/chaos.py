@@ -39,7 +39,7 @@ from vishwamai_mp.config import UserError, run_program
 from vishwamai_mp.config.files import write_whole
 
 _SAVE_EVERY = 2  # steps
-_STEPS_PER_EVENT = 20  # about
+_STEPS_PER_EVENT = 16  # about
 _DISK_MIB = 96
 _DAY = 86400.0
 
@@ -139,12 +139,12 @@ class Chaos:
         assert self.job is not None
         return self.job
 
-    def must_end(self, reason: str) -> None:
-        """Wait until the job has ended by itself, with status 1 and one line that says why."""
+    def must_end(self, reason: str, said: int) -> None:
+        """Wait until the job has ended by itself and said why in one line, after the `said` characters before."""
         job = self.living_or_dead()
         if job.process.wait(300) == 0:
             raise Finished
-        errors = [line for line in job.text().splitlines() if line.startswith("error")]
+        errors = [line for line in job.text()[said:].splitlines() if line.startswith("error")]
         if len(errors) != 1 or not re.search(reason, errors[0]):
             raise RuntimeError(f"expected one line with {reason}, found {errors}")
 
@@ -170,6 +170,7 @@ def stop_rank(chaos: Chaos) -> None:
 
 
 def full_disk(chaos: Chaos) -> None:
+    said = len(chaos.living().text())
     ballast = chaos.folder / "chaos/ballast"
     if chaos.mounts:
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -180,20 +181,20 @@ def full_disk(chaos: Chaos) -> None:
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (1 << 14, resource.RLIM_INFINITY))
     try:
-        chaos.must_end("No space left|no space left|File too large")
+        chaos.must_end("No space left|no space left|File too large", said)
     finally:
         ballast.unlink(missing_ok=True)
 
 
 def read_only(chaos: Chaos) -> None:
-    folder = str(chaos.checkpoints)
+    said, folder = len(chaos.living().text()), str(chaos.checkpoints)
     if chaos.mounts:
         subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
     else:
         chaos.checkpoints.chmod(0o555)
     try:
-        chaos.must_end("Read-only file system|Permission denied")
+        chaos.must_end("Read-only file system|Permission denied", said)
     finally:
         if chaos.mounts:
             subprocess.run(["umount", "--lazy", folder], check=True)

@@ -61,7 +61,7 @@ def test_a_living_owner_is_named(tmp_path, holder):
 def test_a_killed_owner_is_followed_at_once(tmp_path, holder):
     holder.kill()
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a zombie is dead, too
-    said = []
+    said: list[str] = []
     mine = RunLock(tmp_path, said.append)
     mine.acquire()
     assert f"was left by process {holder.pid} " in said[0]
@@ -96,7 +96,7 @@ def test_a_sign_of_life_from_another_machine(tmp_path, quick):
 def test_silence_from_another_machine_whatever_the_clocks_say(tmp_path, quick, age):
     write(tmp_path, elsewhere())
     os.utime(tmp_path / LOCK, (time.time() - age, time.time() - age))
-    said = []
+    said: list[str] = []
     begun = time.monotonic()
     RunLock(tmp_path, said.append).acquire()
     assert 1.5 < time.monotonic() - begun < 10

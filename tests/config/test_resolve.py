@@ -123,7 +123,7 @@ def test_sizes_of_components_follow_from_the_models_width(width, memory, heads):
     assert resolve(config) == config
     # What is said stays; the rest fits it.
     narrow = resolve(load_config(recipe, [*on, "memory.head_dim=8"])).memory
-    assert (narrow.head_dim, 4 * narrow.memory_size >= width) == (8, True)
+    assert (narrow.memory_size, narrow.head_dim) == (32 * -(-width // 128), 8)
     said = resolve(load_config(recipe, [*on, "memory.memory_size=192"])).memory
     assert (said.memory_size, said.head_dim) == (192, 64)
     assert resolve(load_config(recipe, [*on, "memory.memory_size=2048"])).memory.head_dim == 128

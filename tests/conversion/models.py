@@ -87,6 +87,11 @@ def step_zero(run: Path) -> Path:
     return run / "checkpoints/step_00000000"
 
 
+def step_config(run: Path) -> PretrainConfig:
+    """A run's configuration, resolved."""
+    return resolve(load_config(run / "config.yaml"), 1)
+
+
 def tensors_of(run: Path, vocab_size: int = SMALL["model"]["vocab_size"]) -> dict[str, torch.Tensor]:
     """Whole parameters of a run's checkpoint, read by torch's own reader; scales of FP8 training are none."""
     found = jobs.tensors_of(step_zero(run), vocab_size)

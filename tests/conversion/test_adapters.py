@@ -1,22 +1,25 @@
 """Adapters on their way out: merged into the weights, and as a folder that the real peft loads onto the base model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conversion import models
 from tests.workers import WorkerPool
 from vishwamai_mp.config import UserError
 from vishwamai_mp.conversion.adapters import export_adapters
+from vishwamai_mp.conversion.dtypes import BF16
 from vishwamai_mp.conversion.source import open_source
 
 LORA = ["lora={enabled: true, rank: 4, alpha: 10}"]
 TP2_PP2 = models.TP2_PP2_VPP2[:2]
-_TOOL = Path(__file__).parents[3] / "tools/convert_checkpoint.py"
+_TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,8 @@ def test_peft_loads_the_adapters(workers: WorkerPool, adapted: Path, tmp_path: P
     from peft import PeftModel
 
     command = [sys.executable, str(_TOOL), "to-peft", "--load", str(adapted / "run"), "--output", str(tmp_path / "a")]
-    subprocess.run([*command, "--base", "theirs"], check=True, capture_output=True)
+    done = subprocess.run([*command, "--base", "theirs"], check=True, capture_output=True, text=True)
+    assert "--base theirs is no folder here: its weights were not compared" in done.stderr
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["base_model_name_or_path"] == "theirs"
     with pytest.raises(UserError, match="is not empty"):
         export_adapters(open_source(adapted / "run"), tmp_path / "a", "")
@@ -80,7 +84,6 @@ def test_peft_loads_the_adapters(workers: WorkerPool, adapted: Path, tmp_path: P
 def test_some_targets_and_bf16(workers: WorkerPool, tmp_path: Path) -> None:
     """A folder of a 16-bit run: only what was adapted, in its own type."""
     from peft import PeftConfig
-    from safetensors.torch import load_file
 
     some = ["lora={enabled: true, rank: 2, alpha: 3, targets: [linear_qkv, linear_fc2]}", "precision=bf16"]
     workers.run(models.save_run, 1, tmp_path / "run", some)
@@ -102,6 +105,26 @@ def test_what_cannot_be_exported_as_adapters(workers: WorkerPool, adapted: Path,
     (tmp_path / "run/config.yaml").unlink()
     with pytest.raises(UserError, match=r"config\.yaml is missing"):
         open_source(tmp_path / "run")
+
+
+def test_the_base_is_the_model_that_was_adapted(adapted: Path, tmp_path: Path) -> None:
+    source = open_source(adapted / "run")
+    assert export_adapters(source, tmp_path / "fp32", str(adapted / "base-hf")) == []
+    models.export(adapted / "base", tmp_path / "bf16-hf", dtype=BF16)
+    assert export_adapters(source, tmp_path / "bf16", str(tmp_path / "bf16-hf")) == []
+    tensors = load_file(adapted / "base-hf/model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][-1, -1] += 1e-3
+    other = Path(shutil.copytree(adapted / "base-hf", tmp_path / "other"))
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"trained on: model\.layers\.2\.mlp\.gate_proj\.weight or .*up_proj\.weight differs"
+    ):
+        export_adapters(source, tmp_path / "a", str(other))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
+    with pytest.raises(UserError, match=r"trained on: model\.rope_theta is 5\.0 there and 10000\.0 here"):
+        export_adapters(source, tmp_path / "a", str(other))
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_checkpoint_with_adapters_wants_a_model_with_the_same(workers: WorkerPool, adapted: Path) -> None:

@@ -126,13 +126,38 @@ def test_pickles_are_refused_with_the_reason(hf: Path, tmp_path: Path) -> None:
     assert "pickles (pytorch_model.bin), and unpickling a file can run any program in it" in said
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.model", "tokenizer.json"])
+def test_a_file_that_git_lfs_has_not_downloaded_is_named(hf: Path, tmp_path: Path, name: str) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 2471645608\n"
+    (hf / name).write_text(pointer)
+    said = refusal(lambda: models.import_(hf, tmp_path / "out"))
+    assert said.startswith(f"{hf / name} is a git-lfs pointer")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_kind_does_not_stop_the_weights(hf: Path, tmp_path: Path) -> None:
+    (hf / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    notes = models.import_(hf, tmp_path / "tiktoken")
+    assert "its tokenizer.model is a tiktoken file" in notes[0]
+    assert models.step_zero(tmp_path / "tiktoken").is_dir()
+    assert not (tmp_path / "tiktoken/tokenizer.model").exists()
+    (hf / "tokenizer.model").write_bytes(b"\x0a\x0e")
+    assert "is not a whole SentencePiece model" in refusal(lambda: models.import_(hf, tmp_path / "damaged"))
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_adapters_are_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "holds adapters of PEFT, not a model" in refusal(lambda: models.import_(tmp_path, tmp_path / "out"))
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     assert "config.json is missing" in refusal(lambda: models.import_(tmp_path, tmp_path / "out"))
     (tmp_path / "config.json").write_text("{")
     assert "config.json cannot be read" in refusal(lambda: models.import_(tmp_path, tmp_path / "out"))
     (tmp_path / "config.json").write_text("[]")
     assert "holds no JSON object" in refusal(lambda: models.import_(tmp_path, tmp_path / "out"))
-    assert "neither a checkpoint" in refusal(lambda: models.export(tmp_path, tmp_path / "out"))
+    assert "is a Hugging Face folder; make a checkpoint" in refusal(lambda: models.export(tmp_path, tmp_path / "out"))
 
 
 def test_a_used_output_folder_is_refused(run: Path, hf: Path, tmp_path: Path) -> None:

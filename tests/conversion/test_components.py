@@ -1,5 +1,6 @@
 """Models with memories, caches and a value head: the folder's own code computes what ours computes."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from tests.conversion import models
 from tests.workers import WorkerPool
 from vishwamai_mp.config import UserError
+from vishwamai_mp.conversion.components import AUTO_MAP
 from vishwamai_mp.conversion.folder import open_folder
 from vishwamai_mp.conversion.from_hf import import_folder
 
@@ -193,12 +195,43 @@ def test_a_fresh_one_is_the_plain_model(both: Path) -> None:
         assert torch.equal(model(ids).logits, logits)
 
 
-def test_foreign_code_is_not_run(workers: WorkerPool, both: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("modeling_vishwamai.py", {}, "modeling_vishwamai.py is not the code of this version"),
+        ("other.py", {}, "other.py is not the code of this version"),
+        ("custom_generate/generate.py", {}, "generate.py is not the code of this version"),
+        ("other.py", {"auto_map": {"AutoModelForCausalLM": "other.Model"}}, "names foreign code, which is not run"),
+        (
+            "README.md",
+            {"auto_map": {**AUTO_MAP, "AutoModelForCausalLM": f"someone/else--{AUTO_MAP['AutoModelForCausalLM']}"}},
+            "names foreign code, which is not run",
+        ),
+        ("README.md", {"auto_map": {**AUTO_MAP, "AutoTokenizer": ["other.Tokenizer", None]}}, "names foreign code"),
+        ("README.md", {"auto_map": None}, "names foreign code"),
+        ("README.md", {"model_type": "llama"}, "model_type=llama of a VishwamaiForCausalLM; expected vishwamai"),
+        ("README.md", {"architectures": ["LlamaForCausalLM"]}, "model_type=vishwamai of a LlamaForCausalLM"),
+        ("README.md", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "names foreign code"),
+        ("adapter_config.json", {}, "has adapters of PEFT beside its model"),
+    ],
+)
+def test_foreign_code_is_not_run(both: Path, tmp_path: Path, file: str, change: dict[str, Any], message: str) -> None:
     shutil.copytree(both / "hf", tmp_path / "hf")
-    (tmp_path / "hf/modeling_vishwamai.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match="is not the code of this version"):
-        workers.run(models.compare_both, 1, both / "run", tmp_path / "hf", [], 4)
+    (tmp_path / "hf" / file).parent.mkdir(exist_ok=True)
+    (tmp_path / "hf" / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    path = tmp_path / "hf/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=re.escape(message)):
+        models.compare_both(both / "run", tmp_path / "hf", [], 4)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_plain_folder_may_bring_no_code_either(workers: WorkerPool, tmp_path: Path) -> None:
+    workers.run(models.save_run, 1, tmp_path / "run", [])
+    models.export(tmp_path / "run", tmp_path / "hf")
+    (tmp_path / "hf/generate.py").write_text("")
+    with pytest.raises(UserError, match=r"generate\.py is not the code of this version"):
+        models.compare_both(tmp_path / "run", tmp_path / "hf", [], 4)
 
 
 def test_the_value_head_answers(workers: WorkerPool, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tests.conversion import models
 from tests.workers import WorkerPool
 from vishwamai_mp.checkpoint import read_manifest
 from vishwamai_mp.config import UserError, load_config
+from vishwamai_mp.conversion import safetensors_files
 from vishwamai_mp.conversion.dtypes import BF16, FP32
 
 SIZES: dict[str, Any] = {
@@ -49,6 +50,11 @@ def write_folder(folder: Path, architecture: str = "Llama", shard: str = "50KB",
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder, max_shard_size=shard)
+
+
+def change_config(folder: Path, change: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
 
 
 def assert_same_model(workers: WorkerPool, run: Path, folder: Path) -> None:
@@ -95,8 +101,58 @@ def test_a_tied_folder_may_repeat_its_embedding(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
-    models.import_(tmp_path / "hf", tmp_path / "run")
+    notes = models.import_(tmp_path / "hf", tmp_path / "run")
     assert "output_layer.weight" not in read_manifest(models.step_zero(tmp_path / "run")).tensors
+    assert "left behind: 1 tensors *.rotary_emb.inv_freq, which follow from rope_theta" in notes[-1]
+
+
+def test_another_head_than_the_embedding_is_not_tied_whatever_the_configuration_says(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    """As transformers has it."""
+    from safetensors.torch import load_file, save_file
+
+    write_folder(tmp_path / "hf", shard="1GB", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0)
+    save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    notes = models.import_(tmp_path / "hf", tmp_path / "run")
+    assert "lm_head.weight is not model.embed_tokens.weight: both are imported, untied" in notes[-1]
+    assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
+
+
+def test_equal_tensors_are_told_from_others_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(safetensors_files, "_BLOCK_BYTES", 64)
+    tensors = {"a": torch.arange(99.0), "same": torch.arange(99.0), "last": torch.arange(99.0)}
+    tensors["last"][-1] = 0
+    save_file({**tensors, "half": torch.arange(99.0).half()}, tmp_path / "x")
+    entries = safetensors_files.read_header(tmp_path / "x")
+    equal = [name for name in entries if safetensors_files.are_equal(entries["a"], entries[name])]
+    assert sorted(equal) == ["a", "same"]
+
+
+def test_what_is_left_behind_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "hf", num_hidden_layers=1)
+    change_config(tmp_path / "hf", {"rope_interleaved": False, "pretraining_tp": 2, "mystery": None})
+    (tmp_path / "hf/README.md").write_text("a model")
+    (tmp_path / "hf/original").mkdir()
+    *_, note = models.import_(tmp_path / "hf", tmp_path / "run")
+    keys = [f"{key} of config.json, which is unknown here and switched off" for key in ("mystery", "rope_interleaved")]
+    assert note == f"{tmp_path / 'hf'}: left behind: {'; '.join([*keys, 'README.md', 'original'])}"
+
+
+def test_a_mistral_without_all_keys_has_the_defaults_of_transformers(tmp_path: Path) -> None:
+    write_folder(tmp_path / "hf", "Mistral", num_attention_heads=8, num_key_value_heads=8)
+    path = tmp_path / "hf/config.json"
+    config = json.loads(path.read_text())
+    for key in ("sliding_window", "num_key_value_heads", "max_position_embeddings"):
+        config.pop(key)
+    path.write_text(json.dumps(config))
+    models.import_(tmp_path / "hf", tmp_path / "run")
+    model = load_config(tmp_path / "run/config.yaml").model
+    assert (model.sliding_window, model.num_key_value_heads, model.max_position_embeddings) == (4096, 8, 131072)
 
 
 def test_the_type_of_number_is_kept_or_chosen(tmp_path: Path) -> None:
@@ -139,14 +195,24 @@ def test_an_import_that_is_exported_is_the_folder_again(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rotary scaling 'linear' lacks factor"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
+        ({"rope_parameters": {"rope_type": "default", "truncate": 3}}, "'default' with truncate=3 is not supported"),
+        ({"rope_theta": 7.0}, "rope_theta is 7.0, and 10000.0 with the scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "do not agree"),
+        (
+            {"residual_multiplier": 0.2},
+            "residual_multiplier=0.2 is unknown here and may change what the model computes",
+        ),
+        ({"sliding_window": 16}, "sliding_window=16 is unknown here"),
+        ({"model_type": "granite"}, "model_type=granite is not supported (it is a LlamaForCausalLM)"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "all layers here attend alike"),
+        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "the model is computed by Python code of its own"),
         ({"num_key_value_heads": 4}, "not a multiple of model.num_key_value_heads=4"),
         ({"hidden_size": "48a"}, "model.hidden_size=48a"),
     ],
 )
 def test_what_this_model_has_not_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     write_folder(tmp_path / "hf", num_hidden_layers=1)
-    path = tmp_path / "hf/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    change_config(tmp_path / "hf", change)
     with pytest.raises(UserError) as caught:
         models.import_(tmp_path / "hf", tmp_path / "run")
     assert message in str(caught.value)

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vishwamai_mp.config import ModelConfig, UserError
-from vishwamai_mp.conversion.tokenizer import import_tokenizer, tokenizer_files
+from vishwamai_mp.conversion.tokenizer import generation_config, imported_files, tokenizer_files
 from vishwamai_mp.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 VOCAB = 900
+# Without "<", which control tokens begin with: where a text spells one, it is the token to transformers, by convention.
+_TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="<\0"))
 CORPUS = [inspect.getsource(module) for module in (inspect, textwrap, json, json.decoder)]
 AWKWARD = [
     "", " ", "\n", "\t\r\n", "  two  spaces ", "1234 5", "héllo wörld 😀 ᚠ", "[STEP]a[MEMORY] [REASONING]\n[CACHE]",
@@ -51,7 +53,8 @@ def test_texts_have_the_same_tokens(both: tuple[Tokenizer, Any], text: str) -> N
     assert theirs.decode(ids) == ours.decode(ids)
 
 
-@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="<\0")))
+@settings(deadline=None)
+@given(text=_TEXTS)
 def test_any_text_has_the_same_tokens(both: tuple[Tokenizer, Any], text: str) -> None:
     ours, theirs = both
     assert theirs(text).input_ids == ours.encode(text)
@@ -91,10 +94,44 @@ def test_a_tokenizer_that_puts_a_space_in_front(tmp_path: Path) -> None:
     """As Llama 2's does."""
     path = train(tmp_path, add_dummy_prefix=True)
     ours, theirs = Tokenizer(path), automatic(path, tmp_path / "auto", vocab_size=500)
-    for text in ("hello world", "def main(argument):", " x", "1 2"):
+
+    @settings(deadline=None)
+    @given(text=_TEXTS)
+    def check(text: str) -> None:
         ids = ours.encode(text)
         assert theirs(text).input_ids == ids
         assert theirs.decode(ids) == ours.decode(ids)
+
+    check()
+
+
+def test_pieces_of_equal_score_are_refused(tmp_path: Path) -> None:
+    """As vocabularies have them that were put together of several."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    path = train(tmp_path, add_dummy_prefix=False)
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(path.read_bytes())
+    for piece in proto.pieces:
+        piece.score = 0.0
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match="several of its pieces have one score"):
+        tokenizer_files(path, ModelConfig(vocab_size=500), None)
+
+
+def test_symbols_that_contain_each_other(tmp_path: Path) -> None:
+    symbols = ["<|a|>", "<|a|><|b|>", "ab", "abc", "\n", "\r\n", "é", "日本"]
+    path = train(tmp_path, add_dummy_prefix=False, user_defined_symbols=symbols)
+    ours, theirs = Tokenizer(path), automatic(path, tmp_path / "auto", vocab_size=500)
+
+    @settings(deadline=None)
+    @given(text=st.lists(st.sampled_from([*symbols, *"<|ab>\r é日本 ", "  "]) | _TEXTS).map("".join))
+    def check(text: str) -> None:
+        ids = ours.encode(text)
+        assert theirs(text).input_ids == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+
+    check()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +141,9 @@ def test_a_tokenizer_that_puts_a_space_in_front(tmp_path: Path) -> None:
         ({"normalization_rule_name": "nmt_nfkc"}, "it normalizes text"),
         ({"remove_extra_whitespaces": True}, "it removes extra whitespace"),
         ({"byte_fallback": False, "vocab_size": 300}, "it has no byte fallback"),
+        ({"treat_whitespace_as_suffix": True}, "it marks spaces at the end of words"),
+        ({"user_defined_symbols": ["<|sep|>"]}, r".* begins with a symbol of its own such as \['<\|sep\|>'\]"),
+        ({"user_defined_symbols": ["two words"], "add_dummy_prefix": False}, r"its symbol \['two words'\] has a space"),
     ],
 )
 def test_what_cannot_be_converted_is_said(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
@@ -113,17 +153,94 @@ def test_what_cannot_be_converted_is_said(tmp_path: Path, options: dict[str, Any
         tokenizer_files(path, model, None)
 
 
-def test_a_tokenizer_of_another_size_is_refused(path: Path) -> None:
-    with pytest.raises(UserError, match="has 900 tokens, the model 901; give the one"):
-        tokenizer_files(path, ModelConfig(vocab_size=901), None)
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 900 tokens, the model 899; give the one"):
+        tokenizer_files(path, ModelConfig(vocab_size=899), None)
     with pytest.raises(UserError, match="--chat-template needs a tokenizer"):
         tokenizer_files(None, ModelConfig(vocab_size=901), "x")
+    assert len(automatic(path, tmp_path / "auto", vocab_size=1024)) == VOCAB  # rows beyond the tokenizer are no matter
 
 
-def test_it_comes_back(path: Path, tmp_path: Path) -> None:
-    automatic(path, tmp_path / "hf")
-    run = tmp_path / "run"
+def test_llama_cpp_finds_prefix_space_and_types_of_tokens(path: Path, tmp_path: Path) -> None:
+    """Its converter reads them from tokenizer_config.json."""
+    automatic(path, tmp_path / "auto")
+    settings = json.loads((tmp_path / "auto/tokenizer_config.json").read_text())
+    special = {token["content"]: token["special"] for token in settings["added_tokens_decoder"].values()}
+    assert special == {
+        **dict.fromkeys(("<unk>", "<s>", "</s>", "<pad>"), True),
+        **dict.fromkeys((*SPECIAL_TOKENS, "\n"), False),
+    }
+    assert settings["add_prefix_space"] is False
+    (tmp_path / "other").mkdir()
+    other = train(tmp_path / "other", add_dummy_prefix=True)
+    automatic(other, tmp_path / "prefixed", vocab_size=500)
+    assert json.loads((tmp_path / "prefixed/tokenizer_config.json").read_text())["add_prefix_space"] is True
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def run_folder(folder: Path, run: Path, vocab_size: int) -> str | None:
+    """What an import keeps of a folder."""
+    kept, note = imported_files(folder, vocab_size)
     run.mkdir()
-    assert import_tokenizer(tmp_path / "hf", run, VOCAB) is None
-    assert (run / "tokenizer.model").read_bytes() == path.read_bytes()
-    assert "tokens were added" in str(import_tokenizer(tmp_path / "hf", run, VOCAB + 1))
+    for file in kept:
+        (run / file.name).write_bytes(file.read_bytes())
+    return note
+
+
+def test_imported_files_go_back_as_they_came(path: Path, tmp_path: Path) -> None:
+    """Of our own exports, and of tokenizers that are no SentencePiece models."""
+    automatic(path, tmp_path / "hf", "{{ messages[0].content }}")
+    (tmp_path / "hf/chat_template.jinja").write_text("{{ messages }}")
+    files = files_of(tmp_path / "hf")
+    model = ModelConfig(vocab_size=VOCAB)
+    assert run_folder(tmp_path / "hf", tmp_path / "run", VOCAB) is None
+    assert tokenizer_files(tmp_path / "run/tokenizer.model", model, None, imported=True).contents == files
+    other = tokenizer_files(tmp_path / "run/tokenizer.model", model, "{{ other }}", imported=True).contents
+    assert "chat_template.jinja" not in other
+    assert json.loads(other["tokenizer_config.json"])["chat_template"] == "{{ other }}"
+
+    (tmp_path / "hf/tokenizer.model").unlink()
+    del files["tokenizer.model"]
+    assert "no SentencePiece model" in str(run_folder(tmp_path / "hf", tmp_path / "without", VOCAB))
+    assert tokenizer_files(tmp_path / "without/tokenizer.model", model, None, imported=True).contents == files
+
+
+def test_settings_beside_a_sentencepiece_model_are_added_to_what_is_made_of_it(path: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "chat_template": "{{ messages }}"}')
+    model = ModelConfig(vocab_size=VOCAB)
+    contents = tokenizer_files(tmp_path / "tokenizer.model", model, None, imported=True).contents
+    (tmp_path / "hf").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(path)
+    assert theirs("some text").input_ids == [ours.bos_id, *ours.encode("some text")]
+    assert theirs("some text", add_special_tokens=False).input_ids == ours.encode("some text")
+    assert theirs.chat_template == "{{ messages }}"
+
+
+def test_an_import_says_what_its_tokenizer_lacks(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/tokenizer.model").write_bytes(path.read_bytes())
+    assert "has 900 tokens, the model 1024: no text" in str(run_folder(tmp_path / "hf", tmp_path / "more", 1024))
+    assert (tmp_path / "more/tokenizer.model").exists()
+    assert "the model only 899, and is left behind" in str(run_folder(tmp_path / "hf", tmp_path / "fewer", 899))
+    assert not (tmp_path / "fewer/tokenizer.model").exists()
+
+
+def test_token_ids_of_both_files_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7], "top_p": 0.9, "pad_token_id": null}')
+    assert generation_config(tmp_path, {"eos_token_id": 5, "bos_token_id": 3, "pad_token_id": 6}) == {
+        "eos_token_id": [5, 7],
+        "bos_token_id": 3,
+        "pad_token_id": 6,
+        "top_p": 0.9,
+    }
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no JSON object"):
+        generation_config(tmp_path, {})

@@ -161,10 +161,20 @@ def test_each_rule_does_its_own_part_only(rule):
     assert [name for name, differs in changed.items() if differs] == [rule]
 
 
+def test_a_stream_knows_where_documents_end():
+    batch = next(_stream(start=3, rules=DocumentRules(eod_id=4, reset_attention_mask=True)))
+    assert batch.tokens.tolist() == [[3, 4], [4, 5]]
+    assert batch.bounds.places.tolist() == [0, 2, 3, 4]
+    assert batch.bounds.longest == 2
+    assert next(_stream()).bounds is None
+
+
 def test_batches_have_the_documented_types():
     batch = make_batch(torch.zeros(2, 5, dtype=torch.int64), DocumentRules(0, True, True, True))
     assert batch.verdicts is None
-    types = {name: getattr(batch, name).dtype for name in batch.__dataclass_fields__ if name != "verdicts"}
+    assert batch.bounds is None
+    names = batch.__dataclass_fields__.keys() - {"verdicts", "bounds"}
+    types = {name: getattr(batch, name).dtype for name in names}
     assert types == {
         "tokens": torch.int64,
         "labels": torch.int64,

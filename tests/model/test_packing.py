@@ -15,7 +15,7 @@ from tests.model.builds import small_config
 from tests.training.layouts import train
 from vishwamai_mp.config import ConfigError
 from vishwamai_mp.model.attention import CoreAttention
-from vishwamai_mp.model.packing import check_packing, packed_documents
+from vishwamai_mp.model.packing import check_packing, document_bounds, packed_documents
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=9, max_size=9), min_size=1, max_size=4))
@@ -23,7 +23,7 @@ def test_bounds_are_those_of_a_loop(steps):
     ids = torch.tensor(steps).cumsum(1)
     flat = [(row, int(ids[row, place])) for row in range(len(steps)) for place in range(9)]
     bounds = [place for place in range(len(flat)) if place == 0 or flat[place] != flat[place - 1]] + [len(flat)]
-    packed = packed_documents(ids)
+    packed = packed_documents(document_bounds(ids))
     assert packed.qkv_format == "thd"
     assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == bounds
     assert packed.cu_seqlens_q.dtype == torch.int32

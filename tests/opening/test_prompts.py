@@ -1,6 +1,7 @@
 """How a model is addressed: BOS, ends, chat templates. transformers' own tokenizer says what is right."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import sentencepiece
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.conversion.tokenizer import import_tokenizer
+from vishwamai_mp.conversion.tokenizer import imported_files
 from vishwamai_mp.data.tokenizer import companions
 from vishwamai_mp.opening.prompts import PromptTokenizer
 
@@ -164,6 +165,9 @@ def test_it_goes_along_when_a_folder_is_imported(folder: Path, tmp_path_factory:
     settings = {"add_bos_token": True}
     size = opened(folder, settings, "x").tokenizer.vocab_size
     run = tmp_path_factory.mktemp("run")
-    assert import_tokenizer(folder, run, size) is None
+    files, note = imported_files(folder, size)
+    assert note is None
+    for file in files:
+        shutil.copy(file, run / file.name)
     found = opened(run)
     assert (found.first, found.template) == ([1], "x")

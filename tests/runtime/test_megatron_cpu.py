@@ -100,6 +100,8 @@ def test_where_cuda_exists_nothing_is_rewritten_but_the_optimizer_is_repaired(tm
 
 def test_another_partner_of_the_distributed_optimizer_is_left_alone():
     class Theirs:
+        optimizer = object()  # Transformer Engine's, which has no torch state to fill
+
         def state_dict(self):
             return "theirs"
 
@@ -108,7 +110,6 @@ def test_another_partner_of_the_distributed_optimizer_is_left_alone():
 
     megatron_cpu._repair_distributed_optimizer(Theirs)
     theirs = Theirs()
-    theirs.optimizer = object()  # Transformer Engine's, which has no torch state to fill
     assert theirs.state_dict() == "theirs"
     theirs._set_main_param_and_optimizer_states(None, {"exp_avg": 1})
     assert theirs.set == {"exp_avg": 1}

@@ -160,9 +160,9 @@ def spike(step: int, trainer: Trainer, notes: list[Any]) -> None:
     """Report a tenfold loss for one step; note which steps changed the parameters."""
     run = trainer.steps._run
 
-    def spiking(batches: Any, forward_only: bool) -> tuple[float, int]:
+    def spiking(batches: Any, forward_only: bool) -> torch.Tensor:
         loss, tokens = run(batches, forward_only)
-        return loss * (10 if trainer.state.step == step else 1), tokens
+        return torch.stack((loss * (10 if trainer.state.step == step else 1), tokens))
 
     trainer.steps._run = spiking  # type: ignore[method-assign]
     spoil_gradient(0, -1, 0.0, 0, trainer, notes)

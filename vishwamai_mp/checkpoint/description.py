@@ -51,13 +51,13 @@ def render(facts: dict[str, Any]) -> str:
     layout = ", ".join(f"{_LAYOUT_NAMES.get(key, key)} {size}" for key, size in facts["layout"].items())
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     model = ", ".join(f"{key}={value}" for key, value in facts["model"].items() if value is not None)
-    of_optimizer = sum(record["bytes"] for name, record in facts["tensors"].items() if is_optimizer(name))
+    states = [record["bytes"] for name, record in facts["tensors"].items() if is_optimizer(name)]
     lines = [
         f"checkpoint  {facts['path']}",
         f"step        {facts['step']}",
         f"state       {_state(facts)}",
         f"parameters  {facts['parameters']:,} (padding of the vocabulary included)",
-        f"optimizer   {'yes, ' + size_text(of_optimizer) if facts['optimizer'] else 'no, only weights'}",
+        f"optimizer   {_optimizer(states) if facts['optimizer'] else 'no, only weights'}",
         f"saved as    {layout}; precision {facts['precision']}",
         f"model       {model}",
         f"versions    {versions}",
@@ -85,10 +85,16 @@ def _state(facts: dict[str, Any]) -> str:
     return "whole (checksums verified)" if facts["verified"] else "whole by its files' sizes (--verify reads them)"
 
 
+def _optimizer(sizes: list[int]) -> str:
+    return f"yes, {size_text(sum(sizes))} in {len(sizes)} tensors (--json lists them)"
+
+
 def _table(tensors: dict[str, dict[str, Any]]) -> list[str]:
-    width = max((len(name) for name in tensors), default=6)
+    width = max((len(name) for name in tensors if not is_optimizer(name)), default=6)
     lines = [f"{'tensor':{width}}  {'shape':>16}  {'dtype':>8}  {'size':>10}"]
     for name, record in tensors.items():
+        if is_optimizer(name):
+            continue  # one of each parameter's size and a few more: their sum stands above
         shape = " × ".join(map(str, record["shape"])) or "scalar"
         lines.append(f"{name:{width}}  {shape:>16}  {record['dtype']:>8}  {size_text(record['bytes']):>10}")
     return lines

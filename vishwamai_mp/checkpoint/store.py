@@ -88,6 +88,11 @@ def locate(path: Path) -> Found:
         if found.path:
             return found
         skipped += found.skipped
+    if not skipped and (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is a Hugging Face folder; make a checkpoint of it: tools/convert_checkpoint.py from-hf"
+            f" --load {path} --output runs/{path.name}"
+        )
     why = "; ".join(skipped) if skipped else "neither a checkpoint nor a folder that has one"
     raise UserError(f"{path}: {why}")
 

@@ -7,6 +7,7 @@ of B, and share A. Shapes: I in, O out, R rank of the adapter.
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from torch import Tensor
 from vishwamai_mp.checkpoint.pieces import PieceReader
 from vishwamai_mp.config import LoraConfig, UserError
 from vishwamai_mp.config.files import write_whole, written_whole
+from vishwamai_mp.conversion import dtypes
+from vishwamai_mp.conversion.folder import open_folder
 from vishwamai_mp.conversion.journal import disk_errors
 from vishwamai_mp.conversion.mapping import Mapped
+from vishwamai_mp.conversion.rows import RowReader, pieces_of, stored_type
 from vishwamai_mp.conversion.source import Source, adapter_names
 
+# What of a model's configuration leaves its weights and what they compute as they are.
+_NOT_OF_WEIGHTS = {"max_position_embeddings", "attention_dropout", "hidden_dropout", "initializer_range"}
 _ROWS = 4096  # of a product held at a time
 
 
@@ -43,7 +49,7 @@ def merged(reader: PieceReader, mapped: Mapped, weight: Tensor, lora: LoraConfig
     return out
 
 
-def export_adapters(source: Source, output: Path, base: str) -> None:
+def export_adapters(source: Source, output: Path, base: str) -> list[str]:
     """Write a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
@@ -51,8 +57,12 @@ def export_adapters(source: Source, output: Path, base: str) -> None:
         output: a new or empty folder.
         base: name or path of the Hugging Face model that the adapters were trained on; may be empty.
 
+    Returns:
+        what the user should know.
+
     Raises:
-        UserError: no adapters, or components, which `peft` knows nothing of; the folder holds something.
+        UserError: no adapters, or components, which `peft` knows nothing of; the folder holds something; `base` is a
+            folder with another model than the frozen weights of the checkpoint.
     """
     config = source.config
     if not config.lora.enabled:
@@ -66,6 +76,8 @@ def export_adapters(source: Source, output: Path, base: str) -> None:
         raise UserError(f"--output {output} is not empty; name a new folder")
     tensors: dict[str, Tensor] = {}
     with PieceReader(source.path, source.manifest) as reader:
+        if Path(base).is_dir() and base:
+            _check_base(source, reader, Path(base))
         for mapped in source.mapping:
             if names := adapter_names(mapped, config.lora):
                 tensors |= _of_layer(mapped, *(_read(reader, name) for name in names))
@@ -75,6 +87,32 @@ def export_adapters(source: Source, output: Path, base: str) -> None:
             save_file(tensors, aside, metadata={"format": "pt"})
         described = _config(config.lora, [name.split(".")[-3] for name in tensors], base)
         write_whole(output / "adapter_config.json", json.dumps(described, indent=2).encode() + b"\n")
+    is_unseen = base and not Path(base).is_dir()
+    return (
+        [f"--base {base} is no folder here: its weights were not compared with the checkpoint's"] if is_unseen else []
+    )
+
+
+def _check_base(source: Source, reader: PieceReader, base: Path) -> None:
+    """Compare all frozen weights with a folder's, rounded to the coarser type of the two."""
+    folder = open_folder(base)
+    other = f"--base {base} is not the model that the adapters of {source.path} were trained on"
+    ours, theirs = asdict(source.config.model), asdict(folder.config.model)
+    for key in ours.keys() - _NOT_OF_WEIGHTS:
+        if ours[key] != theirs[key]:
+            raise UserError(f"{other}: model.{key} is {theirs[key]} there and {ours[key]} here")
+    rows = RowReader(folder)
+    for mapped in folder.mapping:
+        whole, stored = _read(reader, mapped.name), stored_type(folder, mapped)
+        kept = dtypes.of_manifest(source.manifest.tensors[mapped.name].dtype, mapped.name)
+        dtype = stored if stored.size < kept.size else kept
+        for piece in pieces_of(mapped, dtype):
+            last = min(piece.last, mapped.shape[0])  # padding of the vocabulary is as each layout needs it
+            if not torch.equal(rows.read(piece)[: last - piece.first], whole[piece.first : last].to(dtype.torch)):
+                raise UserError(
+                    f"{other}: {' or '.join(part.name for part in mapped.parts)} differs; name the one that they were"
+                )
+    rows.close()
 
 
 def _read(reader: PieceReader, name: str) -> Tensor:

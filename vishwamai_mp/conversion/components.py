@@ -12,6 +12,12 @@ from vishwamai_mp.config.components import CONVOLUTION_TAPS, IMPORTANCE_WIDTH, c
 from vishwamai_mp.conversion.mapping import Mapped, whole
 
 ARCHITECTURE = "VishwamaiForCausalLM"
+MODEL_TYPE = "vishwamai"
+AUTO_MAP = {
+    "AutoConfig": "configuration_vishwamai.VishwamaiConfig",
+    "AutoModelForCausalLM": f"modeling_vishwamai.{ARCHITECTURE}",
+}
+KEYS = ("memory", "cache", "value_head")  # of `config.json`
 _VALUE_HEAD = ("value_head.weight", "value_head.bias")
 _CODE = ("configuration_vishwamai.py", "modeling_vishwamai.py")
 
@@ -83,11 +89,8 @@ def to_hf(config: PretrainConfig, value_head: bool) -> dict[str, Any]:
         return {}
     return {
         "architectures": [ARCHITECTURE],
-        "model_type": "vishwamai",
-        "auto_map": {
-            "AutoConfig": "configuration_vishwamai.VishwamaiConfig",
-            "AutoModelForCausalLM": f"modeling_vishwamai.{ARCHITECTURE}",
-        },
+        "model_type": MODEL_TYPE,
+        "auto_map": AUTO_MAP,
         "sliding_window": config.model.sliding_window,
         "memory": None
         if not memory.enabled

@@ -1,16 +1,25 @@
-"""A Hugging Face folder that is to be imported: its tensors, checked against the table of tensors."""
+"""A Hugging Face folder that is to be imported: its tensors, checked against the table of tensors.
+
+What of a folder is not imported is named in its notes: files, tensors that follow from others, keys of `config.json`.
+"""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve, to_dict
 from vishwamai_mp.conversion import components, model_config, safetensors_files
 from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
-from vishwamai_mp.conversion.safetensors_files import Entry
+from vishwamai_mp.conversion.model_config import without_effect
+from vishwamai_mp.conversion.safetensors_files import INDEX, Entry
+from vishwamai_mp.conversion.tokenizer import NAME as TOKENIZER
+from vishwamai_mp.data.file_kinds import refuse_pointer
+from vishwamai_mp.data.tokenizer import companions
 
-_BUFFERS = (".rotary_emb.inv_freq",)  # not parameters; early Llamas' folders have them
+_BUFFERS = (".rotary_emb.inv_freq",)  # they follow from rope_theta; early Llamas' folders have them
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,8 @@ class Folder:
         entries: the folder's tensors by name.
         added: names of the components' tensors that are to be made, in Hugging Face's spelling; the folder lacks them.
         digest: names the folder's content.
+        token_ids: `bos_token_id` and the like, as `config.json` has them.
+        notes: what the user should know.
     """
 
     path: Path
@@ -32,6 +43,8 @@ class Folder:
     entries: Mapping[str, Entry]
     added: frozenset[str]
     digest: str
+    token_ids: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
 def open_folder(path: Path, additions: Sequence[str] = ()) -> Folder:
@@ -45,19 +58,47 @@ def open_folder(path: Path, additions: Sequence[str] = ()) -> Folder:
         UserError: not a model that can be converted, or tensors missing, left over or of another shape.
     """
     described = model_config.read_config(path)
+    _refuse_pointers(path)
     tensors = safetensors_files.read_folder(path)  # before what is said of the model: pickles are refused as such
     original = model_config.from_hf(described, path / "config.json")
-    config = _with_additions(original, additions, path)
+    notes = [f"{key} of config.json, which is unknown here and switched off" for key in without_effect(described)]
     entries = {name: entry for name, entry in tensors.items() if not name.endswith(_BUFFERS)}
-    if config.model.tie_word_embeddings:
-        entries.pop("lm_head.weight", None)  # some tools write it beside the embedding that it is
+    if buffers := len(tensors) - len(entries):
+        notes.append(f"{buffers} tensors *{_BUFFERS[0]}, which follow from rope_theta")
+    files = {entry.path for entry in entries.values()}
+    notes += _unread(path, files)
+    notes = [f"left behind: {'; '.join(notes)}"] if notes else []
+    if original.model.tie_word_embeddings and _HEAD in entries and _EMBEDDING in entries:
+        if safetensors_files.are_equal(entries[_HEAD], entries[_EMBEDDING]):
+            del entries[_HEAD]
+        else:
+            notes.append(
+                f"config.json has tie_word_embeddings=true, but {_HEAD} is not {_EMBEDDING}: both are imported, untied"
+            )
+            described = {**described, "tie_word_embeddings": False}
+            original = model_config.from_hf(described, path / "config.json")
+    config = _with_additions(original, additions, path)
     shapes = {name: entry.shape for name, entry in entries.items()}
     value_head = components.has_value_head(shapes)
     expected = [*plain_mapping(config.model), *components.component_mapping(original, value_head)]
     _check(path, shapes, expected)
     table = [*plain_mapping(config.model), *components.component_mapping(config, value_head)]
     added = frozenset(part.name for mapped in table for part in mapped.parts if part.name not in entries)
-    return Folder(path, config, table, entries, added, _digest({entry.path for entry in entries.values()}))
+    ids = model_config.token_ids(described)
+    return Folder(path, config, table, entries, added, _digest(files), ids, tuple(notes))
+
+
+def _refuse_pointers(path: Path) -> None:
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            refuse_pointer(file)
+
+
+def _unread(path: Path, weights: Collection[Path]) -> list[str]:
+    """Files and folders that nothing is taken from."""
+    read = {*weights, *companions(path / TOKENIZER), *(path / name for name in ("config.json", INDEX, TOKENIZER))}
+    read |= {path / name for name in components.code_files()}
+    return [file.name for file in sorted(path.iterdir()) if file not in read]
 
 
 def _with_additions(config: PretrainConfig, additions: Sequence[str], path: Path) -> PretrainConfig:

@@ -1,16 +1,13 @@
 """Imports a Llama-family Hugging Face folder as a checkpoint that training loads at any layout, in bounded memory.
 
-The output is a run folder: `config.yaml`, the tokenizer where the folder has a SentencePiece model, and
-`checkpoints/step_00000000` with weights only.
+The output is a run folder: `config.yaml`, the tokenizer where the folder has a SentencePiece model,
+`generation_config.json` and Hugging Face's own tokenizer files, and `checkpoints/step_00000000` with weights only.
 """
 
 import json
-import math
-import os
 import pickle
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 # isort: split
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -33,46 +29,22 @@ from torch.distributed.checkpoint.metadata import (
 from vishwamai_mp import __version__
 from vishwamai_mp.checkpoint import manifest, store
 from vishwamai_mp.checkpoint.manifest import FileRecord, Manifest, TensorRecord
-from vishwamai_mp.checkpoint.pieces import bytes_of
 from vishwamai_mp.checkpoint.writer import ChecksummedFile
-from vishwamai_mp.config import PretrainConfig, UserError, to_yaml
+from vishwamai_mp.config import PretrainConfig, to_yaml
 from vishwamai_mp.config.files import write_through, write_whole
-from vishwamai_mp.conversion import dtypes
-from vishwamai_mp.conversion.dtypes import FP8, FP32, DType
+from vishwamai_mp.conversion.dtypes import DType
 from vishwamai_mp.conversion.folder import Folder
-from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
-from vishwamai_mp.conversion.mapping import Mapped, padded_rows
-from vishwamai_mp.conversion.progress import Progress
-from vishwamai_mp.conversion.safetensors_files import Entry, plan_shards
+from vishwamai_mp.conversion.journal import Files, Journal, Progress, check_space, disk_errors
+from vishwamai_mp.conversion.mapping import padded_rows
+from vishwamai_mp.conversion.rows import Piece, RowReader, pieces_of, stored_type
+from vishwamai_mp.conversion.safetensors_files import plan_shards
 from vishwamai_mp.conversion.to_hf import ahead
-from vishwamai_mp.conversion.tokenizer import import_tokenizer
+from vishwamai_mp.conversion.tokenizer import generation_config, imported_files
+from vishwamai_mp.data.tokenizer import GENERATION_FILE
 
-_PIECE_BYTES = 64 << 20  # a tensor is stored in pieces of rows of about this size: so much is held at once
 _FILE_BYTES = 2 << 30
 _STEP = 0
 _ADDED = "added"  # holds fresh components meanwhile
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Rows of a checkpoint tensor, stored together."""
-
-    mapped: Mapped
-    dtype: DType
-    first: int
-    last: int
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        return (self.first, *[0] * (len(self.mapped.shape) - 1))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return (self.last - self.first, *self.mapped.shape[1:])
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.sizes) * self.dtype.size
 
 
 def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str]:
@@ -89,7 +61,7 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
     Raises:
         UserError: the output holds something else, the disk is full, a file is damaged.
     """
-    pieces = [piece for mapped in folder.mapping for piece in _pieces(mapped, dtype or _stored(folder, mapped))]
+    pieces = [piece for mapped in folder.mapping for piece in pieces_of(mapped, dtype or stored_type(folder, mapped))]
     files = {f"__0_{number}.distcp": group for number, group in enumerate(plan_shards(pieces, _FILE_BYTES))}
     config = _with_precision(folder.config, pieces[0].dtype)
     job = {
@@ -98,6 +70,8 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
         "dtype": dtype.option if dtype else None,
         "components": [asdict(config.memory), asdict(config.cache)],
     }
+    kept, note = imported_files(folder.path, config.model.vocab_size)
+    generation = generation_config(folder.path, folder.token_ids)
     with disk_errors(output):
         journal = Journal(output, job)
         partial = output / "checkpoints" / f"{store.name_of(_STEP)}.converting"
@@ -116,34 +90,20 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
             folder = replace(folder, entries={**folder.entries, **fresh})
         with Progress("import", sum(sizes.values()), done) as progress:
             _write_files(folder, partial, todo, journal, progress)
-        note = import_tokenizer(folder.path, output, config.model.vocab_size)
+        for file in kept:
+            write_whole(output / file.name, file.read_bytes())
+        if generation:
+            write_whole(output / GENERATION_FILE, json.dumps(generation, indent=2).encode() + b"\n")
         write_whole(output / "config.yaml", to_yaml(config).encode())
         _complete(partial, config, files, journal)
         store.publish(partial, _STEP)
         shutil.rmtree(output / _ADDED, ignore_errors=True)
         journal.close()
-    return [f"{folder.path}: {note}"] if note else []
-
-
-def _stored(folder: Folder, mapped: Mapped) -> DType:
-    """The type of a tensor's parts, fp32 where they differ; that of the embedding for what the folder lacks."""
-    names = [part.name for part in mapped.parts if part.name not in folder.added]
-    names = names or [folder.mapping[0].parts[0].name]
-    kinds = [dtypes.of_safetensors(folder.entries[name].tag, name) for name in names]
-    if FP8 in kinds:
-        raise UserError(f"{mapped.parts[0].name} is quantized; give the folder with the original weights")
-    return kinds[0] if len(set(kinds)) == 1 else FP32
+    return [f"{folder.path}: {line}" for line in (note, *folder.notes) if line]
 
 
 def _with_precision(config: PretrainConfig, dtype: DType) -> PretrainConfig:
     return replace(config, precision=dtype.option)  # type: ignore[arg-type]
-
-
-def _pieces(mapped: Mapped, dtype: DType) -> Iterator[_Piece]:
-    rows = padded_rows(mapped) if mapped.shape else 1
-    step = max(1, _PIECE_BYTES // (math.prod(mapped.shape[1:]) * dtype.size))
-    for first in range(0, rows, step):
-        yield _Piece(mapped, dtype, first, min(first + step, rows))
 
 
 def _is_finished(path: Path, journal: Journal) -> bool:
@@ -152,9 +112,9 @@ def _is_finished(path: Path, journal: Journal) -> bool:
 
 
 def _write_files(
-    folder: Folder, partial: Path, groups: dict[str, list[_Piece]], journal: Journal, progress: Progress
+    folder: Folder, partial: Path, groups: dict[str, list[Piece]], journal: Journal, progress: Progress
 ) -> None:
-    reader = _RowReader(folder)
+    reader = RowReader(folder)
     tensors = ahead(reader.read, [piece for group in groups.values() for piece in group], 2)
     with Files(journal) as files:
         for name, group in groups.items():
@@ -170,49 +130,7 @@ def _write_files(
     reader.close()
 
 
-class _RowReader:
-    """Reads pieces of checkpoint tensors from the rows of safetensors files."""
-
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        self._files: dict[Path, int] = {}
-
-    def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-
-    def read(self, piece: _Piece) -> Tensor:
-        """The piece; rows that belong to no token are zero."""
-        out = torch.zeros(piece.sizes, dtype=piece.dtype.torch)
-        for part in piece.mapped.parts:
-            entry, row = self._folder.entries[part.name], 0  # row: of the Hugging Face tensor
-            for first, last in part.rows:
-                low, high = max(first, piece.first), min(last, piece.last)
-                if low < high:
-                    self._fill(out[low - piece.first : high - piece.first], entry, row + low - first, piece.dtype)
-                row += last - first
-        return out
-
-    def _fill(self, target: Tensor, entry: Entry, row: int, dtype: DType) -> None:
-        stored = dtypes.of_safetensors(entry.tag, entry.name)
-        place = target if stored == dtype else torch.empty(target.shape, dtype=stored.torch)
-        start = entry.start + row * math.prod(entry.shape[1:]) * stored.size
-        view, done = bytes_of(place), 0
-        while done < len(view):
-            count = os.preadv(self._descriptor(entry.path), [view[done:]], start + done)
-            if count == 0:
-                raise UserError(f"{entry.path} is truncated within {entry.name}; copy it again")
-            done += count
-        if place is not target:
-            target.copy_(dtypes.cast(place, dtype, entry.name))
-
-    def _descriptor(self, path: Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return self._files[path]
-
-
-def _complete(partial: Path, config: PretrainConfig, files: dict[str, list[_Piece]], journal: Journal) -> None:
+def _complete(partial: Path, config: PretrainConfig, files: dict[str, list[Piece]], journal: Journal) -> None:
     """Everything of a checkpoint but its tensors' files."""
     metadata = _metadata(files, journal)
     write_through(partial / ".metadata", pickle.dumps(metadata))
@@ -246,7 +164,7 @@ def _complete(partial: Path, config: PretrainConfig, files: dict[str, list[_Piec
     write_through(partial / manifest.NAME, described.to_json().encode())
 
 
-def _metadata(files: dict[str, list[_Piece]], journal: Journal) -> Metadata:
+def _metadata(files: dict[str, list[Piece]], journal: Journal) -> Metadata:
     """torch's description of where each piece lies."""
     tensors: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}

@@ -1,4 +1,8 @@
-"""`config.json` from our model configuration, and back. Needs neither torch nor transformers."""
+"""`config.json` from our model configuration, and back. Needs neither torch nor transformers.
+
+Every key of a `config.json` that is imported is either read here, or known to leave what the model computes as it is,
+or refused by its name: transformers would let it change the model, and the import would not.
+"""
 
 import json
 from collections.abc import Mapping
@@ -8,8 +12,13 @@ from typing import Any
 
 from vishwamai_mp.config import ConfigError, ModelConfig, PretrainConfig, UserError, load_config, resolve
 from vishwamai_mp.conversion import components
+from vishwamai_mp.data.tokenizer import refuse_pointer
 
 PLAIN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+MODEL_TYPES = {
+    **dict(zip(PLAIN_ARCHITECTURES, ("llama", "mistral"), strict=True)),
+    components.ARCHITECTURE: components.MODEL_TYPE,
+}
 _NO_ROOM_FOR = {
     "Qwen2ForCausalLM": "biases of queries, keys and values",
     "Qwen3ForCausalLM": "norms of queries and keys",
@@ -24,15 +33,42 @@ _NO_ROOM_FOR = {
     "GraniteForCausalLM": "multipliers of embeddings, residuals and logits",
     "StableLmForCausalLM": "LayerNorm and partial rotary embeddings",
 }
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What transformers takes where a Mistral's config.json does not say; a Llama's are in `from_hf`.
+_MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+_READ = {
+    "architectures", "attention_bias", "attention_dropout", "auto_map", "head_dim", "hidden_act", "hidden_size",
+    "initializer_range", "intermediate_size", "layer_types", "max_position_embeddings", "mlp_bias", "model_type",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "partial_rotary_factor", "quantization_config",
+    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size", *_TOKEN_IDS,
+}  # fmt: skip
+_NEUTRAL = {
+    # where the folder comes from
+    "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "unsloth_version", "unsloth_fixed",
+    "transformers.js_config", "license", "is_llama_config",
+    # how transformers computes and what it returns, not what; pretraining_tp cuts products into equal slices
+    "torch_dtype", "dtype", "use_cache", "pretraining_tp", "torchscript", "use_bfloat16", "return_dict",
+    "output_attentions", "output_hidden_states", "_attn_implementation", "attn_implementation",
+    "_attn_implementation_autoset", "_attn_implementation_internal", "chunk_size_feed_forward",
+    "gradient_checkpointing",
+    # of classifiers, encoders and other tasks
+    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class",
+    "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id", "is_encoder_decoder", "is_decoder",
+    # of generate(), from before generation_config.json
+    "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "num_return_sequences", "bad_words_ids", "output_scores", "return_dict_in_generate",
+    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens",
+}  # fmt: skip
 
 
-def to_hf(model: ModelConfig, dtype: str, token_ids: Mapping[str, int]) -> dict[str, Any]:
+def to_hf(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of a model without components: a Llama, or with a sliding window a Mistral, which is one with it.
 
     Args:
         model: resolved.
         dtype: of the weights, torch's name.
-        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, as far as they exist.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, as far as they exist; a number each, or a list.
 
     Raises:
         UserError: transformers has no such model.
@@ -60,11 +96,11 @@ def to_hf(model: ModelConfig, dtype: str, token_ids: Mapping[str, int]) -> dict[
         "rope_scaling": _scaling_to_hf(model),
         "tie_word_embeddings": model.tie_word_embeddings,
         "initializer_range": model.initializer_range,
-        "attention_dropout": 0.0,
+        "attention_dropout": model.attention_dropout,
         "torch_dtype": dtype,
         "use_cache": True,
         **({"sliding_window": model.sliding_window} if windowed else {"attention_bias": False, "mlp_bias": False}),
-        **{name: token_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{name: token_ids.get(name) for name in _TOKEN_IDS},
     }
 
 
@@ -78,8 +114,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{folder} holds adapters of PEFT, not a model; merge them into their base first (merge_and_unload)"
+            ) from None
         raise UserError(f"{folder} is no Hugging Face folder (config.json is missing)") from None
     except (OSError, ValueError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -93,6 +134,8 @@ def from_hf(config: Mapping[str, Any], path: Path) -> PretrainConfig:
         UserError: another architecture, or a feature of the family that this model has not.
     """
     _check_supported(config, path)
+    if config["architectures"][0] != "LlamaForCausalLM":
+        config = {**_MISTRAL_DEFAULTS, **config}
     try:
         model: dict[str, Any] = {
             "hidden_size": config["hidden_size"],
@@ -106,12 +149,13 @@ def from_hf(config: Mapping[str, Any], path: Path) -> PretrainConfig:
             "tie_word_embeddings": config.get("tie_word_embeddings", False),
             "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
             "initializer_range": config.get("initializer_range", 0.02),
+            "attention_dropout": config.get("attention_dropout", 0.0),
         }
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}") from None
     if config["architectures"][0] != "LlamaForCausalLM":
-        model["sliding_window"] = config.get("sliding_window")
-    rope = _rope(config)
+        model["sliding_window"] = config["sliding_window"]
+    rope = _rope(config, path)
     model["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     model["rope_scaling"] = _scaling_from_hf(rope, path)
     try:
@@ -123,38 +167,72 @@ def from_hf(config: Mapping[str, Any], path: Path) -> PretrainConfig:
         raise UserError(f"{path}: {error}") from None
 
 
+def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`bos_token_id` and the like that `config` names: a number each, or a list."""
+    return {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
+
+
+def without_effect(config: Mapping[str, Any]) -> list[str]:
+    """Keys of a supported `config.json` that are unknown here, but switched off: null, false, 0 or empty."""
+    return sorted(config.keys() - _known(config))
+
+
+def _known(config: Mapping[str, Any]) -> set[str]:
+    own = {"LlamaForCausalLM": set(), "MistralForCausalLM": {"sliding_window"}}
+    return _READ | _NEUTRAL | own.get(config["architectures"][0], {"sliding_window", *components.KEYS})
+
+
 def _check_supported(config: Mapping[str, Any], path: Path) -> None:
     named = config.get("architectures")
     if not isinstance(named, list) or not named:
         raise UserError(f"{path} names no architecture; expected {' or '.join(PLAIN_ARCHITECTURES)}")
-    if named[0] not in (*PLAIN_ARCHITECTURES, components.ARCHITECTURE):
+    if named[0] not in MODEL_TYPES:
         why = f", which has {_NO_ROOM_FOR[named[0]]}" if named[0] in _NO_ROOM_FOR else ""
         raise UserError(f"{path}: {named[0]}{why}, cannot be converted; only Llama and Mistral models can")
-    partial = config.get("partial_rotary_factor") or _rope(config).get("partial_rotary_factor") or 1
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"{path}: its weights are quantized ({method}); give the folder with the original weights")
+    window = named[0] != "LlamaForCausalLM" and config.get("sliding_window", 1) is not None
+    partial = config.get("partial_rotary_factor") or _rope(config, path).get("partial_rotary_factor") or 1
+    layers = set(config.get("layer_types") or ())
+    whole = {"sliding_attention" if window else "full_attention"}
+    code = components.AUTO_MAP if named[0] == components.ARCHITECTURE else {}
     refused = {
-        "attention_bias": (config.get("attention_bias", False), False, "linears here have no biases"),
-        "mlp_bias": (config.get("mlp_bias", False), False, "linears here have no biases"),
+        "model_type": (config.get("model_type", MODEL_TYPES[named[0]]), MODEL_TYPES[named[0]], f"it is a {named[0]}"),
+        "attention_bias": (config.get("attention_bias") or False, False, "linears here have no biases"),
+        "mlp_bias": (config.get("mlp_bias") or False, False, "linears here have no biases"),
         "hidden_act": (config.get("hidden_act", "silu"), "silu", "the MLP here is SwiGLU"),
         "partial_rotary_factor": (float(partial), 1.0, "heads are turned whole here"),
+        "layer_types": (layers or whole, whole, "all layers here attend alike"),
+        "auto_map": (config.get("auto_map") or code, code, "the model is computed by Python code of its own"),
     }
     for key, (value, wanted, why) in refused.items():
         if value != wanted:
             raise UserError(f"{path}: {key}={value} is not supported ({why})")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"{path}: its weights are quantized ({method}); give the folder with the original weights")
+    for key in sorted(config.keys() - _known(config)):
+        if config[key]:
+            raise UserError(
+                f"{path}: {key}={config[key]!r} is unknown here and may change what the model computes; if it does"
+                " not, take it out of the file"
+            )
 
 
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rope(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """transformers 5 writes `rope_parameters`; 4 wrote `rope_scaling` beside `rope_theta`."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    rope = new or old
+    if not isinstance(rope, Mapping) or (new and old and new != old):
+        raise UserError(f"{path}: rope_parameters={new} and rope_scaling={old} do not agree; take one out of the file")
+    theta = config.get("rope_theta")
+    if theta is not None and rope.get("rope_theta", theta) != theta:
+        raise UserError(f"{path}: rope_theta is {theta}, and {rope['rope_theta']} with the scaling; keep one of them")
+    return rope
 
 
 def _scaling_from_hf(rope: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
     names = {
+        "default": (),
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
@@ -163,7 +241,12 @@ def _scaling_from_hf(rope: Mapping[str, Any], path: Path) -> dict[str, Any] | No
     missing = [name for name in names[kind] if name not in rope]
     if missing:
         raise UserError(f"{path}: rotary scaling {kind!r} lacks {missing[0]}")
-    return {"rope_type": kind, **{name: rope[name] for name in names[kind]}}
+    # What transformers' own rule of this type does not read either.
+    unread = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    unknown = [name for name in rope if name not in {*names[kind], *unread} and rope[name]]
+    if unknown:
+        raise UserError(f"{path}: rotary scaling {kind!r} with {unknown[0]}={rope[unknown[0]]!r} is not supported")
+    return {"rope_type": kind, **{name: rope[name] for name in names[kind]}} if names[kind] else None
 
 
 def _scaling_to_hf(model: ModelConfig) -> dict[str, Any] | None:

@@ -1,8 +1,10 @@
 """Safetensors files read and written as streams: a header in JSON, then the tensors one after another.
 
 The format (huggingface.co/docs/safetensors): 8 bytes, the header's length; the header, `{name: {dtype, shape,
-data_offsets}}`; the data. The package of that name maps whole files into memory, or holds what it writes; here
-a tensor is a place in a file. Needs no torch.
+data_offsets}}`; the data. Here a tensor is a place in a file, which may be larger than memory. The package of that
+name cannot write one tensor after another (`save_file` wants all of a file's at once), and does not tell where in a
+file a tensor lies: its `safe_open` maps the file into memory, where reading rows of a file that is cut short or on a
+failing disk ends the process by a signal instead of an error that names the file. Needs no torch.
 """
 
 import json
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.data.file_kinds import refuse_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_BLOCK_BYTES = 16 << 20
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
 _SIZES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
@@ -91,6 +95,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         UserError: it is no whole safetensors file.
     """
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _MOST_HEADER_BYTES:
@@ -119,8 +124,23 @@ def _entry(name: str, record: dict[str, Any], path: Path, data: int) -> Entry:
     return entry
 
 
+def are_equal(left: Entry, right: Entry) -> bool:
+    """Whether two tensors have the same type, shape and bytes. Holds a block of each at a time."""
+    if (left.tag, left.shape) != (right.tag, right.shape):
+        return False
+    with left.path.open("rb") as one, right.path.open("rb") as other:
+        one.seek(left.start)
+        other.seek(right.start)
+        for start in range(0, left.size, _BLOCK_BYTES):
+            count = min(_BLOCK_BYTES, left.size - start)
+            if one.read(count) != other.read(count):
+                return False
+    return True
+
+
 def _read_indexed(folder: Path) -> dict[str, Entry]:
     path = folder / INDEX
+    refuse_pointer(path)
     try:
         places = {str(name): str(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
     except (OSError, AttributeError, KeyError, TypeError, ValueError):

@@ -22,13 +22,13 @@ from vishwamai_mp.conversion import components, dtypes, model_config, safetensor
 from vishwamai_mp.conversion.adapters import merged
 from vishwamai_mp.conversion.block_scaled import BLOCK, is_block_scaled, quantized
 from vishwamai_mp.conversion.dtypes import BF16, FP8, FP32, DType
-from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
+from vishwamai_mp.conversion.journal import Files, Journal, Progress, check_space, disk_errors
 from vishwamai_mp.conversion.mapping import Mapped, Part
 from vishwamai_mp.conversion.model_card import model_card
-from vishwamai_mp.conversion.progress import Progress
 from vishwamai_mp.conversion.safetensors_files import Planned
 from vishwamai_mp.conversion.source import Source
-from vishwamai_mp.conversion.tokenizer import TokenizerFiles, tokenizer_files
+from vishwamai_mp.conversion.tokenizer import NAME as TOKENIZER
+from vishwamai_mp.conversion.tokenizer import TokenizerFiles, generation_config, tokenizer_files
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,7 +44,8 @@ class ExportOptions:
     Attributes:
         dtype: of the weights; None: as they are stored.
         max_shard_size: bytes of tensors in a file.
-        tokenizer: a SentencePiece model; None: a folder without a tokenizer.
+        tokenizer: a SentencePiece model; None: a folder without a tokenizer. The run folder's goes with the files
+            beside it, and need not exist if these were imported without one.
         chat_template: Jinja, for the tokenizer's files.
     """
 
@@ -70,7 +71,10 @@ def export_folder(source: Source, output: Path, options: ExportOptions) -> None:
     Raises:
         UserError: the folder holds something else, the disk is full, the checkpoint is damaged.
     """
-    tokenizer = tokenizer_files(options.tokenizer, source.config.model, options.chat_template)
+    path = options.tokenizer
+    is_own = path is not None and path.parent.resolve() / path.name == source.run / TOKENIZER
+    tokenizer = tokenizer_files(path, source.config.model, options.chat_template, imported=is_own)
+    kept = generation_config(source.run, {})
     outputs = _plan(source, options.dtype)
     shards = _shards(outputs, options.max_shard_size)
     job = {
@@ -89,7 +93,7 @@ def export_folder(source: Source, output: Path, options: ExportOptions) -> None:
         with PieceReader(source.path, source.manifest) as reader, Progress("export", sum(sizes), done) as progress:
             chosen = [(names[number], shards[number]) for number in todo]
             _write_shards(reader, source.config.lora, output, chosen, journal, progress)
-        _write_small_files(source, output, shards, tokenizer)
+        _write_small_files(source, output, shards, tokenizer, kept)
         journal.close()
 
 
@@ -197,9 +201,12 @@ def _write_numbers(file: Any, tensor: Tensor, progress: Progress) -> None:
     progress.update(len(data))
 
 
-def _write_small_files(source: Source, output: Path, shards: list[list[_Output]], tokenizer: TokenizerFiles) -> None:
+def _write_small_files(
+    source: Source, output: Path, shards: list[list[_Output]], tokenizer: TokenizerFiles, imported: dict[str, Any]
+) -> None:
     dtype = shards[0][0].dtype
-    config = model_config.to_hf(source.config.model, dtype.name, tokenizer.token_ids)
+    generation = {**({} if imported else {"do_sample": False}), **tokenizer.token_ids, **imported}
+    config = model_config.to_hf(source.config.model, dtype.name, generation)
     own = components.to_hf(source.config, source.value_head)
     config |= own
     kinds = {item.dtype for shard in shards for item in shard}
@@ -213,7 +220,6 @@ def _write_small_files(source: Source, output: Path, shards: list[list[_Output]]
             "weight_block_size": [BLOCK, BLOCK],
             "modules_to_not_convert": sorted({*(name for name in kept if name.endswith(_LINEARS)), "lm_head"}),
         }
-    generation = {"do_sample": False, **tokenizer.token_ids}
     _write_json(output / "config.json", config)
     _write_json(output / "generation_config.json", generation)
     for name, content in (tokenizer.contents | (components.code_files() if own else {})).items():

@@ -2,23 +2,31 @@
 
 `tokenizer.json` (the format of the `tokenizers` package) is written directly. SentencePiece's BPE joins, again and
 again, the neighbours whose joint piece has the highest score; there, the same is a list of joinable pairs in order of
-preference. Tokens that a user defined are cut out of the text first, on both sides.
+preference. Tokens that a user defined are cut out of the text first, on both sides. One thing differs on purpose, as in
+every tokenizer of transformers: where a text spells a control token such as `</s>`, that is the token.
+
+An import keeps the folder's own tokenizer files, its `generation_config.json` and its chat template as they are, in the
+run folder beside `tokenizer.model`; training that is given this `tokenizer.model` copies them along, and an export
+writes them again. `generation_config.json` there also has the token ids that only `config.json` had.
 """
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import ModelConfig, UserError
-from vishwamai_mp.data.tokenizer import Tokenizer, companions
+from vishwamai_mp.conversion.model_config import token_ids
+from vishwamai_mp.data.file_kinds import foreign_tokenizer
+from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, SETTINGS_FILE, Tokenizer, companions
 
+NAME = "tokenizer.model"
 _SPACE = "\u2581"  # SentencePiece's own mark for one
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # types of pieces
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # types of pieces
 _BPE = 2  # type of model
-_NAME = "tokenizer.model"
+_JSON = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -29,65 +37,102 @@ class TokenizerFiles:
     token_ids: dict[str, int] = field(default_factory=dict)
 
 
-def tokenizer_files(path: Path | None, model: ModelConfig, chat_template: str | None) -> TokenizerFiles:
-    """What `AutoTokenizer` needs, from a SentencePiece model.
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a run folder has a tokenizer, of whatever kind."""
+    return (folder / NAME).is_file() or (folder / _JSON).is_file()
+
+
+def tokenizer_files(
+    path: Path | None, model: ModelConfig, chat_template: str | None, imported: bool = False
+) -> TokenizerFiles:
+    """What `AutoTokenizer` needs: the files that were imported with a SentencePiece model, or else made from it.
 
     Args:
         path: the model; None: a folder without a tokenizer.
-        model: its vocabulary must have the tokenizer's size.
-        chat_template: Jinja.
+        model: its vocabulary must have all of the tokenizer's tokens.
+        chat_template: Jinja; takes the place of an imported one.
+        imported: whether files beside `path` belong to it, as in a run folder; they may even stand alone there.
 
     Raises:
-        UserError: not a BPE model as `tools/train_tokenizer.py` makes them, or of another vocabulary.
+        UserError: more tokens than the model's, or without imported files not a model that they can be made from.
     """
     if path is None:
         if chat_template:
             raise UserError("--chat-template needs a tokenizer; name it with --tokenizer")
         return TokenizerFiles()
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != model.vocab_size:
-        raise UserError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, the model {model.vocab_size};"
-            " give the one that the model was trained with (--tokenizer)"
-        )
-    proto = _parse(tokenizer)
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id, "pad_token": tokenizer.pad_id}
-    named = {name: proto.pieces[i].piece for name, i in ids.items() if i >= 0}
-    settings: dict[str, Any] = {
+    beside = companions(path) if imported else []
+    contents = {file.name: file.read_bytes() for file in beside if file.name != GENERATION_FILE}
+    settings = _read_json(path.with_name(SETTINGS_FILE)) if SETTINGS_FILE in contents else {}
+    is_whole = _JSON in contents or "tokenizer_class" in settings
+    ids: dict[str, int] = {}
+    if path.is_file() or not is_whole:
+        tokenizer = Tokenizer(path)
+        tokenizer.check_fits(model.vocab_size)
+        contents[NAME] = tokenizer.proto
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id, "pad_token": tokenizer.pad_id}
+        ids = {name: i for name, i in ids.items() if i >= 0}
+        if not is_whole:
+            proto = _parse(tokenizer)
+            settings = {**_default_settings(proto, ids, tokenizer.unk_id, model), **settings}
+            contents[_JSON] = _json(_tokenizer_json(proto, tokenizer, settings))
+    if chat_template:
+        settings["chat_template"] = chat_template
+        contents.pop(CHAT_TEMPLATE_FILE, None)
+    if chat_template or not is_whole:
+        contents[SETTINGS_FILE] = _json(settings)
+    return TokenizerFiles(contents, {f"{name}_id": i for name, i in ids.items()})
+
+
+def generation_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder's `generation_config.json`, with the token ids of its `config.json` where it has none."""
+    content = _read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).is_file() else {}
+    return {**token_ids(config), **{key: value for key, value in content.items() if value is not None}}
+
+
+def imported_files(folder: Path, vocab_size: int) -> tuple[list[Path], str | None]:
+    """Files of a folder that its run folder keeps, and what is to be known of its tokenizer.
+
+    Raises:
+        UserError: a `tokenizer.model` that is damaged.
+    """
+    path, beside = folder / NAME, companions(folder / NAME)
+    if not path.is_file():
+        return beside, f"it has no SentencePiece model ({NAME}): set data.tokenizer to train on texts"
+    if kind := foreign_tokenizer(path.read_bytes()):
+        return beside, f"its {NAME} is {kind}, and is left behind: only SentencePiece models can be used here"
+    size = Tokenizer(path).vocab_size
+    if size > vocab_size:
+        return beside, f"its {NAME} has {size} tokens, the model only {vocab_size}, and is left behind"
+    note = f"its {NAME} has {size} tokens, the model {vocab_size}: no text here leads to those beyond, named or not"
+    return [path, *beside], note if size < vocab_size else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def _default_settings(proto: Any, ids: Mapping[str, int], unknown: int, model: ModelConfig) -> dict[str, Any]:
+    """`tokenizer_config.json`; llama.cpp's converter takes prefix space and the types of tokens from it."""
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **named,
-        "unk_token": proto.pieces[tokenizer.unk_id].piece,
+        **{name: proto.pieces[i].piece for name, i in ids.items()},
+        "unk_token": proto.pieces[unknown].piece,
+        "add_prefix_space": proto.normalizer_spec.add_dummy_prefix,
+        "added_tokens_decoder": {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+            for token in _added_tokens(proto)
+        },
         "model_max_length": model.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
         "add_bos_token": False,
         "add_eos_token": False,
     }
-    if chat_template:
-        settings["chat_template"] = chat_template
-    contents = {
-        _NAME: tokenizer.proto,
-        "tokenizer.json": _json(_tokenizer_json(proto, tokenizer)),
-        "tokenizer_config.json": _json(settings),
-        "special_tokens_map.json": _json({**named, "unk_token": settings["unk_token"]}),
-    }
-    return TokenizerFiles(contents, {f"{name}_id": i for name, i in ids.items() if i >= 0})
-
-
-def import_tokenizer(folder: Path, run: Path, vocab_size: int) -> str | None:
-    """Copy a folder's SentencePiece model, and what is beside it for prompts, into a run folder.
-
-    Returns:
-        None, or why there is none.
-    """
-    path = folder / _NAME
-    if not path.is_file():
-        return "it has no SentencePiece model (tokenizer.model): set data.tokenizer to train on"
-    size = Tokenizer(path).vocab_size
-    if size != vocab_size:
-        return f"its tokenizer.model has {size} tokens, the model {vocab_size}: tokens were added that it lacks"
-    for file in (path, *companions(path)):
-        shutil.copyfile(file, run / file.name)
-    return None
 
 
 def _parse(tokenizer: Tokenizer) -> Any:
@@ -96,12 +141,24 @@ def _parse(tokenizer: Tokenizer) -> Any:
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(tokenizer.proto)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    spaced = [symbol for symbol in symbols if " " in symbol or _SPACE in symbol]
+    scores = Counter(piece.score for piece in proto.pieces if piece.type == _NORMAL and len(piece.piece) > 1)
     reasons = {
         "its type is not BPE": trainer.model_type != _BPE,
         "it normalizes text (use the rule `identity`)": bool(normalizer.precompiled_charsmap),
+        "it changes text that it decodes": bool(proto.denormalizer_spec.precompiled_charsmap),
         "it removes extra whitespace": normalizer.remove_extra_whitespaces,
-        "it has no byte fallback": not trainer.byte_fallback,
+        "it does not mark spaces": not normalizer.escape_whitespaces,
         "it marks spaces at the end of words": trainer.treat_whitespace_as_suffix,
+        "it has no byte fallback": not trainer.byte_fallback,
+        "it has pieces that are not used": any(piece.type == _UNUSED for piece in proto.pieces),
+        "several of its pieces have one score, and SentencePiece then goes from left to right": any(
+            count > 1 for count in scores.values()
+        ),
+        f"its symbol {spaced[:1]} has a space, which transformers finds before spaces are marked": bool(spaced),
+        f"it puts a space before a text, also where that begins with a symbol of its own such as {symbols[:1]};"
+        " transformers has no such rule": normalizer.add_dummy_prefix and bool(symbols),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -112,9 +169,8 @@ def _parse(tokenizer: Tokenizer) -> Any:
     return proto
 
 
-def _tokenizer_json(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    added = [
+def _added_tokens(proto: Any) -> list[dict[str, Any]]:
+    return [
         {
             "id": i,
             "content": piece.piece,
@@ -128,6 +184,10 @@ def _tokenizer_json(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
         for i, piece in enumerate(proto.pieces)
         if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
+
+
+def _tokenizer_json(proto: Any, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, Any]:
+    vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
@@ -141,10 +201,10 @@ def _tokenizer_json(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": _added_tokens(proto),
         "normalizer": spaces,
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": _ends(settings, vocabulary),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
@@ -159,6 +219,17 @@ def _tokenizer_json(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": [list(pair) for pair in _merges(proto)],
         },
     }
+
+
+def _ends(settings: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, Any] | None:
+    """What puts BOS and EOS around a text, where the settings ask for it."""
+    sides = {side: settings[f"{side}_token"] for side in ("bos", "eos") if settings.get(f"add_{side}_token")}
+    if not sides:
+        return None
+    marks = {side: [{"SpecialToken": {"id": token, "type_id": 0}}] for side, token in sides.items()}
+    text = [*marks.get("bos", []), {"Sequence": {"id": "A", "type_id": 0}}, *marks.get("eos", [])]
+    tokens = {name: {"id": name, "ids": [vocabulary[name]], "tokens": [name]} for name in sides.values()}
+    return {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": tokens}
 
 
 def _merges(proto: Any) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Are a checkpoint and a Hugging Face folder the same model? Both compute logits and greedy tokens, in fp32.
 
-One model is held at a time. Shapes: T tokens, V vocabulary.
+One model is held at a time. A folder's own Python code is never run: where its model has components, its code must be,
+byte by byte, what this package exports, and the package's copy is run. Shapes: T tokens, V vocabulary.
 """
 
 import gc
@@ -81,6 +82,7 @@ def compare(
         UserError: a prompt that the model has no room for, or a folder with code that is not ours.
     """
     config = model_config.read_config(folder)
+    _refuse_foreign_code(folder, config)
     prompts = prompts or random_prompts(source, new_tokens)
     _check(source, prompts, new_tokens)
     with _hugging_face(folder, config) as model:
@@ -150,28 +152,46 @@ def _compare(
 
 @contextmanager
 def _hugging_face(folder: Path, config: dict[str, Any]) -> Iterator[Any]:
+    has_components = _refuse_foreign_code(folder, config)
     try:
         import transformers
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UserError("verifying needs transformers; pip install 'vishwamai-mp[hf]'") from None
     transformers.utils.logging.disable_progress_bar()
-    options = {"dtype": torch.float32, "trust_remote_code": _has_our_code(folder, config)}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options).float().eval()  # quantized ones come as bf16
+    loader: Any = AutoModelForCausalLM
+    if has_components:
+        from vishwamai_mp.conversion.remote_code.modeling_vishwamai import VishwamaiForCausalLM as loader  # noqa: N813
+    options = {"dtype": torch.float32, "trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+    model = loader.from_pretrained(folder, **options).float().eval()  # quantized ones come as bf16
+    model.generation_config = transformers.GenerationConfig()  # a folder's own may penalize repetition, or sample
     with torch.no_grad():
         yield model
     del model
     gc.collect()
 
 
-def _has_our_code(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the folder brings code that is to run: only ours may."""
-    if "auto_map" not in config:
-        return False
-    for name, content in components.code_files().items():
-        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
-            raise UserError(f"{folder / name} is not the code of this version of vishwamai_mp; it is not run")
-    return True
+def _refuse_foreign_code(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the folder's model has components.
+
+    Raises:
+        UserError: transformers would run or load something of the folder that this package did not write.
+    """
+    architecture = (config.get("architectures") or [None])[0]
+    has_components = architecture == components.ARCHITECTURE
+    model_type, expected = config.get("model_type"), model_config.MODEL_TYPES.get(architecture)
+    if model_type is None or model_type != expected:
+        raise UserError(f"{folder}/config.json: model_type={model_type} of a {architecture}; expected {expected}")
+    auto_map, expected_map = config.get("auto_map"), components.AUTO_MAP if has_components else None
+    if auto_map != expected_map:
+        raise UserError(f"{folder}/config.json: auto_map={auto_map} names foreign code, which is not run")
+    code = {folder / name: content for name, content in components.code_files().items()} if has_components else {}
+    for file in sorted({*code, *folder.rglob("*.py")}):
+        if not file.is_file() or file.read_bytes() != code.get(file):
+            raise UserError(f"{file} is not the code of this version of vishwamai_mp; it is not run")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} has adapters of PEFT beside its model (adapter_config.json); take them out")
+    return has_components
 
 
 @contextmanager
@@ -200,8 +220,7 @@ def _round(source: Source, model: nn.Module, dtype: DType) -> None:
 
 
 def _greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> Tensor:
-    """The prompt and its continuation, (T,)."""
-    model.generation_config.eos_token_id = None  # a comparison does not stop at the end of a document
+    """The prompt and its continuation, (T,), which does not stop at the end of a document."""
     ids = torch.tensor([list(prompt)])
     options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]

@@ -7,7 +7,7 @@ a global batch.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,6 +17,7 @@ from vishwamai_mp.data.consecutive import ConsecutiveSegments
 from vishwamai_mp.data.datasets import Datasets, EvaluationSamples, Samples
 from vishwamai_mp.data.given import GivenSamples, StreamedSamples
 from vishwamai_mp.data.marks import BEGINS, JUDGED, LEARNT, SOLVED
+from vishwamai_mp.model.packing import DocumentBounds, document_bounds
 from vishwamai_mp.runtime import Runtime
 
 
@@ -33,6 +34,7 @@ class Batch:
             to tokens of its own. None: rows are one document.
         verdicts: float32 [B, T], whether the text up to a token leads to a solution: 1, 0, or NaN where that is not
             known. None: known of no token.
+        bounds: of the documents, rows laid end to end, found by the host. None: not looked for.
     """
 
     tokens: torch.Tensor
@@ -41,6 +43,7 @@ class Batch:
     position_ids: torch.Tensor
     document_ids: torch.Tensor | None
     verdicts: torch.Tensor | None = None
+    bounds: DocumentBounds | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,13 @@ class BatchStream:
         if self._vocab_size is not None:
             _check_vocabulary(text, self._vocab_size)
         self._given += 1
-        return make_batch(text.to(self._device, non_blocking=True), self._rules)
+        batch = make_batch(text.to(self._device, non_blocking=True), self._rules)
+        if batch.document_ids is None:
+            return batch
+        on_host = batch if self._device.type == "cpu" else make_batch(text, self._rules)
+        assert on_host.document_ids is not None
+        places, longest = document_bounds(on_host.document_ids)
+        return replace(batch, bounds=DocumentBounds(places.to(self._device, non_blocking=True), longest))
 
 
 def _micro_batches(

@@ -162,7 +162,7 @@ def _check_settings(config: PretrainConfig, tokenizer: Vocabulary | None) -> Non
     data = config.data
     if data.train is None:
         raise ConfigError("data.train is not set; name the prefix that tools/preprocess_data.py printed")
-    if tokenizer is not None and tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} but the tokenizer {data.tokenizer or ''} has"
             f" {tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}"

@@ -146,7 +146,7 @@ def _check(config: PretrainConfig, train: Any, valid: Any, tokenizer: Tokenizer 
         )
     if valid is not None and is_stream(valid):
         raise ConfigError("eval_dataset has no length, and every evaluation reads the same items; give a list of some")
-    if tokenizer is not None and tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} but the tokenizer {data.tokenizer} has"
             f" {tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}"

@@ -11,9 +11,19 @@ import sentencepiece
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.data.file_kinds import foreign_tokenizer, refuse_pointer
 
 SPECIAL_TOKENS = ("[MEMORY]", "[REASONING]", "[CACHE]", "[STEP]")
 SETTINGS_FILE, CHAT_TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
+_COMPANIONS = (
+    SETTINGS_FILE,
+    CHAT_TEMPLATE_FILE,
+    GENERATION_FILE,
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # A newline that never merges keeps lines apart and lets the encoder cut a document at each one (piece_cache.py).
 _USER_SYMBOLS = (*SPECIAL_TOKENS, "\n")
 # SentencePiece leaves sentences over 4192 bytes out of training; documents are cut well below that.
@@ -37,6 +47,8 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
             self.vocab_size: int = self._processor.get_piece_size()
         except (RuntimeError, ValueError, OSError) as error:
+            if kind := foreign_tokenizer(self.proto):
+                raise UserError(f"tokenizer {self.path} is {kind}: only SentencePiece models can be used") from error
             raise UserError(f"tokenizer {self.path} is not a whole SentencePiece model: make it again") from error
         self.unk_id: int = self._processor.unk_id()
         self.bos_id: int = self._processor.bos_id()
@@ -99,6 +111,17 @@ class Tokenizer:
         """Whether a character outside the vocabulary becomes its UTF-8 bytes rather than `<unk>`."""
         return sum(self._processor.is_byte(i) for i in range(self.vocab_size)) == 256
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise `UserError` where a model of `vocab_size` tokens lacks some of these.
+
+        It may have more: embeddings are often padded beyond the tokenizer, with rows that no text leads to.
+        """
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer {self.path} has {self.vocab_size} tokens, the model {vocab_size};"
+                " give the one that the model was trained with"
+            )
+
     def require_eod(self) -> int:
         """The end-of-document id; `UserError` where this vocabulary has none."""
         if self.eod_id < 0:
@@ -114,7 +137,7 @@ class Tokenizer:
 
 def companions(path: str | os.PathLike[str]) -> list[Path]:
     """Files beside a SentencePiece model that say how its language model is addressed, as Hugging Face has them."""
-    places = (Path(path).with_name(name) for name in (SETTINGS_FILE, CHAT_TEMPLATE_FILE))
+    places = (Path(path).with_name(name) for name in _COMPANIONS)
     return [place for place in places if place.is_file()]
 
 
@@ -194,6 +217,7 @@ def train_tokenizer(
 
 def _read_model_file(path: Path) -> bytes:
     try:
+        refuse_pointer(path)
         proto = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"no tokenizer file {path}: make one with tools/train_tokenizer.py") from None

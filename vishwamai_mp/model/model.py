@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -25,7 +26,7 @@ from vishwamai_mp.model.fully_sharded import ParameterSharding, own_rows, whole_
 from vishwamai_mp.model.lora import add_adapters
 from vishwamai_mp.model.loss import vocab_parallel_cross_entropy
 from vishwamai_mp.model.masks import attention_mask
-from vishwamai_mp.model.packing import check_packing, packed_documents
+from vishwamai_mp.model.packing import DocumentBounds, check_packing, document_bounds, packed_documents
 from vishwamai_mp.model.rotary import RotaryEmbedding
 from vishwamai_mp.model.specs import block_spec, spec_provider
 from vishwamai_mp.model.transformer_config import transformer_config
@@ -87,6 +88,7 @@ class VishwamAIModel(GPTModel):
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         verdicts: Tensor | None = None,
+        bounds: DocumentBounds | None = None,
     ) -> Tensor:
         """Run this stage on whole rows. Generation runs the same modules one by one (`inference.stage`).
 
@@ -96,12 +98,14 @@ class VishwamAIModel(GPTModel):
             labels: (B, T) target ids.
             document_ids: (B, T); tokens attend within their own document only.
             verdicts: (B, T) what the value head may learn: 1, 0, or NaN where none is known.
+            bounds: of the documents, as the host knows them; None: they are found from `document_ids` where needed.
 
         Returns:
             on the last stage, losses (B, Q) fp32 with labels and logits (Q, B, V) without; else hidden states.
         """
         if document_ids is not None and self.attends_without_mask:
-            return self._forward_packed(tokens, labels, document_ids, verdicts)
+            packed = packed_documents(document_bounds(document_ids) if bounds is None else bounds)
+            return self._forward_packed(tokens, labels, document_ids, verdicts, packed)
         whole, cp, device = tokens, self.pg_collection.cp, tokens.device
         keys = [local_positions(tokens.shape[1], rank, cp.size(), device) for rank in range(cp.size())]
         local = keys[cp.rank()]
@@ -117,7 +121,12 @@ class VishwamAIModel(GPTModel):
         return self._head(hidden, labels, whole, document_ids, verdicts) if self.post_process else hidden
 
     def _forward_packed(
-        self, tokens: Tensor, labels: Tensor | None, document_ids: Tensor, verdicts: Tensor | None
+        self,
+        tokens: Tensor,
+        labels: Tensor | None,
+        document_ids: Tensor,
+        verdicts: Tensor | None,
+        packed: PackedSeqParams,
     ) -> Tensor:
         """`forward` with the rows laid end to end as one. Between stages hidden states keep the schedule's shape."""
         rows, length = tokens.shape
@@ -129,7 +138,7 @@ class VishwamAIModel(GPTModel):
             attention_mask=None,
             # Each document is turned from position 0 on: attention sees differences of positions only.
             rotary_pos_emb=self.rotary(torch.arange(length, device=tokens.device)),
-            packed_seq_params=packed_documents(document_ids),
+            packed_seq_params=packed,
             context=documents,
         )
         if not self.post_process:

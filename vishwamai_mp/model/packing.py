@@ -4,6 +4,8 @@ The rows of a micro-batch are laid end to end, one sequence of documents ("thd" 
 Shapes: B rows, T tokens of a row, N documents of the micro-batch.
 """
 
+from typing import NamedTuple
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -33,23 +35,35 @@ def check_packing(config: PretrainConfig) -> None:
             )
 
 
-def packed_documents(document_ids_BT: Tensor) -> PackedSeqParams:
+class DocumentBounds(NamedTuple):
     """Where documents start and end when rows are laid end to end; a row's end also ends a document.
 
-    Args:
-        document_ids_BT: integers; neighbours in a row are of one document where theirs are equal.
+    Attributes:
+        places: (N + 1,) int32, the first token of each document and the end.
+        longest: tokens of the longest document: a number, which the kernels ask for.
+    """
 
-    Returns:
-        megatron-core's parameters: `cu_seqlens_*` are (N + 1,) int32, the first token of each document and the end.
+    places: Tensor
+    longest: int
+
+
+def document_bounds(document_ids_BT: Tensor) -> DocumentBounds:
+    """Bounds from document ids, of which neighbours in a row are of one document where theirs are equal.
+
+    The host reads how many documents there are: on a GPU it waits, so that the data loader asks for tensors of its own.
     """
     starts = torch.ones_like(document_ids_BT, dtype=torch.bool)
     starts[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     bounds = torch.nn.functional.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).int()
-    longest = int(bounds.diff().max())  # waits for the device, once per micro-batch: the kernels ask for a number
+    return DocumentBounds(bounds, int(bounds.diff().max()))
+
+
+def packed_documents(bounds: DocumentBounds) -> PackedSeqParams:
+    """megatron-core's parameters for attention within the documents."""
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=bounds.places,
+        cu_seqlens_kv=bounds.places,
+        max_seqlen_q=bounds.longest,
+        max_seqlen_kv=bounds.longest,
     )

@@ -187,13 +187,14 @@ def _repair_distributed_optimizer(cls: type) -> None:
                     # The fused kernel counts steps where the parameters are.
                     where = param.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
                     self.optimizer.state[param].update(moments, step=torch.zeros((), device=where))
-        if self.optimizer.state:
+        states: Any = self.optimizer.state
+        if states:
             return state_dict(self)
-        self.optimizer.state["nothing"] = {"step": torch.tensor(0.0)}
+        states["nothing"] = {"step": torch.tensor(0.0)}
         try:
             return state_dict(self)
         finally:
-            del self.optimizer.state["nothing"]
+            del states["nothing"]
 
     @torch.no_grad()
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:

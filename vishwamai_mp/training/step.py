@@ -182,6 +182,7 @@ class TrainStep:
             labels=batch.labels,
             document_ids=batch.document_ids,
             verdicts=batch.verdicts,
+            bounds=batch.bounds,
         )
         cp = self.runtime.groups.cp
         return output, partial(_loss, context_shard(batch.loss_mask, cp.rank(), cp.size()))
