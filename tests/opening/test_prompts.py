@@ -81,6 +81,8 @@ def test_ends(folder: Path) -> None:
     assert opened(folder).end_tokens == (2,)
     other = PromptTokenizer(folder / "tokenizer.model", 10_000).tokenizer.tokens()[300]
     assert opened(folder, {"eos_token": {"content": other}}).end_tokens == (2, 300)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 301, 9999]}))
+    assert opened(folder).end_tokens == (2, 300, 301)  # the settings stay; the tokenizer has no token 9999
 
 
 @pytest.mark.parametrize("place", ["own file", "settings", "named"])

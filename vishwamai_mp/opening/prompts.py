@@ -1,7 +1,7 @@
 """How a model is addressed: its tokenizer, whether prompts begin with BOS, what ends an answer, its chat template.
 
-Beside a SentencePiece model may lie what Hugging Face keeps there: `tokenizer_config.json` and `chat_template.jinja`.
-Both go along when a folder is imported and when a run is trained on.
+Beside a SentencePiece model may lie what Hugging Face keeps there: `tokenizer_config.json`, `chat_template.jinja` and
+`generation_config.json`. They go along when a folder is imported and when a run is trained on.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, SETTINGS_FILE, Tokenizer
+from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, SETTINGS_FILE, Tokenizer
 
 # Tokenizers of transformers that put BOS first unless they are told not to.
 _BEGIN_WITH_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
@@ -52,8 +52,9 @@ class PromptTokenizer:
             )
         self._settings = _read_settings(tokenizer.path.with_name(SETTINGS_FILE))
         self.first = [self._bos()] if (self._adds_bos() if add_bos is None else add_bos) else []
-        ends = [tokenizer.eod_id, self._named("eos_token")]
-        self.end_tokens = tuple(sorted({token for token in ends if token is not None and token >= 0}))
+        ends = [tokenizer.eod_id, self._named("eos_token"), *_end_ids(tokenizer.path.with_name(GENERATION_FILE))]
+        known = range(tokenizer.vocab_size)
+        self.end_tokens = tuple(sorted({token for token in ends if token in known}))
         self.template = _read_template(tokenizer.path.with_name(CHAT_TEMPLATE_FILE), self._settings)
 
     def encode(self, text: str) -> list[int]:
@@ -168,6 +169,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no JSON object; mend it or take it away")
     return settings
+
+
+def _end_ids(path: Path) -> list[Any]:
+    """`eos_token_id` of a generation configuration: a number, or several."""
+    ids = _read_settings(path).get("eos_token_id")
+    return ids if isinstance(ids, list) else [ids]
 
 
 def _read_template(path: Path, settings: Mapping[str, Any]) -> str | None:
