@@ -10,6 +10,7 @@ from tests.training.test_layouts import Curve, assert_equal, curve
 
 _CACHE = [
     "cache.enabled=true",
+    "cache.num_heads=8",
     "cache.layers=[0,2]",
     "cache.segment_length=4",
     "cache.latents_per_segment=2",
