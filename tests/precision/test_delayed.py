@@ -43,9 +43,11 @@ class _Linear(nn.Module):
         weight = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(seed)) / 4
         self.weight = nn.Parameter(weight.bfloat16())
 
+    def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
+        raise AssertionError("the emulation takes its place")
+
     def forward(self, x: Tensor) -> Tensor:
-        implementation: Any = self._forward_impl
-        return implementation(x, self.weight)
+        return self._forward_impl(x, self.weight)
 
 
 class _Decoder(nn.Module):
