@@ -70,7 +70,14 @@ class Launch:
         known |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
         self.log = log
         with log.open("wb") as file:
-            self.process = subprocess.Popen(command, env=known | environment, stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command,
+                env=known | environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                # Tests under nohup would hand on that SIGHUP is ignored, which the launcher respects.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            )
 
     def text(self) -> str:
         return self.log.read_text()
