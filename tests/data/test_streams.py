@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import zstandard
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.data.corpus import read_documents
@@ -21,9 +22,9 @@ def read(path):
 
 
 def framed(content, window_log):
-    """A Zstandard frame that says nothing of its size, so that its window stands in its header."""
-    parameter = zstd.CompressionParameter
-    compressor = zstd.ZstdCompressor(options={parameter.window_log: window_log, parameter.compression_level: 1})
+    """A frame of another library that says nothing of its size, so that its window stands in its header."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=window_log, enable_ldm=False)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     return compressor.compress(content) + compressor.flush()
 
 
