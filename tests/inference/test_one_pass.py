@@ -1,5 +1,6 @@
 """Generation computes what the training modules compute: with every setting, with adapters, at every layout."""
 
+import contextlib
 import dataclasses
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +14,7 @@ from tests.inference.test_generation import gathered, generator
 from vishwamai_mp.config import CacheConfig, LoraConfig, MemoryConfig, ModelConfig
 from vishwamai_mp.inference import Generator, SamplingOptions
 from vishwamai_mp.inference.blocks import CachedSequence
-from vishwamai_mp.inference.direct_layer import DirectLayer
+from vishwamai_mp.inference.direct_layer import DirectHead, DirectLayer
 from vishwamai_mp.model.lora import Adapter
 from vishwamai_mp.runtime import shutdown
 from vishwamai_mp.tree_of_thoughts import TreeOfThoughts
@@ -124,7 +125,9 @@ def full_pass(ours: Generator, text: list[int]) -> Tensor:
 
 def both(overrides: list[str], shortcut: bool = True) -> tuple[Tensor, Tensor, int]:
     """Runs in a worker: logits of a text read in pieces, those of the full pass, and how many shortcuts were there."""
-    with patch.object(DirectLayer, "supports", DirectLayer.supports if shortcut else lambda layer: False):
+    with contextlib.ExitStack() as stack:
+        for kind in () if shortcut else (DirectLayer, DirectHead):
+            stack.enter_context(patch.object(kind, "supports", lambda part: False))
         ours = adapted(*overrides)
     sequence, rows, start = CachedSequence(), [], 0
     for count in (9, 1, 1, 4, 1, 8):

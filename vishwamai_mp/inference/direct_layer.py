@@ -3,10 +3,11 @@
 A decoding step is many small operations, and what megatron-core's modules do around each of them is a good part of what
 it costs. What a layer does is said by its modules; the shortcut takes layers in which it knows every one of them.
 Shapes: N tokens of all sequences, D width, G key-value heads (local), R queries of each, K head width, O features
-(local).
+(local), V vocabulary (local).
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from vishwamai_mp.inference.batch import Batch
-from vishwamai_mp.model import VishwamAILayer
+from vishwamai_mp.model import VishwamAILayer, VishwamAIModel
 from vishwamai_mp.model.attention import CoreAttention
 from vishwamai_mp.model.key_values import CachedSelfAttention
 from vishwamai_mp.model.norm import RMSNorm
@@ -44,14 +45,8 @@ class DirectLayer:
         self._fc1, self._fc2 = mlp.linear_fc1.weight, mlp.linear_fc2.weight
         self._heads = attention.num_query_groups_per_partition
         self._width = attention.hidden_size_per_attention_head
-        self._in_fp32 = self._qkv.dtype == torch.float32 or not multiplies_natively(self._qkv.dtype)
-        components = [part for name in layer.component_names for part in getattr(layer, name).modules()]
-        self._hooks = [
-            hooks
-            for part in layer.modules()
-            if part not in set(components)
-            for hooks in (part._forward_hooks, part._forward_pre_hooks)
-        ]
+        components = {part for name in layer.component_names for part in getattr(layer, name).modules()}
+        self._hooks = _hooks(part for part in layer.modules() if part not in components)
 
     @staticmethod
     def supports(layer: Any) -> bool:
@@ -93,22 +88,16 @@ class DirectLayer:
         for name in self._layer.component_names:
             x_ND = batch.run_component(number, name, getattr(self._layer, name), x_ND[:, None])[:, 0]
         normed = F.rms_norm(x_ND, x_ND.shape[-1:], self._norms[0], self._epsilon)
-        qkv = self._multiply(normed, self._qkv).contiguous().view(len(x_ND), self._heads, -1, self._width)
+        qkv = _multiply(normed, self._qkv).contiguous().view(len(x_ND), self._heads, -1, self._width)
         turned = qkv[:, :, :-1]  # the queries and the key of each group
         turned.copy_(torch.addcmul(turned * cosine, turned.roll(self._width // 2, -1), sine))
         attended = batch.attend(number, qkv[:, :, :-2], qkv[:, :, -2:]).reshape(len(x_ND), -1)
         if wanted is not None:
             x_ND, attended = x_ND[wanted], attended[wanted]
-        x_ND = x_ND + self._sum(self._multiply(attended, self._projection))
+        x_ND = x_ND + self._sum(_multiply(attended, self._projection))
         normed = F.rms_norm(x_ND, x_ND.shape[-1:], self._norms[1], self._epsilon)
-        gate, up = self._multiply(normed, self._fc1).chunk(2, -1)
-        return x_ND + self._sum(self._multiply(F.silu(gate).mul_(up), self._fc2))
-
-    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x Wᵀ, (N, O); of some N it lies in memory as (O, N)."""
-        if self._in_fp32:
-            return skinny_linear_fp32(x.float(), weight.float()).to(x.dtype)
-        return F.linear(x, weight)
+        gate, up = _multiply(normed, self._fc1).chunk(2, -1)
+        return x_ND + self._sum(_multiply(F.silu(gate).mul_(up), self._fc2))
 
     def _sum(self, partial: Tensor) -> Tensor:
         """Over the tensor parallel ranks."""
@@ -116,6 +105,55 @@ class DirectLayer:
             partial = partial.contiguous()
             dist.all_reduce(partial, group=self._group)
         return partial
+
+
+class DirectHead:
+    """The norm after the last layer and the output layer, in the same way.
+
+    Args:
+        model: a last stage that `supports` takes.
+    """
+
+    def __init__(self, model: VishwamAIModel) -> None:
+        self._norm, self._epsilon = model.decoder.final_layernorm.weight, model.config.layernorm_epsilon
+        tied = model.share_embeddings_and_output_weights
+        self._weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+        self._hooks = _hooks((model.decoder.final_layernorm, model.output_layer))
+
+    @staticmethod
+    def supports(model: Any) -> bool:
+        """Whether the stage has a head, and one that consists of nothing but what is computed here."""
+        return (
+            model.post_process
+            and type(model.decoder.final_layernorm) is RMSNorm
+            and type(model.output_layer) is ColumnParallelLinear
+            and model.output_layer.bias is None
+        )
+
+    @property
+    def is_hooked(self) -> bool:
+        """As of `DirectLayer`."""
+        return any(self._hooks)
+
+    def normed(self, hidden_ND: Tensor) -> Tensor:
+        """(N, D)."""
+        return F.rms_norm(hidden_ND, hidden_ND.shape[-1:], self._norm, self._epsilon)
+
+    def logits(self, normed_ND: Tensor) -> Tensor:
+        """(N, V), this rank's vocabulary."""
+        return _multiply(normed_ND, self._weight)
+
+
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, (N, O); of some N it lies in memory as (O, N)."""
+    if weight.dtype == torch.float32 or not multiplies_natively(weight.dtype):
+        return skinny_linear_fp32(x.float(), weight.float()).to(x.dtype)
+    return F.linear(x, weight)
+
+
+def _hooks(parts: Iterable[nn.Module]) -> list[Any]:
+    """Where modules keep their forward hooks; each is empty as long as there are none."""
+    return [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
 
 def _is_identity(module: nn.Module | None) -> bool:

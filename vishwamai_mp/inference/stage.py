@@ -9,7 +9,7 @@ from torch import Tensor
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.inference.batch import Batch, Work
 from vishwamai_mp.inference.blocks import BlockPool
-from vishwamai_mp.inference.direct_layer import DirectLayer
+from vishwamai_mp.inference.direct_layer import DirectHead, DirectLayer
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime
@@ -25,6 +25,7 @@ class Stage:
         self.direct = [
             DirectLayer(layer, runtime.groups.tp) if DirectLayer.supports(layer) else None for layer in self.layers
         ]
+        self._direct_head = DirectHead(model) if DirectHead.supports(model) else None
         assert config.model.num_key_value_heads is not None
         assert config.model.head_dim is not None
         self.heads = config.model.num_key_value_heads // config.parallel.tensor_model_parallel_size
@@ -64,8 +65,12 @@ class Stage:
 
     def normed(self, hidden_ND: Tensor) -> Tensor:
         """What the last stage's logits come from, (N, D)."""
+        if self._direct_head is not None and not self._direct_head.is_hooked:
+            return self._direct_head.normed(hidden_ND)
         return self.model.decoder.final_layernorm(hidden_ND[:, None])[:, 0]
 
     def logits(self, normed_ND: Tensor) -> Tensor:
         """Of normed hidden states: (N, V)."""
+        if self._direct_head is not None and not self._direct_head.is_hooked:
+            return self._direct_head.logits(normed_ND)
         return self.model.logits(normed_ND[:, None])[:, 0]
