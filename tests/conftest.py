@@ -1,10 +1,15 @@
 """Fixtures for all tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.workers import WorkerPool
+
+# The same ways of computing on every machine and however busy it is; tests/runtime/test_choices.py holds the others
+# against these.
+os.environ["VISHWAMAI_WAYS"] = "first"
 
 # Minutes each: first, so that two processes end at about the same time.
 _LONGEST = ("tests/test_readme.py", "tests/examples/test_kill_and_resume.py")

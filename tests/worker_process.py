@@ -115,6 +115,8 @@ def _clean_state(job: Job) -> Iterator[None]:
     import numpy
     import torch
 
+    from vishwamai_mp.runtime import choices
+
     environment = dict(os.environ)
     sys.path[:] = job.path
     os.chdir(job.folder)
@@ -124,6 +126,7 @@ def _clean_state(job: Job) -> Iterator[None]:
     random.seed(0)
     yield
     _forget_megatron()
+    choices.forget()
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     torch.use_deterministic_algorithms(False)

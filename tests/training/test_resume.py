@@ -9,6 +9,8 @@ import pytest
 from tests.synthetic import tiny_corpus
 from tests.training.runs import VOCAB, Outcome, train
 from tests.workers import WorkerPool
+from vishwamai_mp.model import attention  # noqa: F401  (makes its choices known)
+from vishwamai_mp.runtime.choices import _choices
 
 _TENSOR = "parallel.tensor_model_parallel_size=2"
 _SEQUENCE = "parallel.sequence_parallel=true"
@@ -72,6 +74,23 @@ def test_same_layout_is_bitwise_equal(workers: WorkerPool, uninterrupted, corpus
         assert after.tensors == expected.tensors
         assert after.tensors != before.tensors
     assert trainer_file(tmp_path, 8) == trainer_file(folder, 8)
+
+
+def test_a_run_goes_on_by_the_ways_it_began_with(workers: WorkerPool, uninterrupted, corpus, tmp_path):
+    """All but the first of each choice, which the table in its folder says; bitwise among themselves."""
+    table = {name: list(choice.ways)[-1] for name, choice in _choices.items()}
+    settings = [*LAYOUTS["TP2 SP"][1], *_EVERY_3, "memory.enabled=true"]
+    _, first_ways = uninterrupted(2, *settings)
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ways.json").write_text(json.dumps(table))
+    whole = workers.run(train, 2, tmp_path / "whole", corpus, settings)
+    workers.run(train, 2, tmp_path / "broken", corpus, settings, crash_after=5)
+    resumed = workers.run(train, 2, tmp_path / "broken", corpus, settings)
+    for expected, after, other in zip(whole, resumed, first_ways, strict=True):
+        assert after.tensors == expected.tensors
+        assert expected.tensors != other.tensors, "the table decides"
+        assert expected.losses == pytest.approx(other.losses, abs=1e-5)
 
 
 @pytest.mark.parametrize(

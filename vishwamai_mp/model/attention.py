@@ -4,6 +4,7 @@ Shapes: B batch, Q query tokens, S key tokens, H heads (local), G key-value head
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from vishwamai_mp.model.blocked_attention import blocked_attention
 from vishwamai_mp.runtime import is_accelerator, multiplies_natively
+from vishwamai_mp.runtime.choices import Choice
 
 _LONGEST = 2048  # queries: blocked attention keeps weights, of which there are as many as pairs of tokens
 
@@ -23,8 +25,8 @@ _LONGEST = 2048  # queries: blocked attention keeps weights, of which there are 
 class CoreAttention(MegatronModule):
     """softmax(QKᵀ/√K + mask)V with grouped queries; under context parallelism keys and values are gathered.
 
-    On CPUs by `blocked_attention`, beyond `_LONGEST` queries or with dropout by torch's fused kernel; in fp32 where the
-    CPU cannot multiply 16-bit matrices in hardware.
+    On CPUs by `blocked_attention` or torch's fused kernel, whichever is faster; beyond `_LONGEST` queries or with
+    dropout by the kernel. In fp32 where the CPU cannot multiply 16-bit matrices in hardware.
     """
 
     def __init__(
@@ -86,7 +88,8 @@ class CoreAttention(MegatronModule):
         if not is_accelerator(q) and 1 < q.shape[2] <= _LONGEST and not dropout:
             repeat = q.shape[1] // k.shape[1]
             k_BHSK, v_BHSK = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (k_BGSK, v_BGSK))
-            return blocked_attention(q_BHQK, k_BHSK, v_BHSK, mask, self.scale).to(q.dtype)
+            attention = _ATTENTION.get((wide, q.shape[2] > _SHORT), blocked_attention)
+            return attention(q_BHQK, k_BHSK, v_BHSK, mask, self.scale).to(q.dtype)
         return F.scaled_dot_product_attention(
             q_BHQK,
             k_BGSK,
@@ -97,3 +100,29 @@ class CoreAttention(MegatronModule):
             scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         ).to(q.dtype)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """As `blocked_attention`, by torch's kernel."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+
+def _drawn(dtype: torch.dtype, length: int) -> tuple[Any, ...]:
+    """Of 2,048 tokens, laid out as they come from the projection."""
+    random = torch.Generator().manual_seed(0)
+    shape = (length, 2048 // length, 8, 64)
+    q, k, v = (torch.randn(shape, generator=random).to(dtype).requires_grad_().permute(1, 2, 0, 3) for _ in range(3))
+    return q, k, v, None, 0.125
+
+
+_SHORT = 768  # queries; the longer, the more torch's kernel gains
+_ATTENTION = {
+    (dtype, long): Choice(
+        f"{'long' if long else 'short'}_attention_{name}",
+        {"blocked": blocked_attention, "fused": _fused_attention},
+        partial(_drawn, dtype, 1024 if long else 512),
+        trained=True,
+    )
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+    for long in (False, True)
+}

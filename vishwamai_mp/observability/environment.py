@@ -16,6 +16,7 @@ from vishwamai_mp.config import PretrainConfig, to_yaml
 from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.data.tokenizer import companions
 from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.runtime.choices import ways_in_force
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "sentencepiece")
 
@@ -31,6 +32,7 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
         "world_size": runtime.world_size,
         "device": gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
+        "ways": ways_in_force(),
         "command": sys.argv,
     }
 

@@ -26,7 +26,12 @@ from vishwamai_mp.precision.fp8_linear import (
 )
 from vishwamai_mp.precision.policy import Fp8Policy, PrecisionPolicy
 from vishwamai_mp.runtime import device, is_accelerator, multiplies_natively
-from vishwamai_mp.runtime.products import linear_fp32, skinny_linear_fp32
+from vishwamai_mp.runtime.products import (
+    input_gradient_fp32,
+    linear_fp32,
+    skinny_linear_fp32,
+    weight_gradient_fp32,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -136,11 +141,11 @@ class _Fp32Linear(torch.autograd.Function):
         x_TBI, w_OI = ctx.saved_tensors
         grad = _wide(grads[0])
         x = gather_sequence(x_TBI, ctx.group) if ctx.sequence_parallel and x_TBI is not None else x_TBI
-        dx = linear_fp32(grad, _wide(w_OI).t()).to(ctx.dtype)
+        dx = input_gradient_fp32(grad, _wide(w_OI)).to(ctx.dtype)
         dx, pending = reduce_input_gradient(dx, ctx.shape, ctx.reduce, ctx.sequence_parallel, ctx.group)
         dw = None
         if x is not None:
-            dw = linear_fp32(grad.flatten(0, -2).t(), _wide(x).flatten(0, -2).t()).to(w_OI.dtype)
+            dw = weight_gradient_fp32(grad.flatten(0, -2), _wide(x).flatten(0, -2)).to(w_OI.dtype)
         if pending:
             pending.wait()
         return dx, dw, None, None, None

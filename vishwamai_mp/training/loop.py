@@ -18,7 +18,9 @@ from vishwamai_mp.data.position import DataPosition
 from vishwamai_mp.model import build_model
 from vishwamai_mp.planning import training_flops_per_token
 from vishwamai_mp.precision import PrecisionPolicy
-from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.runtime import Runtime, is_accelerator
+from vishwamai_mp.runtime.choices import table_of_run
+from vishwamai_mp.runtime.choices import use as use_ways
 from vishwamai_mp.runtime.device import peak_flops
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
 from vishwamai_mp.training.callbacks.base import Callback
@@ -86,6 +88,7 @@ class Trainer:
             self.lock.release()
 
     def _train(self) -> TrainerState:
+        self._settle_ways()
         self.resume()
         batches = train_stream(self.config, self.datasets, self.runtime, self.state.consumed_samples)
         for callback in self.callbacks:
@@ -101,6 +104,15 @@ class Trainer:
         if self.stop_reason:
             self.say(f"stopped after step {self.state.step}: {self.stop_reason}")
         return self.state
+
+    def _settle_ways(self) -> None:
+        """On CPUs, compute on every rank and after every restart by the ways that the run began with."""
+        if is_accelerator(self.runtime.device):
+            return
+        table = on_first_rank(lambda: table_of_run(self.folder / "ways.json"))
+        if isinstance(table, Failure):
+            table.throw("training not started")
+        use_ways(table)
 
     def _step(self, batches: BatchStream) -> dict[str, float]:
         start = time.perf_counter()
