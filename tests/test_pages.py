@@ -15,7 +15,7 @@ from tests.browser import Browser, browser_window
 from tests.observability.run_folders import make_run
 from tests.synthetic import write_corpus
 from tests.workers import WorkerPool
-from vishwamai_mp.data.tokenizer import train_tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Texts of a chart that lie on each other.

@@ -14,7 +14,7 @@ from tests.synthetic import tiny_corpus, write_corpus
 from tests.workers import WorkerPool
 from vishwamai_mp import pretrain
 from vishwamai_mp.config import UserError
-from vishwamai_mp.data.tokenizer import train_tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _RECIPE = """\

@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         help="name of the Hugging Face model they were trained on, or its folder, which is compared",
     )
     for command in (export, check):
-        command.add_argument("--tokenizer", help="SentencePiece .model, or none (default: the run folder's)")
+        command.add_argument("--tokenizer", help="SentencePiece .model, tokenizer.json, or none (default: the run folder's)")
         command.add_argument("--prompt", action="append", default=[], help="text to compare on; may be repeated")
         command.add_argument("--tokens", type=int, default=64, help="greedy tokens to compare per prompt (default: 64)")
         command.add_argument(
@@ -134,7 +134,7 @@ def verify(options: argparse.Namespace) -> None:
 
         path = tokenizer_path(options, source)
         if path is None:
-            raise UserError(f"{source.run} has no tokenizer.model for --prompt; name one with --tokenizer")
+            raise UserError(f"{source.run} has no tokenizer for --prompt; name one with --tokenizer")
         tokenizer = Tokenizer(path)
         prompts = [tokenizer.encode(prompt) for prompt in options.prompt]
     result = compare(source, options.output, prompts, options.tokens, options.tolerance)
@@ -153,14 +153,14 @@ def open_source(load: Path) -> "Source":
 
 
 def tokenizer_path(options: argparse.Namespace, source: "Source") -> Path | None:
-    """The tokenizer that is named, or else the run folder's; there only Hugging Face's files may be."""
+    """The tokenizer that is named, or else the run folder's."""
     if options.tokenizer == "none":
         return None
     if options.tokenizer:
         return Path(options.tokenizer)
-    from vishwamai_mp.conversion.tokenizer import NAME, has_tokenizer
+    from vishwamai_mp.data.tokenizer import has_tokenizer, tokenizer_file
 
-    return source.run / NAME if has_tokenizer(source.run) else None
+    return tokenizer_file(source.run) if has_tokenizer(source.run) else None
 
 
 def read_text(path: Path) -> str:

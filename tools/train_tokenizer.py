@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from vishwamai_mp.config.errors import UserError, run_program
 from vishwamai_mp.data.corpus import CorpusReader, Malformed, read_block
 from vishwamai_mp.data.progress import CorpusProgress, stop_on_sigterm
-from vishwamai_mp.data.tokenizer import train_tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from vishwamai_mp.config.errors import UserError, run_program
 from vishwamai_mp.data.corpus import Malformed, read_documents
-from vishwamai_mp.data.tokenizer import train_tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

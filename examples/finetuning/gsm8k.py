@@ -23,7 +23,8 @@ from vishwamai_mp.data.datasets import build_datasets
 from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.data.prepare import prepare
 from vishwamai_mp.data.preprocess import preprocess
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.runtime import distributed_session
 from vishwamai_mp.training.callbacks import Callback, Checkpointing, Metrics, Progress
 from vishwamai_mp.training.loop import Trainer

@@ -17,7 +17,8 @@ from datasets import Dataset
 from vishwamai_mp.config import run_program
 from vishwamai_mp.conversion.source import open_source
 from vishwamai_mp.conversion.to_hf import ExportOptions, export_folder
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.trainer import TrainingArguments, VishwamAIPretrainer, load_model
 
 _LENGTH = 128  # tokens

@@ -8,7 +8,8 @@ import torch
 
 from tests.conversion import models
 from tests.workers import WorkerPool
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 VOCAB = 400
 DOCUMENTS = [

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from vishwamai_mp.config import ModelConfig, UserError
 from vishwamai_mp.conversion.tokenizer import generation_config, imported_files, tokenizer_files
-from vishwamai_mp.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 VOCAB = 900
 # Without "<", which control tokens begin with: where a text spells one, it is the token to transformers, by convention.
@@ -204,8 +205,40 @@ def test_imported_files_go_back_as_they_came(path: Path, tmp_path: Path) -> None
 
     (tmp_path / "hf/tokenizer.model").unlink()
     del files["tokenizer.model"]
-    assert "no SentencePiece model" in str(run_folder(tmp_path / "hf", tmp_path / "without", VOCAB))
-    assert tokenizer_files(tmp_path / "without/tokenizer.model", model, None, imported=True).contents == files
+    assert run_folder(tmp_path / "hf", tmp_path / "without", VOCAB) is None
+    kept = tokenizer_files(tmp_path / "without", model, None, imported=True)
+    assert kept.contents == files
+    assert kept.token_ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+
+
+def test_a_tokenizer_json_alone_gets_the_settings_that_transformers_needs(path: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    automatic(path, tmp_path / "hf")
+    (tmp_path / "alone").mkdir()
+    file = tmp_path / "alone/tokenizer.json"
+    file.write_bytes((tmp_path / "hf/tokenizer.json").read_bytes())
+    contents = tokenizer_files(file, ModelConfig(vocab_size=VOCAB), None).contents
+    assert contents["tokenizer.json"] == file.read_bytes()
+    (tmp_path / "out").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 3)
+    assert theirs("some text", add_special_tokens=False).input_ids == Tokenizer(path).encode("some text")
+
+
+def test_an_import_takes_the_file_that_has_all_tokens(path: Path, tmp_path: Path) -> None:
+    """Fine-tuned models often have tokens that were added to `tokenizer.json` only."""
+    automatic(path, tmp_path / "hf")
+    file = tmp_path / "hf/tokenizer.json"
+    described = json.loads(file.read_text())
+    described["added_tokens"].append({**described["added_tokens"][-1], "id": VOCAB, "content": "<|im_end|>"})
+    file.write_text(json.dumps(described))
+    note = run_folder(tmp_path / "hf", tmp_path / "run", VOCAB + 1)
+    assert note is not None
+    assert "tokenizer.model lacks tokens that its tokenizer.json has" in note
+    assert Tokenizer(tmp_path / "run").find("<|im_end|>") == VOCAB
 
 
 def test_settings_beside_a_sentencepiece_model_are_added_to_what_is_made_of_it(path: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import sentencepiece
 from vishwamai_mp.config import UserError
 from vishwamai_mp.data.chat import ChatEncoder, Turn, UnusableRecord, conversation
 from vishwamai_mp.data.marks import BEGINS, LEARNT
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TEXTS = [f"What is {i} plus {j}? It is {i + j}, said the User to the System.\n" for i in range(30) for j in range(9)]

@@ -10,7 +10,8 @@ from vishwamai_mp.config import ConfigError, UserError, load_config, resolve
 from vishwamai_mp.data.batches import DocumentRules, make_batch
 from vishwamai_mp.data.given import GivenSamples, StreamedSamples, given_datasets, is_stream
 from vishwamai_mp.data.items import ItemEncoder
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 _T = 6
 

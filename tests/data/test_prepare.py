@@ -21,7 +21,8 @@ from vishwamai_mp.data.corpus import Malformed
 from vishwamai_mp.data.datasets import TokenSamples, build_datasets
 from vishwamai_mp.data.marks import BEGINS, LEARNT
 from vishwamai_mp.data.prepare import prepare
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 LENGTH = 48
 TALKS = [{"question": f"{i} + {j}?", "answer": f"It is {i + j}. " * (1 + i % 3)} for i in range(12) for j in range(5)]

@@ -19,7 +19,8 @@ from vishwamai_mp.data import preprocess as module
 from vishwamai_mp.data.corpus import CorpusReader, Malformed
 from vishwamai_mp.data.indexed import check_indexed
 from vishwamai_mp.data.preprocess import BlockEncoder, preprocess
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "counted", "1234", "mice", "in", "Ünïcode"]
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 9 + i % 40)) + "\n" * (i % 3) for i in range(700)]

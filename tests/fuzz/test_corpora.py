@@ -21,7 +21,8 @@ from vishwamai_mp.data.indexed import IndexedStats, IndexedWriter, check_indexed
 from vishwamai_mp.data.prepare import PrepareReport, prepare
 from vishwamai_mp.data.preprocess import PreprocessReport, preprocess
 from vishwamai_mp.data.streams import zstd
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 TEXTS = [f"{i} mice sat on mat {i * i}.\u2028 Ünï ☃\n\n" for i in range(40)]
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(TEXTS)).encode()

@@ -16,7 +16,8 @@ from vishwamai_mp.data.indexed import IndexedWriter, check_indexed
 from vishwamai_mp.data.lines import json_records
 from vishwamai_mp.data.marks import BEGINS, LEARNT
 from vishwamai_mp.data.rows import IndexedDataset, PreparedRows, check_rows
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.observability.report import render_report
 from vishwamai_mp.observability.run_folder import Run, read_run
 from vishwamai_mp.observability.writers import JsonLines

@@ -17,7 +17,8 @@ import pytest
 from tests.synthetic import write_corpus
 from tests.workers import WorkerPool
 from vishwamai_mp.config import UserError
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/generate.py"

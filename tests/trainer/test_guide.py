@@ -13,7 +13,7 @@ import pytest
 
 from tests.workers import WorkerPool
 from vishwamai_mp.config import load_config, resolve
-from vishwamai_mp.data.tokenizer import train_tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 _GUIDE = Path(__file__).with_name("guide.md")
 _VOCAB = 380

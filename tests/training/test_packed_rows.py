@@ -12,7 +12,8 @@ from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.data.batches import train_stream
 from vishwamai_mp.data.datasets import TokenSamples, build_datasets
 from vishwamai_mp.data.prepare import prepare
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.model import build_model
 from vishwamai_mp.runtime import initialize, shutdown
 

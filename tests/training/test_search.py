@@ -10,7 +10,8 @@ import pytest
 from tests.synthetic import write_corpus
 from tests.workers import WorkerPool
 from vishwamai_mp.config import ConfigError
-from vishwamai_mp.data.tokenizer import Tokenizer, train_tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.training.callbacks.search import Search
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
 

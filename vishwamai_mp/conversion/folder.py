@@ -14,9 +14,8 @@ from vishwamai_mp.conversion import components, model_config, safetensors_files
 from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
 from vishwamai_mp.conversion.model_config import without_effect
 from vishwamai_mp.conversion.safetensors_files import INDEX, Entry
-from vishwamai_mp.conversion.tokenizer import NAME as TOKENIZER
 from vishwamai_mp.data.file_kinds import refuse_pointer
-from vishwamai_mp.data.tokenizer import companions
+from vishwamai_mp.data.tokenizer import MODEL_FILE, companions
 
 _BUFFERS = (".rotary_emb.inv_freq",)  # they follow from rope_theta; early Llamas' folders have them
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -96,7 +95,7 @@ def _refuse_pointers(path: Path) -> None:
 
 def _unread(path: Path, weights: Collection[Path]) -> list[str]:
     """Files and folders that nothing is taken from."""
-    read = {*weights, *companions(path / TOKENIZER), *(path / name for name in ("config.json", INDEX, TOKENIZER))}
+    read = {*weights, *companions(path / MODEL_FILE), *(path / name for name in ("config.json", INDEX, MODEL_FILE))}
     read |= {path / name for name in components.code_files()}
     return [file.name for file in sorted(path.iterdir()) if file not in read]
 

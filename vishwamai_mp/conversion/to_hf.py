@@ -27,7 +27,6 @@ from vishwamai_mp.conversion.mapping import Mapped, Part
 from vishwamai_mp.conversion.model_card import model_card
 from vishwamai_mp.conversion.safetensors_files import Planned
 from vishwamai_mp.conversion.source import Source
-from vishwamai_mp.conversion.tokenizer import NAME as TOKENIZER
 from vishwamai_mp.conversion.tokenizer import TokenizerFiles, generation_config, tokenizer_files
 
 T = TypeVar("T")
@@ -44,8 +43,7 @@ class ExportOptions:
     Attributes:
         dtype: of the weights; None: as they are stored.
         max_shard_size: bytes of tensors in a file.
-        tokenizer: a SentencePiece model; None: a folder without a tokenizer. The run folder's goes with the files
-            beside it, and need not exist if these were imported without one.
+        tokenizer: its file; None: a folder without a tokenizer. The run folder's goes with the files beside it.
         chat_template: Jinja, for the tokenizer's files.
     """
 
@@ -72,7 +70,7 @@ def export_folder(source: Source, output: Path, options: ExportOptions) -> None:
         UserError: the folder holds something else, the disk is full, the checkpoint is damaged.
     """
     path = options.tokenizer
-    is_own = path is not None and path.parent.resolve() / path.name == source.run / TOKENIZER
+    is_own = path is not None and path.parent.resolve() == source.run.resolve()
     tokenizer = tokenizer_files(path, source.config.model, options.chat_template, imported=is_own)
     kept = generation_config(source.run, {})
     outputs = _plan(source, options.dtype)

@@ -1,13 +1,14 @@
-"""A SentencePiece model as the files that transformers' `AutoTokenizer` loads, and back.
+"""A tokenizer as the files that transformers' `AutoTokenizer` loads, and back.
 
-`tokenizer.json` (the format of the `tokenizers` package) is written directly. SentencePiece's BPE joins, again and
-again, the neighbours whose joint piece has the highest score; there, the same is a list of joinable pairs in order of
-preference. Tokens that a user defined are cut out of the text first, on both sides. One thing differs on purpose, as in
-every tokenizer of transformers: where a text spells a control token such as `</s>`, that is the token.
+A `tokenizer.json` (the format of the `tokenizers` package) is copied as it is. Of a SentencePiece model one is written:
+SentencePiece's BPE joins, again and again, the neighbours whose joint piece has the highest score; there, the same is a
+list of joinable pairs in order of preference. Tokens that a user defined are cut out of the text first, on both sides.
+One thing differs on purpose, as in every tokenizer of transformers: where a text spells a control token such as `</s>`,
+that is the token.
 
 An import keeps the folder's own tokenizer files, its `generation_config.json` and its chat template as they are, in the
-run folder beside `tokenizer.model`; training that is given this `tokenizer.model` copies them along, and an export
-writes them again. `generation_config.json` there also has the token ids that only `config.json` had.
+run folder; training that is given a tokenizer there copies them along, and an export writes them again.
+`generation_config.json` there also has the token ids that only `config.json` had.
 """
 
 import json
@@ -20,13 +21,19 @@ from typing import Any
 from vishwamai_mp.config import ModelConfig, UserError
 from vishwamai_mp.conversion.model_config import token_ids
 from vishwamai_mp.data.file_kinds import foreign_tokenizer
-from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, SETTINGS_FILE, Tokenizer, companions
+from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE
+from vishwamai_mp.data.tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    GENERATION_FILE,
+    JSON_FILE,
+    MODEL_FILE,
+    Tokenizer,
+    companions,
+)
 
-NAME = "tokenizer.model"
 _SPACE = "\u2581"  # SentencePiece's own mark for one
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # types of pieces
 _BPE = 2  # type of model
-_JSON = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -37,21 +44,17 @@ class TokenizerFiles:
     token_ids: dict[str, int] = field(default_factory=dict)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a run folder has a tokenizer, of whatever kind."""
-    return (folder / NAME).is_file() or (folder / _JSON).is_file()
-
-
 def tokenizer_files(
     path: Path | None, model: ModelConfig, chat_template: str | None, imported: bool = False
 ) -> TokenizerFiles:
-    """What `AutoTokenizer` needs: the files that were imported with a SentencePiece model, or else made from it.
+    """What `AutoTokenizer` needs: the files that are there already, or else made from a SentencePiece model.
 
     Args:
-        path: the model; None: a folder without a tokenizer.
+        path: of the tokenizer, as `Tokenizer` has it; None: a folder without one.
         model: its vocabulary must have all of the tokenizer's tokens.
         chat_template: Jinja; takes the place of an imported one.
-        imported: whether files beside `path` belong to it, as in a run folder; they may even stand alone there.
+        imported: whether files beside a SentencePiece model belong to it, as in a run folder. Those beside a
+            `tokenizer.json` always do.
 
     Raises:
         UserError: more tokens than the model's, or without imported files not a model that they can be made from.
@@ -60,21 +63,25 @@ def tokenizer_files(
         if chat_template:
             raise UserError("--chat-template needs a tokenizer; name it with --tokenizer")
         return TokenizerFiles()
-    beside = companions(path) if imported else []
+    tokenizer = Tokenizer(path)
+    tokenizer.check_fits(model.vocab_size)
+    beside = companions(tokenizer.path) if imported or tokenizer.proto is None else []
     contents = {file.name: file.read_bytes() for file in beside if file.name != GENERATION_FILE}
-    settings = _read_json(path.with_name(SETTINGS_FILE)) if SETTINGS_FILE in contents else {}
-    is_whole = _JSON in contents or "tokenizer_class" in settings
-    ids: dict[str, int] = {}
-    if path.is_file() or not is_whole:
-        tokenizer = Tokenizer(path)
-        tokenizer.check_fits(model.vocab_size)
-        contents[NAME] = tokenizer.proto
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id, "pad_token": tokenizer.pad_id}
-        ids = {name: i for name, i in ids.items() if i >= 0}
+    settings = _read_json(tokenizer.path.with_name(SETTINGS_FILE)) if SETTINGS_FILE in contents else {}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id, "pad_token": tokenizer.pad_id}
+    ids = {name: i for name, i in ids.items() if i >= 0}
+    if tokenizer.proto is None:
+        is_whole = bool(settings)
+        contents[JSON_FILE] = tokenizer.path.read_bytes()
+        if not is_whole:
+            settings = _common_settings(tokenizer, ids, model)
+    else:
+        is_whole = JSON_FILE in contents or "tokenizer_class" in settings
+        contents[MODEL_FILE] = tokenizer.proto
         if not is_whole:
             proto = _parse(tokenizer)
-            settings = {**_default_settings(proto, ids, tokenizer.unk_id, model), **settings}
-            contents[_JSON] = _json(_tokenizer_json(proto, tokenizer, settings))
+            settings = {**_default_settings(proto, tokenizer, ids, model), **settings}
+            contents[JSON_FILE] = _json(_tokenizer_json(proto, tokenizer, settings))
     if chat_template:
         settings["chat_template"] = chat_template
         contents.pop(CHAT_TEMPLATE_FILE, None)
@@ -95,16 +102,28 @@ def imported_files(folder: Path, vocab_size: int) -> tuple[list[Path], str | Non
     Raises:
         UserError: a `tokenizer.model` that is damaged.
     """
-    path, beside = folder / NAME, companions(folder / NAME)
-    if not path.is_file():
-        return beside, f"it has no SentencePiece model ({NAME}): set data.tokenizer to train on texts"
-    if kind := foreign_tokenizer(path.read_bytes()):
-        return beside, f"its {NAME} is {kind}, and is left behind: only SentencePiece models can be used here"
-    size = Tokenizer(path).vocab_size
-    if size > vocab_size:
-        return beside, f"its {NAME} has {size} tokens, the model only {vocab_size}, and is left behind"
-    note = f"its {NAME} has {size} tokens, the model {vocab_size}: no text here leads to those beyond, named or not"
-    return [path, *beside], note if size < vocab_size else None
+    path, beside = folder / MODEL_FILE, companions(folder / MODEL_FILE)
+    notes, files = [], [file for file in beside if file.name != JSON_FILE]
+    described = next((file for file in beside if file.name == JSON_FILE), None)
+    choices = [file for file in (path, described) if file is not None and file.is_file()]
+    if choices and choices[0] == path and (kind := foreign_tokenizer(path.read_bytes())):
+        notes.append(f"its {MODEL_FILE} is {kind}, and is left behind")
+        choices.remove(path)
+    sizes = {file: Tokenizer(file).vocab_size for file in choices}
+    for file, size in sizes.items():
+        if size > vocab_size:
+            notes.append(f"its {file.name} has {size} tokens, the model only {vocab_size}, and is left behind")
+            choices.remove(file)
+    if len(choices) > 1 and sizes[path] < sizes[choices[1]]:
+        notes.append(f"its {MODEL_FILE} lacks tokens that its {JSON_FILE} has, and is left behind")
+        choices.remove(path)
+    if not choices:
+        notes.append("it has no tokenizer that can be used here: set data.tokenizer to train on texts")
+    elif (size := sizes[choices[0]]) < vocab_size:
+        notes.append(
+            f"its {choices[0].name} has {size} tokens, the model {vocab_size}: no text here leads to those beyond"
+        )
+    return [*choices, *files], "; ".join(notes) or None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -117,19 +136,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _default_settings(proto: Any, ids: Mapping[str, int], unknown: int, model: ModelConfig) -> dict[str, Any]:
-    """`tokenizer_config.json`; llama.cpp's converter takes prefix space and the types of tokens from it."""
+def _common_settings(tokenizer: Tokenizer, ids: Mapping[str, int], model: ModelConfig) -> dict[str, Any]:
+    """`tokenizer_config.json` as far as it is the same for all kinds of tokenizers."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: proto.pieces[i].piece for name, i in ids.items()},
-        "unk_token": proto.pieces[unknown].piece,
+        **{name: tokenizer.id_to_token(i) for name, i in ids.items()},
+        "model_max_length": model.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _default_settings(proto: Any, tokenizer: Tokenizer, ids: Mapping[str, int], model: ModelConfig) -> dict[str, Any]:
+    """`tokenizer_config.json`; llama.cpp's converter takes prefix space and the types of tokens from it."""
+    return {
+        **_common_settings(tokenizer, ids, model),
+        "unk_token": tokenizer.id_to_token(tokenizer.unk_id),
         "add_prefix_space": proto.normalizer_spec.add_dummy_prefix,
         "added_tokens_decoder": {
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
             for token in _added_tokens(proto)
         },
-        "model_max_length": model.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
         "add_bos_token": False,
         "add_eos_token": False,
     }

@@ -5,8 +5,8 @@ separator (a space, a newline) after another character, nothing ever merges acro
 the encoding of a text is the concatenation of the encodings of its parts. Words repeat (Zipf), so nearly all parts
 come from a table, already as the bytes that go to disk.
 
-Whether a model allows this is read from the model itself; where it does not, every document goes whole through
-SentencePiece. The tokens are the same either way.
+Whether a model allows this is read from the model itself; where it does not, and of a `tokenizer.json`, every document
+goes whole through its library. The tokens are the same either way.
 """
 
 import re
@@ -77,7 +77,7 @@ def separators_of(tokenizer: Tokenizer) -> str:
     Cutting is exact for a BPE model that leaves text as it is (no normalisation, no added or removed spaces) and falls
     back to bytes (without it, neighbouring unknown characters fuse into one `<unk>`).
     """
-    if not (_keeps_text(tokenizer.proto) and tokenizer.has_byte_fallback()):
+    if tokenizer.proto is None or not (_keeps_text(tokenizer.proto) and tokenizer.has_byte_fallback()):
         return ""
     tokens = tokenizer.tokens()
     # A user-defined token keeps a plain space; every other token has SentencePiece's mark for it.

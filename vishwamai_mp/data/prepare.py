@@ -85,7 +85,7 @@ def prepare(
 
     Args:
         inputs: `.jsonl` or `.json`, also with `.gz` or `.zst`; records as in `chat.conversation`.
-        tokenizer: a SentencePiece `.model` with an end-of-document token.
+        tokenizer: with an end-of-document token; a file or folder as `Tokenizer` has it.
         sequence_length: `training.sequence_length` of the training to come.
         packing: False: one conversation a row.
         begin: conversations begin with the tokenizer's beginning-of-sequence token.

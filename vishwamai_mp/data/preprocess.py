@@ -77,7 +77,7 @@ def preprocess(
 
     Args:
         inputs: files, by suffix as in `corpus.py`.
-        tokenizer: a SentencePiece `.model`.
+        tokenizer: a SentencePiece `.model`, a `tokenizer.json`, or a folder with one.
         append_eod: end every document that has tokens with the end-of-document token.
         append_bos: begin every such document with the beginning-of-sequence token.
         split_documents_at: where a plain text file is cut into documents; None: it is one.

@@ -1,64 +1,89 @@
-"""The tokenizer: a SentencePiece model with the names the rest of the project uses, and how one is trained."""
+"""The tokenizer: one interface to the kinds of files that hold one."""
 
-import io
 import os
-import re
-import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import sentencepiece
+from typing import Protocol
 
 from vishwamai_mp.config.errors import UserError
-from vishwamai_mp.config.files import write_whole
-from vishwamai_mp.data.file_kinds import foreign_tokenizer, refuse_pointer
+from vishwamai_mp.data.file_kinds import refuse_pointer
+from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, JsonVocabulary
+from vishwamai_mp.data.sentencepiece_vocabulary import SentencePieceVocabulary
 
 SPECIAL_TOKENS = ("[MEMORY]", "[REASONING]", "[CACHE]", "[STEP]")
-SETTINGS_FILE, CHAT_TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
 _COMPANIONS = (
     SETTINGS_FILE,
     CHAT_TEMPLATE_FILE,
     GENERATION_FILE,
-    "tokenizer.json",
+    JSON_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# A newline that never merges keeps lines apart and lets the encoder cut a document at each one (piece_cache.py).
-_USER_SYMBOLS = (*SPECIAL_TOKENS, "\n")
-# SentencePiece leaves sentences over 4192 bytes out of training; documents are cut well below that.
-_TRAINING_PIECE_CHARS = 1000
+
+
+class Vocabulary(Protocol):
+    """Text to token ids and back, by one kind of file. Ids that it lacks are -1.
+
+    Attributes:
+        size: ids, from 0.
+        proto: a SentencePiece model's own bytes; None: it is none.
+        puts_bos_first: whether it would put BOS before a text by itself; None: it does not say.
+    """
+
+    size: int
+    proto: bytes | None
+    unk_id: int
+    bos_id: int
+    eod_id: int
+    pad_id: int
+    puts_bos_first: bool | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def spelling(self, token_id: int) -> str: ...
+
+    def find(self, token: str) -> int | None: ...
+
+    def content_of(self, token_id: int) -> bytes: ...
+
+    def control_tokens(self) -> dict[str, int]: ...
+
+    def has_byte_fallback(self) -> bool: ...
 
 
 class Tokenizer:
-    """Text to token ids and back, from a SentencePiece `.model` file.
+    """Text to token ids and back, from a SentencePiece model, a `tokenizer.json`, or a folder that has one of them.
 
     `vocab_size` counts real tokens only: padding for tensor parallelism is the model's business. The four special
     tokens are recognised wherever they stand in a text; `special_ids` maps those this vocabulary has to their ids.
     Ids a vocabulary lacks (`bos_id`, `pad_id`, `eod_id`) are -1, as in SentencePiece.
 
-    Raises `UserError` where the file is missing or is no SentencePiece model.
+    Raises `UserError` where the file is missing or is neither.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.proto = _read_model_file(self.path)
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
-            self.vocab_size: int = self._processor.get_piece_size()
-        except (RuntimeError, ValueError, OSError) as error:
-            if kind := foreign_tokenizer(self.proto):
-                raise UserError(f"tokenizer {self.path} is {kind}: only SentencePiece models can be used") from error
-            raise UserError(f"tokenizer {self.path} is not a whole SentencePiece model: make it again") from error
-        self.unk_id: int = self._processor.unk_id()
-        self.bos_id: int = self._processor.bos_id()
-        self.eod_id: int = self._processor.eos_id()
-        self.pad_id: int = self._processor.pad_id()
-        found = {token: self._processor.piece_to_id(token) for token in SPECIAL_TOKENS}
-        self.special_ids: dict[str, int] = {token: i for token, i in found.items() if i != self.unk_id}
+        self.path = tokenizer_file(path)
+        self.vocabulary = _open(self.path)
+        self.vocab_size = self.vocabulary.size
+        self.unk_id, self.bos_id = self.vocabulary.unk_id, self.vocabulary.bos_id
+        self.eod_id, self.pad_id = self.vocabulary.eod_id, self.vocabulary.pad_id
+        found = {token: self.find(token) for token in SPECIAL_TOKENS}
+        self.special_ids: dict[str, int] = {token: i for token, i in found.items() if i is not None}
 
     def __len__(self) -> int:
         return self.vocab_size
+
+    @property
+    def proto(self) -> bytes | None:
+        """A SentencePiece model's own bytes; None of a `tokenizer.json`."""
+        return self.vocabulary.proto
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with nothing added at either end.
@@ -66,11 +91,13 @@ class Tokenizer:
         Raises `UserError` where the text holds a lone surrogate, which no UTF-8 can carry.
         """
         check_encodable(text)
-        return self._processor.encode(text, out_type=int)
+        return self.vocabulary.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
-        return [self.encode(text) for text in texts]  # SentencePiece's own batch call starts threads, and is slower
+        for text in texts:
+            check_encodable(text)
+        return self.vocabulary.encode_batch(list(texts))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control tokens (bos, eod, pad) have none, incomplete bytes become U+FFFD.
@@ -81,35 +108,39 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise UserError(f"token id {i} is outside the vocabulary of {self.path}: 0 to {self.vocab_size - 1}")
-        return self._processor.decode(ids)
+        return self.vocabulary.decode(ids)
 
     def id_to_token(self, token_id: int) -> str:
-        """The vocabulary's own spelling of one id, such as `▁the` or `<0x0A>`."""
-        return self._processor.id_to_piece(token_id)
+        """The vocabulary's own spelling of one id, such as `▁the`, `Ġthe` or `<0x0A>`; empty for a number left out."""
+        return self.vocabulary.spelling(token_id)
+
+    def content_of(self, token_id: int) -> bytes:
+        """What one token alone stands for, in UTF-8; a part of a character may be all that it is. Control tokens have
+        their spelling."""
+        return self.vocabulary.content_of(token_id)
 
     def token_to_id(self, token: str) -> int:
         """The id of a token by its own spelling; `UserError` where the vocabulary lacks it."""
-        token_id = self._processor.piece_to_id(token)
-        if token_id == self.unk_id and self._processor.id_to_piece(self.unk_id) != token:
+        token_id = self.find(token)
+        if token_id is None:
             raise UserError(f"tokenizer {self.path} has no token {token!r}")
         return token_id
 
     def find(self, token: str) -> int | None:
         """The id of a token by its own spelling; None where the vocabulary lacks it."""
-        token_id = self._processor.piece_to_id(token)
-        return None if token_id == self.unk_id else token_id
+        return self.vocabulary.find(token)
 
     def tokens(self) -> list[str]:
         """Every token's spelling, by id."""
-        return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+        return [self.id_to_token(i) for i in range(self.vocab_size)]
 
     def control_tokens(self) -> dict[str, int]:
         """Tokens without a text of their own, such as bos and eos, by their spelling."""
-        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)}
+        return self.vocabulary.control_tokens()
 
     def has_byte_fallback(self) -> bool:
         """Whether a character outside the vocabulary becomes its UTF-8 bytes rather than `<unk>`."""
-        return sum(self._processor.is_byte(i) for i in range(self.vocab_size)) == 256
+        return self.vocabulary.has_byte_fallback()
 
     def check_fits(self, vocab_size: int) -> None:
         """Raise `UserError` where a model of `vocab_size` tokens lacks some of these.
@@ -135,9 +166,35 @@ class Tokenizer:
         return self.bos_id
 
 
+def tokenizer_file(path: str | os.PathLike[str]) -> Path:
+    """The tokenizer's file that `path` means: itself, or in a folder `tokenizer.model`, else `tokenizer.json`.
+
+    Raises `UserError` for a folder with neither.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        return place
+    found = next((place / name for name in (MODEL_FILE, JSON_FILE) if (place / name).is_file()), None)
+    if found is None:
+        raise UserError(f"tokenizer {place}: the folder has neither {MODEL_FILE} nor {JSON_FILE}; name the file")
+    return found
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `tokenizer_file` finds one in a folder."""
+    return any((folder / name).is_file() for name in (MODEL_FILE, JSON_FILE))
+
+
+def kept_files(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """What a run keeps of its tokenizer, by the names that it is found by there: its file and `companions`."""
+    file = tokenizer_file(path)
+    name = JSON_FILE if Tokenizer(file).proto is None else MODEL_FILE
+    return {**{beside.name: beside for beside in companions(file)}, name: file}
+
+
 def companions(path: str | os.PathLike[str]) -> list[Path]:
-    """Files beside a SentencePiece model that say how its language model is addressed, as Hugging Face has them."""
-    places = (Path(path).with_name(name) for name in _COMPANIONS)
+    """Files beside a tokenizer that say how its language model is addressed, as Hugging Face has them."""
+    places = (Path(path).with_name(name) for name in _COMPANIONS if name != Path(path).name)
     return [place for place in places if place.is_file()]
 
 
@@ -148,71 +205,6 @@ def check_encodable(text: str) -> None:
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at character {error.start}"
         raise UserError(f"text cannot be UTF-8: lone surrogate {found}") from None
-
-
-def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int,
-    output_prefix: str | os.PathLike[str],
-    *,
-    character_coverage: float = 0.9995,
-    max_training_pieces: int = 1_000_000,
-    num_threads: int = 2,
-    seed: int = 1234,
-) -> Tokenizer:
-    """Train a BPE vocabulary on documents and write it to `<output_prefix>.model`.
-
-    Every text encodes without loss: nothing is normalised, whitespace is kept, characters outside the vocabulary fall
-    back to bytes, digits stand alone. (U+2581, SentencePiece's own mark for a space, alone decodes as a space.)
-    Training sees documents in pieces of about 1000 characters and samples `max_training_pieces` of them where there
-    are more, so memory stays under a few GB for any corpus. The file appears only when complete.
-
-    Args:
-        texts: the documents; read once.
-        vocab_size: tokens in all, special ones and the 256 bytes included.
-        character_coverage: share of the characters read that get a token of their own; printable ASCII always does.
-        seed: of that sample.
-
-    Raises `UserError` where the corpus is empty, too small for `vocab_size`, or the file cannot be written.
-    """
-    if vocab_size < 1:
-        raise UserError(f"--vocab-size {vocab_size} is too small: special tokens and bytes alone take over 260")
-    target = Path(f"{os.fspath(output_prefix)}.model")
-    if not target.parent.is_dir():
-        raise UserError(f"cannot write {target}: there is no folder {target.parent}")
-    model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_pieces(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            user_defined_symbols=list(_USER_SYMBOLS),
-            required_chars="".join(c for c in string.printable if c.isprintable() and c != " "),
-            character_coverage=character_coverage,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            input_sentence_size=max_training_pieces,
-            shuffle_input_sentence=True,
-            num_threads=num_threads,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise UserError(_training_failure(str(error), vocab_size)) from error
-    try:
-        write_whole(target, model.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from error
-    return Tokenizer(target)
 
 
 def _read_model_file(path: Path) -> bytes:
@@ -228,29 +220,8 @@ def _read_model_file(path: Path) -> bytes:
     return proto
 
 
-def _training_pieces(texts: Iterable[str]) -> Iterable[str]:
-    """Documents in short pieces, cut at a line's end where one is near."""
-    for text in texts:
-        start = 0
-        while start < len(text):
-            end = start + _TRAINING_PIECE_CHARS
-            newline = text.rfind("\n", start, end)
-            if end < len(text) and newline >= start:
-                end = newline + 1
-            piece = text[start:end]
-            start = end
-            if piece.strip() and "\0" not in piece:
-                yield piece
-
-
-def _training_failure(message: str, vocab_size: int) -> str:
-    if "sentences_.empty()" in message:
-        return "the input has no text to train a tokenizer on"
-    if "smaller than required_chars" in message:
-        needed = re.search(r"\. \d+ vs (\d+)\.", message)
-        more = f"need at least {needed[1]}" if needed else "need more"
-        return f"--vocab-size {vocab_size} is too small: special tokens, bytes and this text's characters {more}"
-    if "too high" in message:
-        limit = message.rsplit("<= ", 1)[-1].rstrip(". ")
-        return f"--vocab-size {vocab_size} is more than this text can fill: at most {limit}, or give more text"
-    return f"tokenizer training failed: {' '.join(message.split())}"
+def _open(path: Path) -> Vocabulary:
+    content = _read_model_file(path)
+    if content[:1024].lstrip().startswith(b"{"):
+        return JsonVocabulary(path, content)
+    return SentencePieceVocabulary(path, content)

@@ -14,7 +14,7 @@ import torch
 import vishwamai_mp
 from vishwamai_mp.config import PretrainConfig, to_yaml
 from vishwamai_mp.config.files import write_whole
-from vishwamai_mp.data.tokenizer import companions
+from vishwamai_mp.data.tokenizer import kept_files
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.choices import ways_in_force
 
@@ -42,9 +42,8 @@ def write_run_description(folder: Path, config: PretrainConfig, runtime: Runtime
     write_whole(folder / "config.yaml", to_yaml(config).encode())
     write_whole(folder / "environment.json", json.dumps(describe_environment(runtime), indent=2).encode() + b"\n")
     if config.data.tokenizer:
-        write_whole(folder / "tokenizer.model", Path(config.data.tokenizer).read_bytes())
-        for file in companions(config.data.tokenizer):
-            write_whole(folder / file.name, file.read_bytes())
+        for name, file in kept_files(config.data.tokenizer).items():
+            write_whole(folder / name, file.read_bytes())
 
 
 def _version(package: str) -> str | None:

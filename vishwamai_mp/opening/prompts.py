@@ -1,6 +1,6 @@
 """How a model is addressed: its tokenizer, whether prompts begin with BOS, what ends an answer, its chat template.
 
-Beside a SentencePiece model may lie what Hugging Face keeps there: `tokenizer_config.json`, `chat_template.jinja` and
+Beside a tokenizer's file may lie what Hugging Face keeps there: `tokenizer_config.json`, `chat_template.jinja` and
 `generation_config.json`. They go along when a folder is imported and when a run is trained on.
 """
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, SETTINGS_FILE, Tokenizer
+from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE
+from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, Tokenizer
 
 # Tokenizers of transformers that put BOS first unless they are told not to.
 _BEGIN_WITH_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
@@ -22,7 +23,7 @@ class PromptTokenizer:
     """A tokenizer with the ways of its model.
 
     Args:
-        path: the SentencePiece model.
+        path: of the tokenizer, as `Tokenizer` has it.
         vocab_size: of the model, which may have rows beyond the tokenizer's tokens; they are never generated.
         add_bos: whether a prompt begins with BOS; None: as `tokenizer_config.json` says, or else not.
 
@@ -66,11 +67,11 @@ class PromptTokenizer:
 
     def spell(self, token: int) -> str:
         """One token as a text of its own; a byte of a longer character as OpenAI writes it, `bytes:\\xe2`."""
-        spelled = self.tokenizer.id_to_token(token)
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", spelled):
-            byte = int(spelled[3:5], 16)
-            return chr(byte) if byte < 0x80 else f"bytes:\\x{byte:02x}"
-        return spelled.replace("\u2581", " ")
+        content = self.tokenizer.content_of(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation that the model is to go on, as transformers' `apply_chat_template` makes them.
@@ -101,6 +102,8 @@ class PromptTokenizer:
         for token in self._lacking():
             if token in text:
                 raise UserError(f"the chat template writes {token}, which the tokenizer {self.tokenizer.path} lacks")
+        if self.tokenizer.proto is None:  # a tokenizer.json finds them itself
+            return self.tokenizer.encode(text)
         marks = self.tokenizer.control_tokens()
         pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
         ids: list[int] = []
@@ -130,6 +133,8 @@ class PromptTokenizer:
 
     def _adds_bos(self) -> bool:
         said = self._settings.get("add_bos_token")
+        if said is None and self.tokenizer.vocabulary.puts_bos_first is not None:
+            return self.tokenizer.vocabulary.puts_bos_first
         if said is None:
             return str(self._settings.get("tokenizer_class", "")).removesuffix("Fast") in _BEGIN_WITH_BOS
         return bool(said)

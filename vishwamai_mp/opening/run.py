@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vishwamai_mp.checkpoint.store import locate
 from vishwamai_mp.config import ParallelConfig, PretrainConfig, UserError, load_config, resolve, to_dict
+from vishwamai_mp.data.tokenizer import has_tokenizer, tokenizer_file
 
 _NOT_FOR_ANSWERING = {
     "context_parallel_size": 1,
@@ -21,7 +22,7 @@ class RunFolder:
     """A run folder with a checkpoint.
 
     Attributes:
-        folder: has `config.yaml` and, usually, `tokenizer.model`.
+        folder: has `config.yaml` and, usually, a tokenizer.
         checkpoint: the one that is meant.
         skipped: why newer ones are not taken.
     """
@@ -32,9 +33,9 @@ class RunFolder:
 
     def trained(self, overrides: Sequence[str] = ()) -> PretrainConfig:
         """The configuration as it was trained, not resolved; its tokenizer is the run folder's, where that has one."""
-        config, beside = load_config(self.folder / "config.yaml"), self.folder / "tokenizer.model"
-        if beside.is_file():
-            config = replace(config, data=replace(config.data, tokenizer=str(beside)))
+        config = load_config(self.folder / "config.yaml")
+        if has_tokenizer(self.folder):
+            config = replace(config, data=replace(config.data, tokenizer=str(tokenizer_file(self.folder))))
         return load_config(to_dict(config), overrides) if overrides else config
 
     def answering(self, overrides: Sequence[str] = ()) -> PretrainConfig:

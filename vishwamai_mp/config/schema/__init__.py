@@ -193,7 +193,7 @@ class DataConfig:
     train: Blend = None
     valid: Blend = None  # None: a part of `train`, by `split`
     split: Split = "99,1,0"  # train, valid, test shares of `train`
-    tokenizer: str | None = None  # SentencePiece .model
+    tokenizer: str | None = None  # SentencePiece .model, tokenizer.json, or a folder with one
     reset_position_ids: bool = False  # positions start anew in each packed document
     reset_attention_mask: bool = False  # packed documents do not see each other
     eod_mask_loss: bool = False  # no loss on the token after a document's end

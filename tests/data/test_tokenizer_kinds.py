@@ -1,0 +1,206 @@
+"""One interface over all kinds of tokenizer files: what holds of each."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Fast
+from transformers import PreTrainedTokenizerFast
+
+from vishwamai_mp.config import UserError
+from vishwamai_mp.data.piece_cache import DocumentEncoder
+from vishwamai_mp.data.tokenizer import Tokenizer, kept_files
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
+from vishwamai_mp.inference.text import AddedText
+from vishwamai_mp.opening.prompts import PromptTokenizer
+
+TEXTS = [f"The quick brown fox, number {i}, jumps over {i * 7} lazy dogs; naïve café 東京.\n" for i in range(60)]
+KINDS = ("sentencepiece", "byte_level", "metaspace", "unigram")
+
+
+def byte_level() -> Fast:
+    """As GPT-2, Llama 3, Qwen: bytes written as characters. BOS comes first by itself."""
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(TEXTS, trainer)
+    fast.add_tokens([AddedToken("[STEP]", special=False, normalized=False)])
+    fast.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    return fast
+
+
+def metaspace() -> Fast:
+    """As Llama 2: spaces marked, bytes as `<0x0A>`, a space before every text."""
+    fast = Fast(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    fast.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=220, special_tokens=special, show_progress=False))
+    described = json.loads(fast.to_str())
+    vocabulary = described["model"]["vocab"]
+    for byte in range(256):  # plain tokens, which a trainer cannot be asked for
+        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    fast = Fast.from_str(json.dumps(described))
+    fast.add_tokens([AddedToken("[STEP]", special=False, normalized=False)])
+    return fast
+
+
+def unigram() -> Fast:
+    """As XLM-R, ALBERT: pieces chosen by probability."""
+    fast = Fast(models.Unigram())
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    fast.decoder = decoders.Metaspace(prepend_scheme="never")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        unk_token="<unk>",
+        initial_alphabet=sorted(set("".join(TEXTS))),
+        show_progress=False,
+    )
+    fast.train_from_iterator(TEXTS, trainer)
+    fast.add_tokens([AddedToken("[STEP]", special=False, normalized=False)])
+    return fast
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each kind."""
+    root = tmp_path_factory.mktemp("kinds")
+    for kind, make in (("byte_level", byte_level), ("metaspace", metaspace), ("unigram", unigram)):
+        (root / kind).mkdir()
+        make().save(str(root / kind / "tokenizer.json"))
+    (root / "sentencepiece").mkdir()
+    train_tokenizer(TEXTS, 420, root / "sentencepiece" / "tokenizer")
+    return {kind: root / kind for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, folders) -> Tokenizer:
+    return Tokenizer(folders[request.param])
+
+
+def test_texts_survive_the_round_trip(tokenizer):
+    for text in ("The lazy fox", " lazy  dogs", "naïve café 東京", "over [STEP]", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_batch(["fox", "dogs 7"]) == [tokenizer.encode("fox"), tokenizer.encode("dogs 7")]
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_any_text_survives_where_bytes_are_tokens(folders, kind, text):
+    tokenizer = Tokenizer(folders[kind])
+    assert tokenizer.has_byte_fallback()
+    expected = text.replace("▁", " ") if kind == "metaspace" else text
+    assert tokenizer.decode(tokenizer.encode(text)) == expected
+
+
+def test_tokens_have_names_and_ends(tokenizer):
+    step = tokenizer.token_to_id("[STEP]")
+    assert tokenizer.special_ids == {token: tokenizer.find(token) for token in tokenizer.special_ids}
+    assert tokenizer.special_ids["[STEP]"] == step
+    assert tokenizer.encode("a[STEP]b").count(step) == 1
+    assert tokenizer.id_to_token(step) == "[STEP]"
+    assert 0 <= tokenizer.bos_id != tokenizer.eod_id == tokenizer.require_eod()
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.eod_id]) == "a b"
+    assert (
+        len(tokenizer.tokens())
+        == tokenizer.vocab_size
+        == max(map(tokenizer.find, filter(None, tokenizer.tokens()))) + 1
+    )
+    with pytest.raises(UserError, match="has no token 'zzzz'"):
+        tokenizer.token_to_id("zzzz")
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        tokenizer.decode([tokenizer.vocab_size])
+    with pytest.raises(UserError, match="lone surrogate"):
+        tokenizer.encode("ab\ud800")
+
+
+def test_what_a_token_alone_stands_for_adds_up(tokenizer):
+    text = "fox 東京[STEP]"
+    content = b"".join(tokenizer.content_of(i) for i in tokenizer.encode(text)).decode()
+    assert content.removeprefix(" ") == text
+
+
+def test_tokens_one_by_one_add_the_text_of_all(tokenizer):
+    prompt, answer = tokenizer.encode("The quick"), tokenizer.encode(" brown 東京 fox\n\n x")
+    added = AddedText(tokenizer.decode, prompt)
+    for token in answer:
+        added.add([token])
+    added.end()
+    whole = tokenizer.decode(prompt + answer)
+    assert tokenizer.decode(prompt) + added.text == whole
+
+
+def test_indexed_files_get_the_same_tokens(tokenizer):
+    encoder = DocumentEncoder(tokenizer, np.dtype(np.uint16))
+    for text in TEXTS[:3]:
+        assert np.frombuffer(encoder.encode(text), np.uint16).tolist() == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "unigram"])
+def test_ids_are_those_of_transformers(folders, kind):
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folders[kind] / "tokenizer.json"))
+    ours = Tokenizer(folders[kind])
+    for text in [*TEXTS[:5], "a</s>b", "<|eot_id|>"]:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+def test_bos_comes_first_where_the_file_puts_it(folders):
+    assert PromptTokenizer(folders["byte_level"], 500).first == [0]
+    assert PromptTokenizer(folders["byte_level"], 500, add_bos=False).first == []
+    assert PromptTokenizer(folders["unigram"], 500).first == []
+    assert PromptTokenizer(folders["unigram"], 500, add_bos=True).first == [1]
+
+
+def test_settings_beside_the_file_say_what_ends_a_text(folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folders["byte_level"] / "tokenizer.json").read_bytes())
+    settings_file = tmp_path / "tokenizer_config.json"
+    settings_file.write_text(json.dumps({"eos_token": {"content": "<|eot_id|>"}, "bos_token": None}))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.eod_id == 2
+    assert PromptTokenizer(tmp_path, 500).end_tokens == (1, 2)
+    assert sorted(kept_files(tmp_path)) == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    settings_file.write_text("[")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be read"):
+        Tokenizer(tmp_path)
+
+
+def test_a_conversation_is_encoded_as_transformers_does(folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folders["byte_level"] / "tokenizer.json").read_bytes())
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot_id|>{% endfor %}assistant:"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}'
+    )
+    messages = [{"role": "user", "content": "The fox?"}]
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path).apply_chat_template(messages, add_generation_prompt=True)
+    theirs = theirs if isinstance(theirs, list) else theirs["input_ids"]
+    assert PromptTokenizer(tmp_path, 500).chat(messages) == theirs
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": 3}', '{"version": "1.0", "model": {"type": "None"}}'])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"is not a whole tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has neither tokenizer\.model nor tokenizer\.json"):
+        Tokenizer(tmp_path)

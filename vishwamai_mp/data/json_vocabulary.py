@@ -1,0 +1,147 @@
+"""The vocabulary in a `tokenizer.json` of Hugging Face's `tokenizers`, with the settings that lie beside it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from vishwamai_mp.config.errors import UserError
+
+SETTINGS_FILE = "tokenizer_config.json"
+_SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+# What these tokens are usually spelled, for a file without settings beside it. The first that it has is meant.
+_USUAL = {
+    "bos_token": (
+        "<|begin_of_text|>",
+        "<s>",
+        "<bos>",
+        "[BOS]",
+        "<|startoftext|>",
+        "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+    ),
+    "eos_token": (
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "</s>",
+        "<eos>",
+        "[EOS]",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),
+    "pad_token": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
+    "unk_token": ("<unk>", "[UNK]"),
+}
+_SPACE = "\u2581"  # a space in vocabularies that come from SentencePiece
+
+
+class JsonVocabulary:
+    """See `tokenizer.Vocabulary`. Added tokens are found wherever they stand in a text; special ones decode to nothing.
+
+    Which tokens begin and end a text is said by `tokenizer_config.json` or `special_tokens_map.json` beside the file,
+    or else guessed from their usual spellings.
+
+    Args:
+        path: of the file; what lies beside it is read as well.
+        content: the file's.
+    """
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError(f"tokenizer {path} needs the package tokenizers: pip install tokenizers") from None
+        self.proto: bytes | None = None
+        try:
+            described = json.loads(content)
+            self._tokenizer = Tokenizer.from_buffer(content)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of its Rust code is no Exception
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"tokenizer {path} is not a whole tokenizer.json ({reason}): copy it again") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = False
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"tokenizer {path} has no tokens: copy it again")
+        self.size: int = max(vocabulary.values()) + 1
+        self._spellings = {i: token for token, i in vocabulary.items()}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
+        self._special = {token.content: i for i, token in added.items() if token.special}
+        self._bytes = _byte_alphabet() if '"ByteLevel"' in json.dumps(described.get("decoder")) else None
+        self._settings = {**_read(path.with_name(_SPECIAL_TOKENS_FILE)), **_read(path.with_name(SETTINGS_FILE))}
+        self.unk_id = self._named("unk_token", described.get("model", {}).get("unk_token"))
+        self.bos_id = self._named("bos_token")
+        self.eod_id = self._named("eos_token")
+        self.pad_id = self._named("pad_token")
+        first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
+        self.puts_bos_first: bool | None = bool(first) and first[0] != self.eod_id and self.bos_id in (-1, first[0])
+        if self.puts_bos_first:
+            self.bos_id = first[0]
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def spelling(self, token_id: int) -> str:
+        return self._spellings.get(token_id, "")
+
+    def find(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def content_of(self, token_id: int) -> bytes:
+        spelled = self.spelling(token_id)
+        if token_id in self._added:
+            return spelled.encode()
+        if self._bytes is not None:
+            return b"".join(self._bytes.get(c) or c.encode() for c in spelled)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", spelled):
+            return bytes([int(spelled[3:5], 16)])
+        return spelled.replace(_SPACE, " ").encode()
+
+    def control_tokens(self) -> dict[str, int]:
+        return dict(self._special)
+
+    def has_byte_fallback(self) -> bool:
+        return self._bytes is not None or all(f"<0x{byte:02X}>" in self._spellings.values() for byte in range(256))
+
+    def _named(self, name: str, otherwise: Any = None) -> int:
+        """The id of the token that the settings name, or that is usually meant; -1: there is none."""
+        said = self._settings.get(name, otherwise)
+        if isinstance(said, dict):
+            said = said.get("content")
+        if isinstance(said, str):
+            found = self._tokenizer.token_to_id(said)
+            return -1 if found is None else found
+        if name in self._settings:  # null: the model has none
+            return -1
+        return next((self._special[token] for token in _USUAL[name] if token in self._special), -1)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); mend it or take it away") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is no JSON object; mend it or take it away")
+    return settings
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """The bytes that byte-level vocabularies (GPT-2's and all since) write as characters.
+
+    Printable characters of Latin-1 stand for their own byte; the other bytes, in order, for U+0100 onwards.
+    """
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    pairs = [(chr(byte), byte) for byte in own] + [(chr(256 + n), byte) for n, byte in enumerate(others)]
+    return {character: bytes([byte]) for character, byte in pairs}
