@@ -88,8 +88,8 @@ class Trainer:
             self.lock.release()
 
     def _train(self) -> TrainerState:
-        self._settle_ways()
         self.resume()
+        self._settle_ways()
         batches = train_stream(self.config, self.datasets, self.runtime, self.state.consumed_samples)
         for callback in self.callbacks:
             callback.on_train_begin(self)
