@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         help="name of the Hugging Face model they were trained on, or its folder, which is compared",
     )
     for command in (export, check):
-        command.add_argument("--tokenizer", help="SentencePiece .model, tokenizer.json, or none (default: the run folder's)")
+        command.add_argument("--tokenizer", help="its file or folder, or none (default: the run folder's)")
         command.add_argument("--prompt", action="append", default=[], help="text to compare on; may be repeated")
         command.add_argument("--tokens", type=int, default=64, help="greedy tokens to compare per prompt (default: 64)")
         command.add_argument(

@@ -26,7 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="FILE", help="JSON lines (.jsonl .json), also with .gz or .zst"
     )
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or a folder with one")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or a folder with one"
+    )
     parser.add_argument(
         "--sequence-length", type=int, required=True, metavar="N", help="training.sequence_length, in tokens"
     )

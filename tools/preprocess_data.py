@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="KEY",
         help="keys or columns that hold text; each makes a pair of files of its own (default: text)",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or a folder with one")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or a folder with one"
+    )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument(
         "--append-bos", action="store_true", help="begin each document with the tokenizer's beginning-of-sequence token"

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.test_preprocess import documents_of
+from tests.data.test_tokenizer_kinds import byte_level
 from tests.fuzz.mutations import damaged, emptied, fuzzed, outcome
 from vishwamai_mp.data.chat import UnusableRecord, conversation
 from vishwamai_mp.data.indexed import IndexedStats, IndexedWriter, check_indexed
@@ -119,11 +120,19 @@ def test_records(record: Any, ignored: list[str]) -> None:
         assert conversation(record, ignored)[-1].learnt
 
 
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("described") / "tokenizer.json"
+    byte_level().save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "described"])
 @fuzzed
 @given(data=st.data())
-def test_tokenizers(tmp_path: Path, tokenizer: Path, data: st.DataObject) -> None:
+def test_tokenizers(request: pytest.FixtureRequest, tmp_path: Path, kind: str, data: st.DataObject) -> None:
     path = tmp_path / "a.model"
-    path.write_bytes(data.draw(damaged(tokenizer.read_bytes())))
+    path.write_bytes(data.draw(damaged(request.getfixturevalue(kind).read_bytes())))
     found = outcome(lambda: Tokenizer(path))
     if isinstance(found, Tokenizer):
         outcome(lambda: found.decode(found.encode(TEXTS[3])))
