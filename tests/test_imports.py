@@ -13,6 +13,7 @@ _PACKAGE = _REPOSITORY / "vishwamai_mp"
 _ORDER = [
     {"config"},
     {"planning"},
+    {"diagnosis"},
     {"runtime"},
     {"precision"},
     {"components"},
@@ -30,7 +31,7 @@ _ORDER = [
     {"pretrain", "trainer", "launch"},
 ]
 _LEVEL = {room: level for level, rooms in enumerate(_ORDER) for room in rooms}
-_WITHOUT_TORCH = ("config", "planning")
+_WITHOUT_TORCH = ("config", "planning", "diagnosis")
 _FILES = sorted(_PACKAGE.rglob("*.py"))
 
 

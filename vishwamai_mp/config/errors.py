@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 USER_ERROR_STATUS = 78  # of a worker in a job, for its launcher: trying again is of no use (EX_CONFIG of sysexits.h)
+HUNG_STATUS = 79  # of a worker that the watchdog ended because the job hung; trying again may help
 
 
 class UserError(ValueError):

@@ -18,7 +18,8 @@ Three layers of processes, each ended by the kernel when the one above is gone, 
     workers        `vishwamai_mp.pretrain`, one per rank
 """
 
-# Exit statuses of an attempt, beside 0. What a worker says by its own status is in `config.errors`.
+# Exit statuses of an attempt, beside 0. What a worker says by its own status is in `config.errors`: a user's mistake
+# (78), or that it was ended because the job hung (79), which the launcher ends with too when no restart is left.
 FAILED = 1  # workers ran, and one failed or a machine dropped out
 NEVER_MET = 75  # no worker ran: the machines did not come together (EX_TEMPFAIL of sysexits.h)
 STOPPED = 76  # workers were ended by the signal before they had begun to listen for it

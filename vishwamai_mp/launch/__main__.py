@@ -11,7 +11,7 @@ from types import FrameType
 
 import psutil
 
-from vishwamai_mp.config.errors import USER_ERROR_STATUS
+from vishwamai_mp.config.errors import HUNG_STATUS, USER_ERROR_STATUS
 from vishwamai_mp.launch import NEVER_MET, STOPPED
 
 _PATIENCE_SECONDS = 900.0  # for machines that do not come together, as torchrun's join_timeout
@@ -35,7 +35,11 @@ class Launcher:
         self._attempt: subprocess.Popen | None = None
 
     def run(self) -> int:
-        """Attempt until one succeeds, fails for good, or a signal asks to stop. Returns the exit status."""
+        """Attempt until one succeeds, fails for good, or a signal asks to stop.
+
+        Returns:
+            the exit status: 0, 1, or HUNG_STATUS where the last attempt hung.
+        """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's SIGHUP
                 signal.signal(number, self._note)
@@ -45,7 +49,7 @@ class Launcher:
             if status == 0:
                 return 0
             if self._wish is not None:
-                if status in (USER_ERROR_STATUS, 1):
+                if status in (USER_ERROR_STATUS, HUNG_STATUS, 1):
                     return 1
                 _say("stopped before the first step; the same command starts it")
                 return 0
@@ -61,7 +65,7 @@ class Launcher:
                 _say("a worker was ended by a signal that did not come from here")
             failures += 1
             if failures > self._restarts:
-                return 1
+                return HUNG_STATUS if status == HUNG_STATUS else 1
             _say(f"restart {failures} of {self._restarts}; training goes on from its last checkpoint")
             met = time.monotonic()
             time.sleep(_BREATH_SECONDS)

@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 from torch.distributed.launcher.api import launch_agent
 
-from vishwamai_mp.config.errors import USER_ERROR_STATUS
+from vishwamai_mp.config.errors import HUNG_STATUS, USER_ERROR_STATUS
 from vishwamai_mp.launch import FAILED, NEVER_MET, STOPPED
 from vishwamai_mp.runtime.failure import die_with_parent
 
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
     """Run the agent to its end.
 
     Returns:
-        0, FAILED, NEVER_MET, STOPPED or USER_ERROR_STATUS.
+        0, FAILED, NEVER_MET, STOPPED, HUNG_STATUS or USER_ERROR_STATUS.
     """
     die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -109,7 +109,9 @@ def main(arguments: list[str]) -> int:
             return USER_ERROR_STATUS
         rank, failure = error.get_first_failure()
         why, outcome = f"rank {rank} {_how(failure.exitcode)}", FAILED
-        if failure.exitcode in _ENDED_BY_SIGNAL:  # the first: the agent ends the others by a signal itself
+        if HUNG_STATUS in statuses:
+            why, outcome = "the job hung; hang_report.txt in the run folder says which rank held it up", HUNG_STATUS
+        elif failure.exitcode in _ENDED_BY_SIGNAL:  # the first: the agent ends the others by a signal itself
             outcome = STOPPED
     except (RendezvousError, DistError) as error:
         lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]

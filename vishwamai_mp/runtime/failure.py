@@ -14,6 +14,7 @@ from pathlib import Path
 from vishwamai_mp.config import UserError, run_program
 from vishwamai_mp.config.errors import USER_ERROR_STATUS
 
+_ONLY_PASSED = (__file__, str(Path(__file__).with_name("journal.py")))  # files that a failing call comes through
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WORD, _WORD_SECONDS = "vishwamai_mp/waits_in_vain/", 3.0
 # Of gloo, NCCL and torch's store, when a peer is gone, or silent for longer than `parallel.timeout_minutes`.
@@ -30,7 +31,7 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
     When one process of a job fails, its peers fail too, with errors about lost connections. So the first process of
     each machine to fail reports, and the others are silent. No process waits for another: torchrun ends the rest.
     """
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    launched = is_launched()
     if not launched and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         run_program(main)
     rank = os.environ["RANK"]
@@ -60,6 +61,11 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
     os._exit(code)  # not sys.exit: process groups of a failed job can hang in their destructors
 
 
+def is_launched() -> bool:
+    """Whether torchrun's agent, or our launcher around it, started this process as one of a job."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def is_loss_of_peers(error: BaseException) -> bool:
     """Whether a collective failed because another process did not answer: the fault is not where the error appears."""
     return isinstance(error, RuntimeError) and _LOSS.search(str(error)) is not None
@@ -73,7 +79,7 @@ def describe_loss(error: BaseException, rank: str, silent: str | None) -> str:
         rank: this one.
         silent: the ranks that gave no word afterwards; None where that cannot be asked.
     """
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in _ONLY_PASSED]
     ours = [frame for frame in frames if "vishwamai_mp" in Path(frame.filename).parts]
     where = f" in {ours[-1].name} ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
     what = " ".join(str(error).split())[:200]

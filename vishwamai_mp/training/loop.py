@@ -15,6 +15,7 @@ from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.data.batches import BatchStream, evaluation_stream, train_stream
 from vishwamai_mp.data.datasets import Datasets
 from vishwamai_mp.data.position import DataPosition
+from vishwamai_mp.diagnosis.shared import Phase
 from vishwamai_mp.model import build_model
 from vishwamai_mp.planning import training_flops_per_token
 from vishwamai_mp.precision import PrecisionPolicy
@@ -22,12 +23,14 @@ from vishwamai_mp.runtime import Runtime, is_accelerator
 from vishwamai_mp.runtime.choices import table_of_run
 from vishwamai_mp.runtime.choices import use as use_ways
 from vishwamai_mp.runtime.device import peak_flops
+from vishwamai_mp.runtime.journal import phase, step
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
 from vishwamai_mp.training.callbacks.base import Callback
 from vishwamai_mp.training.guard import LossGuard, explain
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.schedule import learning_rate
 from vishwamai_mp.training.step import StepResult, TrainStep
+from vishwamai_mp.training.watching import watched
 
 
 @dataclass
@@ -82,7 +85,7 @@ class Trainer:
         if isinstance(locked, Failure):
             locked.throw("training not started")
         try:
-            with advice_when_out_of_memory(self.config):
+            with advice_when_out_of_memory(self.config), watched(self.config, self.runtime, self.folder):
                 return self._train()
         finally:
             self.lock.release()
@@ -96,7 +99,8 @@ class Trainer:
         while self.state.step < self.config.training.max_steps and self.stop_reason is None:
             for callback in self.callbacks:
                 callback.on_step_begin(self)
-            record = self._step(batches)
+            with step(self.state.step + 1):
+                record = self._step(batches)
             for callback in self.callbacks:
                 callback.on_step_end(self, record)
         for callback in self.callbacks:
@@ -117,7 +121,8 @@ class Trainer:
     def _step(self, batches: BatchStream) -> dict[str, float]:
         start = time.perf_counter()
         rate = learning_rate(self.config, self.state.step)
-        micro_batches = list(itertools.islice(batches, batches.micro_batches_per_step))
+        with phase(Phase.BATCH):
+            micro_batches = list(itertools.islice(batches, batches.micro_batches_per_step))
         result = self.steps.train(micro_batches, self.state.step, rate, self.guard.limit)
         if not result.updated:
             why = explain(result, self.guard.limit, self.steps, micro_batches, self.state.step)
@@ -150,9 +155,10 @@ class Trainer:
         """Mean validation loss in nats per token, over the same samples at every call and layout."""
         stream = evaluation_stream(self.config, self.datasets, self.runtime)
         total, count = 0.0, 0
-        while batches := list(itertools.islice(stream, stream.micro_batches_per_step)):
-            loss, tokens = self.steps.evaluate(batches)
-            total, count = total + loss * tokens, count + tokens
+        with phase(Phase.EVALUATION):
+            while batches := list(itertools.islice(stream, stream.micro_batches_per_step)):
+                loss, tokens = self.steps.evaluate(batches)
+                total, count = total + loss * tokens, count + tokens
         return total / count
 
     def save(self, *, final: bool = False) -> None:

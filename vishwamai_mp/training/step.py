@@ -19,8 +19,10 @@ from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.data.batches import Batch, context_shard
+from vishwamai_mp.diagnosis.shared import Phase
 from vishwamai_mp.model.fully_sharded import FullySharded
 from vishwamai_mp.runtime import Runtime, seed_step
+from vishwamai_mp.runtime.journal import phase
 from vishwamai_mp.runtime.measures import (
     all_names,
     mean_measures,
@@ -104,14 +106,16 @@ class TrainStep:
         table = summed_measures(self._measures, self._measure_names, self.runtime.device)
         # The one time in a step that the host waits for the device.
         parts = (total, torch.stack((ready.norm, ready.fits)), table.flatten())
-        loss_sum, count, norm, fits, *sums = torch.cat(parts).tolist()
+        with phase(Phase.READING):
+            loss_sum, count, norm, fits, *sums = torch.cat(parts).tolist()
         lm_loss, tokens = _mean_loss(loss_sum, count)
         update_loss_scale(self.optimizer, overflow=fits == 0)
         norm = norm if fits else math.inf
         sound = math.isfinite(norm) and math.isfinite(lm_loss) and lm_loss <= loss_limit
         if sound:
-            set_learning_rate(self.optimizer, learning_rate)
-            clip_and_step(self.optimizer, norm, self.config.optimizer.clip_grad_norm)
+            with phase(Phase.UPDATE):
+                set_learning_rate(self.optimizer, learning_rate)
+                clip_and_step(self.optimizer, norm, self.config.optimizer.clip_grad_norm)
         measures = mean_measures(self._measure_names, list(zip(sums[::2], sums[1::2], strict=True)))
         return StepResult(lm_loss, tokens, norm, sound, measures)
 
@@ -175,15 +179,16 @@ class TrainStep:
     def _forward(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, partial]:
         """megatron-core's forward step: the output and how to make a loss of it."""
         batch = next(batches)
-        output = model(
-            batch.tokens,
-            # Positions that all rows share cost the model less.
-            position_ids=batch.position_ids if self.config.data.reset_position_ids else None,
-            labels=batch.labels,
-            document_ids=batch.document_ids,
-            verdicts=batch.verdicts,
-            bounds=batch.bounds,
-        )
+        with phase(Phase.FORWARD):
+            output = model(
+                batch.tokens,
+                # Positions that all rows share cost the model less.
+                position_ids=batch.position_ids if self.config.data.reset_position_ids else None,
+                labels=batch.labels,
+                document_ids=batch.document_ids,
+                verdicts=batch.verdicts,
+                bounds=batch.bounds,
+            )
         cp = self.runtime.groups.cp
         return output, partial(_loss, context_shard(batch.loss_mask, cp.rank(), cp.size()))
 

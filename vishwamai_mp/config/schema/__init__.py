@@ -308,6 +308,25 @@ class Fp8Config:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """Ends a job that hangs, and says which rank is at fault. On Linux, in jobs that a launcher started.
+
+    A job hangs when the rank that others wait for has been in one phase for longer than it may. Shorter limits find
+    hangs sooner; what is longer than `parallel.timeout_minutes` has no effect, for collectives then end the job first.
+    """
+
+    __pydantic_config__ = _STRICT
+    enabled: bool = True
+    step_factor: PositiveFloat = 10.0  # a step may take so many times the median of the last 64 ...
+    step_seconds: PositiveFloat = 120.0  # ... and at least so long
+    first_step_seconds: PositiveFloat = 1800.0  # of a process: kernels are chosen, connections made
+    data_seconds: PositiveFloat = 600.0  # waiting for micro-batches
+    evaluation_seconds: PositiveFloat = 1800.0
+    save_seconds: PositiveFloat = 1800.0
+    other_seconds: PositiveFloat = 900.0  # between steps, in callbacks; and loading before the first
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Everything one training run needs."""
 
@@ -326,3 +345,4 @@ class PretrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)

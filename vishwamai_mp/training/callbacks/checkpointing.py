@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from vishwamai_mp.diagnosis.shared import Phase
+from vishwamai_mp.runtime.journal import phase
 from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
@@ -14,12 +16,17 @@ class Checkpointing(Callback):
     order = Order.SAVE
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
+        with phase(Phase.SAVE):
+            self._save_if_due(trainer)
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        with phase(Phase.SAVE):
+            trainer.checkpoints.wait()
+
+    def _save_if_due(self, trainer: "Trainer") -> None:
         trainer.checkpoints.poll()
         every, step = trainer.config.checkpoint.save_every, trainer.state.step
         last = step == trainer.config.training.max_steps or trainer.stop_reason is not None
         new_best = trainer.config.checkpoint.load_best and step == trainer.state.best_step
         if last or new_best or (every and step % every == 0):
             trainer.save(final=last)
-
-    def on_train_end(self, trainer: "Trainer") -> None:
-        trainer.checkpoints.wait()

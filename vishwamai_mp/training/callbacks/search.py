@@ -7,9 +7,11 @@ from vishwamai_mp.config import ConfigError, PretrainConfig
 from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.diagnosis.shared import Phase
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.observability.tree_page import to_html
 from vishwamai_mp.observability.writers import TensorBoard
+from vishwamai_mp.runtime.journal import phase
 from vishwamai_mp.training.callbacks.base import Callback, Order
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts, ending_of_thoughts
@@ -52,7 +54,8 @@ class Search(Callback):
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:
         if "validation_loss" not in record:
             return
-        results = self._search(trainer)
+        with phase(Phase.EVALUATION):
+            results = self._search(trainer)
         record["search_score"] = sum(result.nodes[result.best].score for result in results) / len(results)
         record["search_tokens"] = sum(result.generated_tokens for result in results)
         if self.answers:

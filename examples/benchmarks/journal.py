@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""What the step journal costs: a training step with it and without it, in turns, and each of its entries alone.
+
+Two gloo processes train a small model. Steps with and without the journal alternate, so that both see the same machine;
+differences of neighbours are compared, by their median. What phases and collectives cost alone, measured in a loop,
+times their number in a step is a second answer, which noise of the machine does not reach.
+
+example: python examples/benchmarks/journal.py --steps 100
+"""
+
+import argparse
+import statistics
+import time
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from vishwamai_mp.config import load_config, resolve, run_program
+from vishwamai_mp.data.batches import DocumentRules, make_batch
+from vishwamai_mp.diagnosis.shared import Kind, Operation, Phase, Word, events
+from vishwamai_mp.model import build_model
+from vishwamai_mp.runtime import initialize
+from vishwamai_mp.runtime.journal import Journal, journal_open, phase, step
+from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
+from vishwamai_mp.training.step import TrainStep
+
+_SETTINGS = ["parallel.tensor_model_parallel_size=2", "training.threads=1", "precision=fp32"]
+
+
+def main() -> None:
+    """Parse the command line, measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="of each kind (%(default)s)")
+    parser.add_argument("--config", default="tiny", help="preset or recipe (%(default)s)")
+    options = parser.parse_args()
+    mp.spawn(measure, (options.config, options.steps), nprocs=2)
+
+
+def measure(rank: int, name: str, steps: int) -> None:
+    """On one of the two ranks."""
+    config = resolve(load_config(name, _SETTINGS), 2)
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29637", rank=rank, world_size=2)
+    runtime = initialize(config)
+    chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
+    train = TrainStep(config, runtime, chunks, build_optimizer(config, runtime, chunks))
+    training = config.training
+    text = torch.randint(1, config.model.vocab_size, (training.micro_batch_size, training.sequence_length + 1))
+    batches = [make_batch(text, DocumentRules())] * (training.global_batch_size // training.micro_batch_size)
+
+    def one(number: int) -> float:
+        start = time.perf_counter()
+        with step(number):
+            with phase(Phase.BATCH):
+                pass
+            train.train(batches, number, 1e-4, float("inf"))
+        return time.perf_counter() - start
+
+    one(0)
+    journal, differences, plain = Journal(), [], []
+    for number in range(steps):
+        plain.append(one(number))
+        with journal_open(journal):
+            differences.append(one(number) - plain[-1])
+        journal.words[Word.ENDING] = 0
+    if rank == 0:
+        kinds = Counter(event.kind for event in events(journal.words) if event.step == steps - 1)
+        report(plain, differences, kinds[Kind.PHASE], kinds[Kind.BEGINS])
+
+
+def report(plain: list[float], differences: list[float], phases: int, collectives: int) -> None:
+    """Print both answers."""
+    median = statistics.median(plain)
+    print(f"a step without the journal: {1e3 * median:.1f} ms (median of {len(plain)})")
+    print(f"with it: {statistics.median(differences) / median:+.2%} (median difference of neighbours)")
+    of_phase, of_collective = seconds_alone()
+    whole = phases * of_phase + collectives * of_collective
+    print(
+        f"{phases} phases × {1e6 * of_phase:.1f} µs + {collectives} collectives × {1e6 * of_collective:.1f} µs",
+        end="",
+    )
+    print(f" = {1e3 * whole:.2f} ms, {whole / median:.3%} of a step")
+
+
+def seconds_alone(count: int = 20_000) -> tuple[float, float]:
+    """Of a phase, and of a collective: begun, handed over and waited for."""
+    with journal_open(Journal()) as journal:
+        start = time.perf_counter()
+        for _ in range(count // 2):
+            with phase(Phase.SAVE):
+                pass
+        middle = time.perf_counter()
+        for _ in range(count):
+            event = journal.begin(0, Operation.all_reduce, 8, -1)
+            journal.waiting(event, int)
+            journal.waiting(event, int)
+        return (middle - start) / count, (time.perf_counter() - middle) / count
+
+
+if __name__ == "__main__":
+    run_program(main)
