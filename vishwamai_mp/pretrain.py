@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("".join(f"# {note}\n" for note in job.notes) + to_yaml(job.config), end="")
         return 0
+    import psutil
+
     # torch and megatron-core take seconds to import; a mistake in the command line should not.
     from vishwamai_mp.data.datasets import build_datasets
     from vishwamai_mp.data.tokenizer import Tokenizer
@@ -56,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vishwamai_mp.training.loop import Trainer
     from vishwamai_mp.tree_of_thoughts.endings import with_step_token
 
-    config = job.config
+    config, began = job.config, psutil.Process().create_time()
     with distributed_session(config) as runtime, advice_when_out_of_memory(config):
         tokenizer = Tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         config = with_step_token(config, tokenizer)
         datasets = build_datasets(config, tokenizer, runtime)
-        trainer = Trainer(config, runtime, datasets, usual_callbacks(config, tokenizer))
+        trainer = Trainer(config, runtime, datasets, usual_callbacks(config, tokenizer, began=began))
         for note in [*job.notes, *datasets.notes]:
             trainer.say(note)
         trainer.train()

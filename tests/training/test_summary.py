@@ -1,8 +1,11 @@
 """Texts that a run begins and ends with."""
 
+from dataclasses import replace
+
 import pytest
 
 from vishwamai_mp.config import load_config, resolve
+from vishwamai_mp.observability.goodput import Attempt, Ledger
 from vishwamai_mp.training.summary import closing_lines, count_text, duration, loss_text, losses_of
 
 
@@ -37,11 +40,16 @@ def test_the_end_names_the_checkpoint_and_what_to_do_next(tmp_path):
     (run / "checkpoints/step_00000004").mkdir(parents=True)
     overrides = [f"training.output_dir={run}", "training.max_steps=4", "data.tokenizer=t.model"]
     config = resolve(load_config("tiny", overrides))
-    text = closing_lines(config, 4, 3.0, {"lm_loss": 2.0}, (2, 1.5))
+    attempt = Attempt(100.0, 104.0, {"useful": 3.0, "saving": 0.25, "starting": 0.75}, 4)
+    ledger = Ledger([attempt, replace(attempt, began=106.0, ended=110.0)])
+    text = closing_lines(config, 4, 3.0, {"lm_loss": 2.0}, (2, 1.5), ledger)
     lines = text.splitlines()
     assert lines[0] == "done        step 4 of 4 in 0:00:03: loss 2.0000  lowest validation loss, at step 2, 1.5000"
-    assert lines[1] == f"checkpoint  {run}/checkpoints/step_00000004"
-    assert lines[2] == f"next        python tools/generate.py --load '{run}' --prompt \"Once upon a time\""
+    assert lines[1] == (
+        "goodput     60.0% of 0:00:10, 2 attempts in useful steps; down 20.0%, starting 15.0%, saving 5.0%"
+    )
+    assert lines[2] == f"checkpoint  {run}/checkpoints/step_00000004"
+    assert lines[3] == f"next        python tools/generate.py --load '{run}' --prompt \"Once upon a time\""
     assert lines[-1].endswith(f"--load '{run}' --output '{run}-hf'")
-    stopped = closing_lines(config, 3, 3.0, {"lm_loss": 2.0}, None)
+    stopped = closing_lines(config, 3, 3.0, {"lm_loss": 2.0}, None, Ledger([]))
     assert stopped == "done  step 3 of 4 in 0:00:03: loss 2.0000"

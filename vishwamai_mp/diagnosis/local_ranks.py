@@ -39,6 +39,7 @@ class LocalRank:
         self._process: psutil.Process | None = None
         self._cpu = (0.0, 0.0, math.nan)  # seconds used, at which time, share
         self._stacks: list[list[str]] = []
+        self._frozen: list[int] | None = None  # the words of a stopped rank, from before it ran to write its stacks
 
     def is_there(self) -> bool:
         """Whether it has begun its journal."""
@@ -74,7 +75,8 @@ class LocalRank:
             limits: seconds, by the names of the section `watchdog`.
             counts_from: nanoseconds; time before it does not count: the whole machine slept.
         """
-        words, now, process = self.words, time.monotonic_ns(), self.process()
+        now, process = time.monotonic_ns(), self.process()
+        words = self._words()
         phase, ending = Phase(words[Word.PHASE]), Ending(words[Word.ENDING])
         groups = shared.read_groups(shared.groups_of(self.folder, self.rank))
         return RankState(
@@ -97,12 +99,20 @@ class LocalRank:
 
     def is_late(self, limits: Mapping[str, float], counts_from: int) -> bool:
         """Whether its phase takes longer than it may; cheap."""
-        words = self.words
+        words = self._words()
         since = max(words[Word.SINCE], counts_from)
         return not words[Word.ENDING] and (time.monotonic_ns() - since) / 1e9 > _limit(words, limits)
 
+    def _words(self) -> Any:
+        if self._frozen is not None and self._process is not None:
+            with contextlib.suppress(psutil.Error):
+                if self._process.status() == psutil.STATUS_STOPPED:
+                    return self._frozen
+            self._frozen = None
+        return self.words
+
     def _waiting(self, groups: list[shared.Group], now: int) -> Wait | None:
-        words = self.words
+        words = self._words()
         number = words[Word.WAITS_FOR]
         if not number or words[Word.EVENT_COUNT] - number >= shared.EVENTS:
             return None
@@ -112,13 +122,14 @@ class LocalRank:
         return Wait(Operation(event.code).name, name, event.number, event.peer, event.size, seconds)
 
     def _memberships(self, groups: list[shared.Group]) -> dict[str, Membership]:
+        words = self._words()
         recent: dict[int, list[tuple[int, str, int]]] = {}
-        for event in shared.events(self.words):
+        for event in shared.events(words):
             if event.kind is Kind.BEGINS and event.number:
                 recent.setdefault(event.group, []).append((event.number, Operation(event.code).name, event.size))
         return {
             group.name: Membership(
-                group.description, group.ranks, self.words[shared.COUNTS + number], recent.get(number, [])[-_RECENT:]
+                group.description, group.ranks, words[shared.COUNTS + number], recent.get(number, [])[-_RECENT:]
             )
             for number, group in enumerate(groups)
         }
@@ -132,10 +143,11 @@ class LocalRank:
             before, stopped = path.stat().st_size, process.status() == psutil.STATUS_STOPPED
             process.send_signal(STACK_SIGNAL)
             if stopped:
+                self._frozen = self._frozen or list(self.words)
                 process.send_signal(signal.SIGCONT)
             size, deadline = before, time.monotonic() + _STACK_SECONDS
             while time.monotonic() < deadline:
-                time.sleep(0.02)
+                time.sleep(0.002)
                 size, last = path.stat().st_size, size
                 if size == last > before:
                     break

@@ -111,6 +111,7 @@ class Word(IntEnum):
     ENDING = 11
     SENTENCE = 12  # written by the watchdog: not 0 when the rank is to end
     REPEATS = 13  # 1: the step was done before, and lost
+    REPEATED = 14  # nanoseconds of computing in such steps
 
 
 class Kind(IntEnum):

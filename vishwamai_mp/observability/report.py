@@ -7,10 +7,11 @@ from markupsafe import Markup
 
 from vishwamai_mp.observability.chart import FEW, Line, legend, line_chart
 from vishwamai_mp.observability.curves import STRETCHES
+from vishwamai_mp.observability.goodput import NOTE
 from vishwamai_mp.observability.page import page, render
 from vishwamai_mp.observability.panels import Panel, panels_of
 from vishwamai_mp.observability.report_style import SCRIPT, STYLE
-from vishwamai_mp.observability.report_tables import details, differences, environments, summary
+from vishwamai_mp.observability.report_tables import details, differences, environments, summary, where_time_went
 from vishwamai_mp.observability.run_folder import Curve, Run
 
 
@@ -37,6 +38,8 @@ def render_report(runs: Sequence[Run]) -> str:
         title=title,
         facts=_facts(runs, half_life),
         summary=summary(runs_named),
+        time=where_time_went(runs_named),
+        time_note=NOTE,
         choices=across | {"up": ("linear", "log")},
         smoothed=smoothed,
         legend=Markup(keys),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vishwamai_mp.observability.chart import short
+from vishwamai_mp.observability.goodput import PARTS
 from vishwamai_mp.observability.run_folder import Run
 
 
@@ -43,7 +44,7 @@ def summary(runs: Mapping[str, Run]) -> Table:
     """How each run went, a row each."""
     head = (
         *("run", "steps", "tokens", "training loss", "best validation loss", "tokens/s", "MFU", "memory, GiB"),
-        *("skipped steps", "checkpoints"),
+        *("skipped steps", "checkpoints", "goodput"),
     )
     rows = []
     for name, run in runs.items():
@@ -61,9 +62,29 @@ def summary(runs: Mapping[str, Run]) -> Table:
                 _greatest(run, "memory_gib"),
                 _last(run, "skipped_steps", lambda value: f"{value:.0f}"),
                 str(len(run.checkpoints)),
+                f"{run.goodput.goodput:.1%}" if run.goodput.attempts else "–",
             )
         )
     return Table(head, rows)
+
+
+def where_time_went(runs: Mapping[str, Run]) -> Table:
+    """The parts of each run's time, a row each, for the runs that kept account."""
+    rows = []
+    for name, run in runs.items():
+        if run.goodput.attempts:
+            wall, seconds = run.goodput.wall, run.goodput.seconds
+            parts = (f"{duration_text(seconds[part])} ({seconds[part] / wall:.1%})" for part in PARTS)
+            rows.append((name, duration_text(wall), str(len(run.goodput.attempts)), *parts))
+    return Table(("run", "all", "attempts", *PARTS), rows)
+
+
+def duration_text(seconds: float) -> str:
+    """Hours, minutes and seconds; of less than a minute, tenths of seconds."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def _last(run: Run, key: str, text: Any) -> str:

@@ -15,6 +15,7 @@ from vishwamai_mp.checkpoint import Manifest, check_files
 from vishwamai_mp.checkpoint.store import candidates, step_of
 from vishwamai_mp.config import UserError
 from vishwamai_mp.data.lines import text_lines
+from vishwamai_mp.observability.goodput import Ledger, read_ledger
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Run:
         environment: dotted keys of `environment.json`.
         checkpoints: newest first.
         profiles: tables of operators (`logging.profile_steps`), by file name.
+        goodput: where the time of all attempts went.
         notes: what could not be read.
     """
 
@@ -68,6 +70,7 @@ class Run:
     environment: Mapping[str, Any]
     checkpoints: list[SavedCheckpoint]
     profiles: Mapping[str, str]
+    goodput: Ledger
     notes: list[str] = field(default_factory=list)
 
 
@@ -96,6 +99,7 @@ def read_run(folder: Path) -> Run:
         environment=_mapping(_text(folder / "environment.json", notes), json.loads, "environment.json", notes),
         checkpoints=list(_checkpoints(folder / "checkpoints")),
         profiles={file.name: _text(file, notes) for file in sorted((folder / "profile").glob("*.txt"))},
+        goodput=_ledger(folder, notes),
         notes=notes,
     )
 
@@ -151,6 +155,14 @@ def _what_else(folder: Path) -> str:
     if runs:
         return f"it holds runs, name some of them: {', '.join(runs[:8])}{', …' if len(runs) > 8 else ''}"
     return "give the folder that training wrote, its training.output_dir"
+
+
+def _ledger(folder: Path, notes: list[str]) -> Ledger:
+    try:
+        return read_ledger(folder)
+    except ValueError as error:
+        notes.append(str(error))
+        return Ledger([])
 
 
 def _text(path: Path, notes: list[str]) -> str:

@@ -88,6 +88,8 @@ class Journal:
         ended = words[Word.PHASE]
         took = now - words[Word.SINCE]
         words[shared.SECONDS + ended] += took
+        if words[Word.REPEATS] and Phase.FORWARD <= ended <= Phase.UPDATE:
+            words[Word.REPEATED] += took
         self._note(now, Kind.PHASE, ended, 0, 0, took)
         words[Word.PHASE] = to
         words[Word.SINCE] = now
@@ -152,6 +154,11 @@ class Journal:
         self.switch(self.words[Word.PHASE])
         self.words[Word.ENDING] = ending
         self._ended.set()
+
+
+def current_journal() -> Journal | None:
+    """The one that is open."""
+    return _open
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
+from vishwamai_mp.observability.goodput import Ledger
 from vishwamai_mp.planning import total_parameters, training_flops_per_token
 from vishwamai_mp.planning.cache import cache_forward_flops_per_token, cache_parameters
 from vishwamai_mp.planning.memory import memory_forward_flops_per_token, memory_parameters
@@ -35,7 +36,12 @@ def opening_lines(config: PretrainConfig, runtime: Runtime, step: int) -> str:
 
 
 def closing_lines(
-    config: PretrainConfig, step: int, seconds: float, record: Mapping[str, float], best: tuple[int, float] | None
+    config: PretrainConfig,
+    step: int,
+    seconds: float,
+    record: Mapping[str, float],
+    best: tuple[int, float] | None,
+    ledger: Ledger,
 ) -> str:
     """How far a run came, where its checkpoint is, and what to do with it.
 
@@ -45,6 +51,7 @@ def closing_lines(
         seconds: that this part of the run took.
         record: of the last step.
         best: step and value of the lowest validation loss.
+        ledger: of the whole run.
     """
     training = config.training
     losses = {name: loss_text(value) for name, value in losses_of(record).items()}
@@ -52,12 +59,24 @@ def closing_lines(
         losses[f"lowest validation loss, at step {best[0]},"] = loss_text(best[1])
     told = "  ".join(f"{name} {value}" for name, value in losses.items())
     lines = {"done": f"step {step} of {training.max_steps} in {duration(seconds)}: {told}"}
+    if ledger.attempts:
+        lines["goodput"] = _goodput(ledger)
     checkpoint = Path(training.output_dir) / "checkpoints" / f"step_{step:08d}"
     if checkpoint.is_dir():
         lines["checkpoint"] = str(checkpoint)
         if step == training.max_steps:
             lines["next"] = "\n".join(_next_commands(config))
     return _table(lines)
+
+
+def _goodput(ledger: Ledger) -> str:
+    """The share of useful steps, and what took the rest, largest first."""
+    shares = {part: seconds / ledger.wall for part, seconds in ledger.seconds.items() if part != "useful"}
+    rest = [f"{part} {share:.1%}" for part, share in sorted(shares.items(), key=lambda x: -x[1]) if share >= 0.001]
+    attempts = f", {len(ledger.attempts)} attempts" if len(ledger.attempts) > 1 else ""
+    return f"{ledger.goodput:.1%} of {duration(ledger.wall)}{attempts} in useful steps" + (
+        f"; {', '.join(rest)}" if rest else ""
+    )
 
 
 def losses_of(record: Mapping[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from vishwamai_mp.training.callbacks.checkpointing import Checkpointing
 from vishwamai_mp.training.callbacks.early_stopping import EarlyStopping
 from vishwamai_mp.training.callbacks.evaluation import Evaluation
 from vishwamai_mp.training.callbacks.fp8 import Fp8Report
+from vishwamai_mp.training.callbacks.goodput import Goodput
 from vishwamai_mp.training.callbacks.memory_snapshot import MemorySnapshot
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.training.callbacks.profiler import Profiler
@@ -20,6 +21,7 @@ __all__ = [
     "EarlyStopping",
     "Evaluation",
     "Fp8Report",
+    "Goodput",
     "MemorySnapshot",
     "Metrics",
     "Profiler",

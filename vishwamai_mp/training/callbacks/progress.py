@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from vishwamai_mp.observability.goodput import read_ledger
 from vishwamai_mp.training.callbacks.base import Callback, Order, is_logged
 from vishwamai_mp.training.summary import closing_lines, duration, loss_text, losses_of, opening_lines
 
@@ -56,4 +57,6 @@ class Progress(Callback):
             return
         state, seconds = trainer.state, time.monotonic() - self.start
         best = None if state.best_step is None or state.best_loss is None else (state.best_step, state.best_loss)
-        trainer.say(closing_lines(trainer.config, state.step, seconds, self.record, best))
+        if trainer.runtime.reports:
+            ledger = read_ledger(trainer.folder)
+            trainer.say(closing_lines(trainer.config, state.step, seconds, self.record, best, ledger))

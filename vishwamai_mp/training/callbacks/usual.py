@@ -10,6 +10,7 @@ from vishwamai_mp.training.callbacks.checkpointing import Checkpointing
 from vishwamai_mp.training.callbacks.early_stopping import EarlyStopping
 from vishwamai_mp.training.callbacks.evaluation import Evaluation
 from vishwamai_mp.training.callbacks.fp8 import Fp8Report
+from vishwamai_mp.training.callbacks.goodput import Goodput
 from vishwamai_mp.training.callbacks.memory_snapshot import MemorySnapshot
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.training.callbacks.profiler import Profiler
@@ -19,16 +20,23 @@ from vishwamai_mp.training.callbacks.stopping import Stopping
 
 
 def usual_callbacks(
-    config: PretrainConfig, tokenizer: Tokenizer | None = None, more: Sequence[Callback] = ()
+    config: PretrainConfig,
+    tokenizer: Tokenizer | None = None,
+    more: Sequence[Callback] = (),
+    began: float | None = None,
 ) -> list[Callback]:
-    """What the configuration asks for, and `more`."""
+    """What the configuration asks for, and `more`.
+
+    Args:
+        began: when a process began whose only purpose is this run, seconds since the epoch.
+    """
     fp8 = [Fp8Report(config.fp8.report_every)] if config.fp8.report_every else []
     patience = config.training.early_stopping_patience
     stopping = [EarlyStopping(patience)] if patience else []
     best = [BestModel()] if config.checkpoint.load_best else []
     measuring = [Stopping(config.training.exit_after_minutes), Evaluation(), *stopping]
     watching = [*_profiling(config.logging), *fp8, *measuring, *search_callbacks(config, tokenizer)]
-    return [*watching, *more, Metrics(), Checkpointing(), *best, Progress()]
+    return [*watching, *more, Metrics(), Checkpointing(), *best, Goodput(began), Progress()]
 
 
 def _profiling(logging: LoggingConfig) -> list[Callback]:
