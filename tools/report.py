@@ -6,7 +6,7 @@
 
 Curves over steps or tokens, linear or logarithmic, smoothed or not: loss (nats per token), learning rate, gradient
 norm, tokens per second, MFU, memory (GiB), and what memory, cache, value head and FP8 measured; tables of
-configurations, environments and checkpoints. A run may still be going on. Long runs are thinned, which the page says,
+configurations, environments, checkpoints, where the time went and which ranks are slow; one step over all ranks. A run may still be going on. Long runs are thinned, which the page says,
 so that a curve takes at most 900 points.
 """
 

@@ -28,12 +28,13 @@ body:has(#up-linear:checked) .y-log { display: none; } body:has(#up-log:checked)
 th, td { text-align: left; padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } td + td { overflow-wrap: anywhere; min-width: 64px; }
 td.differs { background: color-mix(in srgb, var(--c1) 14%, transparent); } .wrong { color: var(--wrong); }
+h3 { font-size: 14px; margin: 18px 0 4px; } .gantt { margin: 10px 0; } .gantt rect:hover { opacity: .6; }
 details { margin: 6px 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px;
   font: 12px/1.5 ui-monospace, monospace; }
 """
 SCRIPT = """
-for (const figure of document.querySelectorAll('figure.chart')) {
+for (const figure of document.querySelectorAll('figure.chart:not(.gantt)')) {
   const svg = figure.querySelector('svg'), cross = figure.querySelector('.cross');
   const lines = JSON.parse(figure.querySelector('script').textContent);
   const shown = i => [...svg.querySelectorAll(`[data-line="${i}"]`)].find(p => getComputedStyle(p).display !== 'none');

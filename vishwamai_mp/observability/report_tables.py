@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from vishwamai_mp.observability.chart import short
+from vishwamai_mp.observability.gantt import gantt
 from vishwamai_mp.observability.goodput import PARTS
 from vishwamai_mp.observability.run_folder import Run
+from vishwamai_mp.observability.timeline import WAITING, Timeline, stragglers
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Details:
     notes: Sequence[str]
     checkpoints: Table
     older_checkpoints: int
+    slow: Table | None
+    stragglers: Sequence[str]
+    gantt: Markup
+    window: str
     files: Mapping[str, str]
 
 
@@ -77,6 +84,16 @@ def where_time_went(runs: Mapping[str, Run]) -> Table:
             parts = (f"{duration_text(seconds[part])} ({seconds[part] / wall:.1%})" for part in PARTS)
             rows.append((name, duration_text(wall), str(len(run.goodput.attempts)), *parts))
     return Table(("run", "all", "attempts", *PARTS), rows)
+
+
+def slow_ranks(timeline: Timeline) -> Table:
+    """The slowest ranks by phase, a row each."""
+    rows = []
+    for slow in timeline.slow:
+        slowest = slow.slowest if slow.phase != WAITING else []  # who waits is not slow
+        named = ", ".join(f"{rank} ({host}) {1e3 * seconds:,.1f}" for rank, host, seconds in slowest[:4])
+        rows.append((slow.phase, f"{1e3 * slow.median:,.1f}", named))
+    return Table(("phase", "median, ms a step", "slowest ranks, ms a step"), rows)
 
 
 def duration_text(seconds: float) -> str:
@@ -153,5 +170,9 @@ def details(name: str, run: Run) -> Details:
         run.notes,
         Table(("checkpoint of step", "size", "files"), rows),
         len(run.checkpoints) - len(shown),
+        slow_ranks(run.timeline) if run.timeline else None,
+        stragglers(run.timeline) if run.timeline else [],
+        gantt(run.timeline) if run.timeline else Markup(),
+        f"Steps {run.timeline.step - run.timeline.steps + 1:,} to {run.timeline.step:,}" if run.timeline else "",
         cut | ({"config.yaml": run.config_text} if run.config_text else {}),
     )

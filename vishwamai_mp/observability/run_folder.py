@@ -16,6 +16,7 @@ from vishwamai_mp.checkpoint.store import candidates, step_of
 from vishwamai_mp.config import UserError
 from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.observability.goodput import Ledger, read_ledger
+from vishwamai_mp.observability.timeline import Timeline, read_timeline
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Run:
         checkpoints: newest first.
         profiles: tables of operators (`logging.profile_steps`), by file name.
         goodput: where the time of all attempts went.
+        timeline: of a late step over all ranks; None without one.
         notes: what could not be read.
     """
 
@@ -71,6 +73,7 @@ class Run:
     checkpoints: list[SavedCheckpoint]
     profiles: Mapping[str, str]
     goodput: Ledger
+    timeline: Timeline | None
     notes: list[str] = field(default_factory=list)
 
 
@@ -100,6 +103,7 @@ def read_run(folder: Path) -> Run:
         checkpoints=list(_checkpoints(folder / "checkpoints")),
         profiles={file.name: _text(file, notes) for file in sorted((folder / "profile").glob("*.txt"))},
         goodput=_ledger(folder, notes),
+        timeline=_timeline(folder, notes),
         notes=notes,
     )
 
@@ -163,6 +167,14 @@ def _ledger(folder: Path, notes: list[str]) -> Ledger:
     except ValueError as error:
         notes.append(str(error))
         return Ledger([])
+
+
+def _timeline(folder: Path, notes: list[str]) -> Timeline | None:
+    try:
+        return read_timeline(folder)
+    except ValueError as error:
+        notes.append(str(error))
+        return None
 
 
 def _text(path: Path, notes: list[str]) -> str:

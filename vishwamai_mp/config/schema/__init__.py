@@ -292,6 +292,7 @@ class LoggingConfig:
     hardware_peak_tflops: PositiveFloat | None = None  # per device, for MFU; None: known GPUs, else measured
     profile_steps: list[PositiveInt] | None = None  # [first, last], from 1: traced by torch's profiler into profile/
     profile_ranks: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    stragglers_every: PositiveInt | None = 100  # steps between looks at which ranks are slow; null: never
     memory_snapshot: bool = False  # of these steps too: GPU memory's history; on CPUs what each operator allocated
 
 

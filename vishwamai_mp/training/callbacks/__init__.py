@@ -12,6 +12,7 @@ from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.training.callbacks.profiler import Profiler
 from vishwamai_mp.training.callbacks.progress import Progress
 from vishwamai_mp.training.callbacks.stopping import Stopping
+from vishwamai_mp.training.callbacks.stragglers import Stragglers
 from vishwamai_mp.training.callbacks.usual import usual_callbacks
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "Profiler",
     "Progress",
     "Stopping",
+    "Stragglers",
     "usual_callbacks",
 ]

@@ -17,6 +17,7 @@ from vishwamai_mp.training.callbacks.profiler import Profiler
 from vishwamai_mp.training.callbacks.progress import Progress
 from vishwamai_mp.training.callbacks.search import search_callbacks
 from vishwamai_mp.training.callbacks.stopping import Stopping
+from vishwamai_mp.training.callbacks.stragglers import Stragglers
 
 
 def usual_callbacks(
@@ -35,8 +36,9 @@ def usual_callbacks(
     stopping = [EarlyStopping(patience)] if patience else []
     best = [BestModel()] if config.checkpoint.load_best else []
     measuring = [Stopping(config.training.exit_after_minutes), Evaluation(), *stopping]
+    slow = [Stragglers(config.logging.stragglers_every)] if config.logging.stragglers_every else []
     watching = [*_profiling(config.logging), *fp8, *measuring, *search_callbacks(config, tokenizer)]
-    return [*watching, *more, Metrics(), Checkpointing(), *best, Goodput(began), Progress()]
+    return [*watching, *more, Metrics(), *slow, Checkpointing(), *best, Goodput(began), Progress()]
 
 
 def _profiling(logging: LoggingConfig) -> list[Callback]:
