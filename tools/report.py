@@ -6,8 +6,9 @@
 
 Curves over steps or tokens, linear or logarithmic, smoothed or not: loss (nats per token), learning rate, gradient
 norm, tokens per second, MFU, memory (GiB), and what memory, cache, value head and FP8 measured; tables of
-configurations, environments, checkpoints, where the time went and which ranks are slow; one step over all ranks. A run may still be going on. Long runs are thinned, which the page says,
-so that a curve takes at most 900 points.
+configurations, environments, checkpoints, where the time of all attempts went and which ranks were slow; one step drawn
+over all ranks. A run may still be going on. Long runs are thinned, which the page says, so that a curve takes at most
+900 points.
 """
 
 import argparse
