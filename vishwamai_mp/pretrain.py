@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import psutil
 
     # torch and megatron-core take seconds to import; a mistake in the command line should not.
-    from vishwamai_mp.data.datasets import build_datasets
+    from vishwamai_mp.data.given import run_datasets
     from vishwamai_mp.data.tokenizer import Tokenizer
     from vishwamai_mp.runtime import distributed_session
     from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with distributed_session(config) as runtime, advice_when_out_of_memory(config):
         tokenizer = Tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         config = with_step_token(config, tokenizer)
-        datasets = build_datasets(config, tokenizer, runtime)
+        datasets = run_datasets(config, tokenizer, runtime)
         trainer = Trainer(config, runtime, datasets, usual_callbacks(config, tokenizer, began=began))
         for note in [*job.notes, *datasets.notes]:
             trainer.say(note)

@@ -200,6 +200,10 @@ def _values(hint):
         return st.lists(_values(arguments[0]), max_size=3)
     if origin is Annotated:
         positive = "gt=" in repr(arguments[1]).lower()
+        if arguments[0] is str:
+            return st.just("package.module:Name")
+        if get_origin(arguments[0]) is dict:
+            return st.dictionaries(_TEXT, st.booleans() | st.integers(-(2**40), 2**40), max_size=2)
         if arguments[0] is int:
             return st.integers(1 if positive else 0, 2**40)
         return st.floats(0, exclude_min=positive, allow_infinity=False)

@@ -12,11 +12,12 @@ import pytest
 
 from tests.conversion import models
 from tests.workers import WorkerPool
-from vishwamai_mp.config import CacheConfig, ConfigError, MemoryConfig, ModelConfig
+from vishwamai_mp.config import CacheConfig, ConfigError, MemoryConfig, ModelConfig, UserError
 from vishwamai_mp.conversion import components, model_config
 
 _SECTIONS = {"model": ModelConfig, "memory": MemoryConfig, "cache": CacheConfig}
 TRAINING = "only training asks for it: a trained model computes the same with any value"
+REFUSED = "code of the user's own is not exported: see the test of that name"
 WIDTH = "the model's width, or the configuration is refused"
 
 SWITCHES = {
@@ -35,6 +36,7 @@ SWITCHES = {
     "model.sliding_window": 24,
     "model.attention_dropout": TRAINING,
     "model.hidden_dropout": TRAINING,
+    "model.attention": REFUSED,
     "model.initializer_range": TRAINING,
     "memory.enabled": True,
     "memory.hidden_size": WIDTH,
@@ -60,7 +62,7 @@ SWITCHES = {
     "cache.before_memory": True,
     "cache.carry_state": TRAINING,
 }
-CARRIED = [f"{key}={value}" for key, value in SWITCHES.items() if value not in (TRAINING, WIDTH)]
+CARRIED = [f"{key}={value}" for key, value in SWITCHES.items() if value not in (TRAINING, WIDTH, REFUSED)]
 
 
 def config_json(overrides: list[str]) -> dict[str, Any]:
@@ -101,6 +103,13 @@ def test_components_of_another_width_than_the_model_are_refused(section: str) ->
         models.configure([models.MEMORY, models.CACHE, f"{section}.hidden_size=64"], 1)
 
 
+def test_code_of_the_users_own_is_not_exported(workers: WorkerPool, tmp_path: Path) -> None:
+    own = "model.attention=examples.extensions.cosine_attention:CosineAttention"
+    workers.run(models.save_run, 1, tmp_path / "run", [own])
+    with pytest.raises(UserError, match=r"has model\.attention=examples.*cannot be exported"):
+        models.export(tmp_path / "run", tmp_path / "hf")
+
+
 def test_both_sides_compute_the_same_with_all_of_them(workers: WorkerPool, tmp_path: Path) -> None:
     """The folder's own code, far enough that a cache has to choose; and the import has the same configuration."""
     workers.run(models.save_run, 1, tmp_path / "run", CARRIED)
@@ -113,5 +122,5 @@ def test_both_sides_compute_the_same_with_all_of_them(workers: WorkerPool, tmp_p
     back, run = (models.step_config(tmp_path / name) for name in ("back", "run"))
     for section in _SECTIONS:
         for field in fields(_SECTIONS[section]):
-            if SWITCHES[f"{section}.{field.name}"] != TRAINING:
+            if SWITCHES[f"{section}.{field.name}"] not in (TRAINING, REFUSED):
                 assert getattr(getattr(back, section), field.name) == getattr(getattr(run, section), field.name)

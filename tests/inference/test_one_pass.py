@@ -24,6 +24,7 @@ _CACHE = [
     *("cache.enabled=true", "cache.num_heads=4", "cache.segment_length=4", "cache.latents_per_segment=2"),
     *("cache.layers=[1,2]", "cache.retrieve_segments=2"),
 ]
+_ATTENTION = "model.attention=examples.extensions.cosine_attention:CosineAttention"
 _LORA = ["lora.enabled=true", "lora.rank=4"]
 _LAYOUTS = {
     "one process": (1, []),
@@ -51,6 +52,7 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.attention_dropout": ["model.attention_dropout=0.5"],
     "model.hidden_dropout": ["model.hidden_dropout=0.5"],
     "model.initializer_range": ["model.initializer_range=0.2"],
+    "model.attention": [_ATTENTION],
     "memory.enabled": _MEMORY,
     "memory.hidden_size": "the model's, checked by resolve",
     "memory.memory_size": [*_MEMORY, "memory.memory_size=64"],
@@ -81,6 +83,7 @@ _SETTINGS: dict[str, list[str] | str] = {
     "lora.targets": [*_LORA, "lora.targets=[linear_proj]"],
 }
 _SECTIONS = {"model": ModelConfig, "memory": MemoryConfig, "cache": CacheConfig, "lora": LoraConfig}
+_MODULES_ALONE = ("lora.enabled", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "model.attention")
 _CASES = {name: case for name, case in _SETTINGS.items() if isinstance(case, list)}
 
 
@@ -161,7 +164,7 @@ def test_every_setting_has_a_case():
 def test_every_setting_computes_what_training_computes(workers, shortcut):
     for name, (ours, full, direct) in workers.run(every_case, 1, shortcut)[0].items():
         close(ours, full, name)
-        assert (direct > 0) == (shortcut and not name.startswith("lora.")), name
+        assert (direct > 0) == (shortcut and name not in _MODULES_ALONE), name
 
 
 @pytest.mark.parametrize("layout", list(_LAYOUTS))
@@ -173,6 +176,14 @@ def test_adapters_and_components_at_every_layout(workers, layout, variant):
         close(ours, full, layout)
     without = workers.run(both, processes, [*overrides, *more])[0][0]
     assert (ours - without).abs().max() > 0.1  # the adapters do something
+
+
+@pytest.mark.parametrize("layout", ["TP2", "PP2"])
+def test_attention_of_the_users_own_at_every_layout(workers, layout):
+    processes, overrides = _LAYOUTS[layout]
+    for ours, full, direct in workers.run(both, processes, [*overrides, _ATTENTION]):
+        close(ours, full, layout)
+        assert not direct
 
 
 def used(overrides: list[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tests.training.layouts import SMALL
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.data.batches import Samples
-from vishwamai_mp.data.datasets import build_datasets
+from vishwamai_mp.data.given import run_datasets
 from vishwamai_mp.runtime import initialize, shutdown
 from vishwamai_mp.training.callbacks import Callback, usual_callbacks
 from vishwamai_mp.training.callbacks.base import Order
@@ -127,7 +127,8 @@ def train(
     """
     config = configure(folder, data, overrides, dist.get_world_size())
     runtime = initialize(config)
-    datasets = build_datasets(config, None, runtime)
+    datasets = run_datasets(config, None, runtime)
+    is_files = config.data.source == "indexed"  # batches of other samples are made by what class they are of
     recorded = _Recorded(datasets.train)
     watch = _Watch(stop_after, crash_after)
     notes: list[Any] = []
@@ -135,7 +136,7 @@ def train(
         trainer = Trainer(
             config,
             runtime,
-            replace(datasets, train=recorded),
+            replace(datasets, train=recorded) if is_files else datasets,
             [watch, *usual_callbacks(config)],
         )
         if prepare:

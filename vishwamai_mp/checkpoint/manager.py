@@ -29,6 +29,7 @@ from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.checkpoint.record import manifest_of
 from vishwamai_mp.checkpoint.writer import PlannedWrite, Written, plan_write
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.config.extensions import check_extensions, extensions_of
 from vishwamai_mp.config.files import write_through
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class CheckpointManager:
         if isinstance(partial_folder, Failure):
             partial_folder.throw(f"checkpoint of step {step} not saved to {self.root}")
         scalars = sharded.optimizer_scalars(optimizer) if optimizer else []
-        trainer = {"optimizer": scalars, "trainer": trainer_state}
+        trainer = {"extensions": extensions_of(self.config), "optimizer": scalars, "trainer": trainer_state}
         planned = self._plan(partial_folder, model_chunks, optimizer)
         self._pending = _Pending(step, partial_folder, planned, trainer, best)
         if self.config.checkpoint.async_save and not final:
@@ -279,17 +280,19 @@ class CheckpointManager:
         different = manifest.differences(found.model, model, _SHAPE_KEYS)
         if different:
             raise UserError(f"{path} is a checkpoint of another model: {'; '.join(different)}")
+        trainer = json.loads((path / _TRAINER_FILE).read_bytes())
+        check_extensions(path, trainer.get("extensions", []), self.config, weights_only=not with_optimizer)
         check_components(path, found.tensors, self.config)
         check_adapters(path, found.tensors, self.config, fresh=starts)
         check_value_head(path, found.tensors, self.config, fresh=starts)
         for difference in manifest.differences(found.model, model, _BEHAVIOUR_KEYS):
             _log.warning("%s: %s; the former is used", path, difference)
-        if with_optimizer and not found.has_optimizer:
+        if with_optimizer and not (found.has_optimizer or trainer["optimizer"]):  # one without moments has no tensors
             raise UserError(
                 f"{path} has no optimizer state; set checkpoint.load_optimizer=false to start from its weights"
             )
         guard.check(path, found)
-        return found, json.loads((path / _TRAINER_FILE).read_bytes())
+        return found, trainer
 
     def _read(self, path: Path, found: Manifest, state: dict[str, Any]) -> dict[str, Any]:
         shapes = {name: tuple(record.shape) for name, record in found.tensors.items()}

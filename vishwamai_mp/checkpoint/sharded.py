@@ -216,6 +216,11 @@ def _is_torch_adam(part: Any) -> bool:
     return isinstance(part.optimizer, torch.optim.Adam)  # AdamW is one
 
 
+def _counts_per_parameter(part: Any) -> bool:
+    """Whether updates are counted in each parameter's state, as torch's optimizers do, or not."""
+    return any("step" in state for state in part.optimizer.state.values())
+
+
 def _fill_state(part: Any) -> None:
     """Give an optimizer that has not stepped yet its zero state: megatron-core saves and loads only what is there."""
     part.init_state_fn(part.optimizer, part.config)
@@ -226,14 +231,15 @@ def _fill_state(part: Any) -> None:
 
 
 def _step(part: Any) -> float:
-    """Updates done. torch's Adam counts per parameter, Transformer Engine's per group."""
-    counted = [*part.optimizer.state.values()] if _is_torch_adam(part) else part.optimizer.param_groups
+    """Updates done. torch's Adam counts per parameter, Transformer Engine's per group, some do not count."""
+    counted = [*part.optimizer.state.values()] if _counts_per_parameter(part) else part.optimizer.param_groups
     return float(next((item["step"] for item in counted if "step" in item), 0))
 
 
 def _set_step(part: Any, state: dict[str, Any], step: float) -> None:
     inner = state if "param_groups" in state else state["optimizer"]
-    if _is_torch_adam(part) and not isinstance(part, DistributedOptimizer):
+    inner.setdefault("state", {})  # that of an optimizer which keeps nothing is not loaded
+    if _counts_per_parameter(part) and not isinstance(part, DistributedOptimizer):
         inner["state"]["common_step"] = torch.tensor(step)
         return
     for group in inner["param_groups"]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from vishwamai_mp.config.cache import resolve_cache
 from vishwamai_mp.config.errors import ConfigError, leave_out
+from vishwamai_mp.config.extensions import check_combinations
 from vishwamai_mp.config.finetuning import check_trained_parts, check_verdicts, resolve_rows
 from vishwamai_mp.config.fp8 import resolve_fp8
 from vishwamai_mp.config.fully_sharded import check_fully_sharded
@@ -43,8 +44,11 @@ def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainCo
     _check_order(config)
     _check_training(config)
     check_logging(config, world_size)
+    replicas = None
     if world_size is not None:
-        data_parallel_size(config, world_size)
+        replicas = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
+    check_combinations(config, replicas)
+    if world_size is not None:
         micro_batches_per_step(config, world_size)
     return config
 

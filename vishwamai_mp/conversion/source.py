@@ -8,6 +8,7 @@ from typing import Any
 from vishwamai_mp.checkpoint.manifest import NAME, Manifest, check_files, is_optimizer, read_manifest
 from vishwamai_mp.checkpoint.store import locate
 from vishwamai_mp.config import LoraConfig, PretrainConfig, UserError, load_config, resolve
+from vishwamai_mp.config.extensions import is_own
 from vishwamai_mp.config.finetuning import ADAPTER_STATE
 from vishwamai_mp.config.fp8 import SCALING_STATE
 from vishwamai_mp.conversion import components
@@ -87,6 +88,8 @@ def _adapters(table: list[Mapped], lora: LoraConfig) -> list[Mapped]:
 def _config(path: Path, manifest: Manifest) -> PretrainConfig:
     """The run's sections that make up the model; the model itself from the checkpoint's manifest."""
     recipe = path.parent.parent / "config.yaml"
+    if is_own(attention := manifest.model.get("attention", "")):
+        raise UserError(f"{path} has model.attention={attention}, which no other program has; it cannot be exported")
     sections: dict[str, Any] = {}
     adapted = any(name.endswith(ADAPTER_STATE) for name in manifest.tensors)
     if recipe.is_file():

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, UserError
+from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.data.blends import SourceIdentity
-from vishwamai_mp.data.datasets import Datasets
+from vishwamai_mp.data.datasets import Datasets, build_datasets
 from vishwamai_mp.data.items import ItemEncoder
 from vishwamai_mp.data.order import permute
 from vishwamai_mp.data.position import DataFingerprint
 from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.runtime import Runtime
 
 _LOOKED_AT = 64  # items, spread over a dataset, that recognise it and tell how long items are
 
@@ -95,6 +97,22 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, torch.utils.data.IterableDataset) or not (
         hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     )
+
+
+def run_datasets(config: PretrainConfig, tokenizer: Tokenizer | None, runtime: Runtime | None) -> Datasets:
+    """The data that the configuration asks for: `.bin/.idx` files, or what the user's own `data.source` gives.
+
+    All ranks call it together, and each calls the user's function.
+
+    Raises:
+        UserError, ConfigError: as `build_datasets` and `given_datasets`, or there is no such function.
+    """
+    if not is_own(config.data.source):
+        return build_datasets(config, tokenizer, runtime)
+    found = find_extension("data.source", config.data.source, 2)(config, tokenizer)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise ConfigError(f"data.source={config.data.source} returned {type(found).__name__}: return (train, valid)")
+    return given_datasets(config, *found, tokenizer)
 
 
 def given_datasets(config: PretrainConfig, train: Any, valid: Any, tokenizer: Tokenizer | None) -> Datasets:

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from vishwamai_mp.config import PretrainConfig, padded_vocab_size
+from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.model.freezing import freeze_parts
 from vishwamai_mp.model.fully_sharded import ParameterSharding, own_rows, whole_parameters
 from vishwamai_mp.model.lora import add_adapters
@@ -67,6 +68,8 @@ class VishwamAIModel(GPTModel):
         )
         self.model_config, self.sharding = config.model, sharding
         self.rotary = RotaryEmbedding(config.model)
+        own_loss = config.training.loss if is_own(config.training.loss) else None
+        self.training_loss = find_extension("training.loss", own_loss, 4) if own_loss else vocab_parallel_cross_entropy
         # Transformer Engine's attention knows windows and context parallelism by itself, and documents by their length.
         self.attends_without_mask = use_transformer_engine()
         if self.attends_without_mask:
@@ -161,9 +164,10 @@ class VishwamAIModel(GPTModel):
         logits = self.logits(hidden)
         if labels is None:
             return logits
-        losses = vocab_parallel_cross_entropy(
-            logits, labels.transpose(0, 1), self.model_config.vocab_size, self.pg_collection.tp
-        ).transpose(0, 1)
+        # Evaluation measures cross-entropy whatever training minimises, so that runs compare.
+        loss = self.training_loss if self.training else vocab_parallel_cross_entropy
+        losses = loss(logits, labels.transpose(0, 1), self.model_config.vocab_size, self.pg_collection.tp)
+        losses = losses.transpose(0, 1)
         if self.value_head is None or not (self.training and torch.is_grad_enabled()):
             return losses
         return self.value_head.add_loss(losses, hidden, tokens, document_ids, verdicts)

@@ -15,6 +15,7 @@ from torch import nn
 
 from vishwamai_mp.components.head_sharded import Linears
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.model.attention import CoreAttention
 from vishwamai_mp.model.components import layer_components
 from vishwamai_mp.model.key_values import CachedSelfAttention
@@ -62,7 +63,7 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(
-                module=CachedSelfAttention,
+                module=_attention(config.model.attention),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear_qkv,
@@ -84,6 +85,10 @@ def layer_spec(
             },
         ),
     )
+
+
+def _attention(name: str) -> type[CachedSelfAttention]:
+    return find_extension("model.attention", name, CachedSelfAttention) if is_own(name) else CachedSelfAttention
 
 
 def _linears(backend: BackendSpecProvider) -> Linears:

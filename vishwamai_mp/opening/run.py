@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vishwamai_mp.checkpoint.store import locate
 from vishwamai_mp.config import ParallelConfig, PretrainConfig, UserError, load_config, resolve, to_dict
+from vishwamai_mp.config.extensions import refuse_unrepeated
 from vishwamai_mp.data.tokenizer import has_tokenizer, tokenizer_file
 
 _NOT_FOR_ANSWERING = {
@@ -32,36 +33,50 @@ class RunFolder:
     skipped: list[str] = field(default_factory=list)
 
     def trained(self, overrides: Sequence[str] = ()) -> PretrainConfig:
-        """The configuration as it was trained, not resolved; its tokenizer is the run folder's, where that has one."""
-        config = load_config(self.folder / "config.yaml")
-        if has_tokenizer(self.folder):
-            config = replace(config, data=replace(config.data, tokenizer=str(tokenizer_file(self.folder))))
-        return load_config(to_dict(config), overrides) if overrides else config
+        """The configuration as it was trained, not resolved; its tokenizer is the run folder's, where that has one.
+
+        Raises:
+            UserError: it names code (`config.extensions`) that the overrides do not name again.
+        """
+        config = load_config(to_dict(self._saved()), overrides)
+        refuse_unrepeated(config, overrides, self.folder / "config.yaml")
+        return config
 
     def answering(self, overrides: Sequence[str] = ()) -> PretrainConfig:
         """The configuration for answering, resolved: on one process, or on the layout that the overrides name.
 
         Raises:
-            UserError: an override that is for training alone, or a layout that these processes do not make up.
+            UserError: an override that is for training alone, a layout that these processes do not make up, or the
+                model has code of its own that the overrides do not name again.
         """
-        trained, plain = self.trained(), load_config({})
+        trained, plain = self._saved(), load_config({})
         # What only concerns training would be checked against the rest of it. Components are checked against the
         # length of training's sequences.
         training = {"sequence_length": trained.training.sequence_length, "output_dir": str(self.folder)}
         kept = replace(
             trained,
             parallel=ParallelConfig(),
+            data=replace(trained.data, source=plain.data.source),
+            optimizer=plain.optimizer,
+            schedule=plain.schedule,
             training=plain.training,
             checkpoint=plain.checkpoint,
             logging=plain.logging,
         )
         config = load_config({**to_dict(kept), "training": training}, overrides)
+        refuse_unrepeated(config, overrides, self.folder / "config.yaml")
         for name, neutral in _NOT_FOR_ANSWERING.items():
             if getattr(config.parallel, name) != neutral:
                 raise UserError(f"parallel.{name} has no use in generation; leave it out")
         world = int(os.environ.get("WORLD_SIZE", 1))
         config = replace(config, training=replace(config.training, micro_batch_size=1, global_batch_size=world))
         return resolve(config, world)
+
+    def _saved(self) -> PretrainConfig:
+        config = load_config(self.folder / "config.yaml")
+        if has_tokenizer(self.folder):
+            config = replace(config, data=replace(config.data, tokenizer=str(tokenizer_file(self.folder))))
+        return config
 
 
 def find_run(path: str | os.PathLike[str]) -> RunFolder:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, load_config, resolve, to_dict
-from vishwamai_mp.data.datasets import Datasets, build_datasets
-from vishwamai_mp.data.given import given_datasets, is_stream
+from vishwamai_mp.data.datasets import Datasets
+from vishwamai_mp.data.given import given_datasets, is_stream, run_datasets
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.training.arguments import TrainingArguments
@@ -76,7 +76,7 @@ def with_steps(
     def build(changes: Mapping[str, Any]) -> tuple[PretrainConfig, Datasets]:
         resolved = resolve(changed(config, changes), runtime.world_size)
         if train is None or is_prefix(train):
-            return resolved, build_datasets(resolved, tokenizer, runtime)
+            return resolved, run_datasets(resolved, tokenizer, runtime)
         return resolved, given_datasets(resolved, train, valid, tokenizer)
 
     stream = train is not None and not is_prefix(train) and is_stream(train)

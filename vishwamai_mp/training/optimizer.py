@@ -1,4 +1,4 @@
-"""megatron-core's optimizer over AdamW, stepped only when the gradients are sound."""
+"""megatron-core's optimizer over AdamW, or over one of the user's, stepped only when the gradients are sound."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,11 +11,13 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config.extensions import is_own
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.model.fully_sharded import FullySharded, fully_shards
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime, device
 from vishwamai_mp.training.fully_sharded import ShardedOptimizer
+from vishwamai_mp.training.own_optimizer import use_own_optimizer
 
 
 def wrap_data_parallel(
@@ -53,10 +55,11 @@ def shards_optimizer(config: PretrainConfig, runtime: Runtime) -> bool:
 def build_optimizer(
     config: PretrainConfig, runtime: Runtime, chunks: Sequence[DistributedDataParallel]
 ) -> ChainedOptimizer:
-    """AdamW with fp32 main parameters; weight decay on matrices only."""
+    """AdamW, or `optimizer.name`, with fp32 main parameters; weight decay on matrices only."""
     policy, options = PrecisionPolicy.of(config.precision), config.optimizer
+    own = is_own(options.name)
     wanted = OptimizerConfig(
-        optimizer="adam",
+        optimizer="sgd" if own else "adam",  # a user's optimizer takes the place of megatron-core's SGD
         lr=options.learning_rate,
         min_lr=options.min_learning_rate,
         weight_decay=options.weight_decay,
@@ -79,10 +82,12 @@ def build_optimizer(
         optimizer = get_megatron_optimizer(
             wanted, list(chunks), pg_collection=runtime.groups, use_gloo_process_groups=False
         )
+    for part in optimizer.chained_optimizers if own else ():
+        use_own_optimizer(part, options)
     for group in optimizer.param_groups:
         # megatron-core's own scheduler, which is not used here, would do this: 0 for vectors, 1 for matrices.
         group["weight_decay"] = options.weight_decay * group["wd_mult"]
-        if "foreach" in group:  # torch's AdamW, not Transformer Engine's: its one-pass kernel is off by default
+        if "foreach" in group and not own:  # torch's AdamW, not Transformer Engine's: its one-pass kernel is off by default
             group.update(fused=True, foreach=None)
     return optimizer
 

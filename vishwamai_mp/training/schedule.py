@@ -3,6 +3,7 @@
 import math
 
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config.extensions import find_extension, is_own
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -19,6 +20,8 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     assert low is not None
     if step < schedule.warmup_steps:
         return peak * (step + (not schedule.warmup_from_zero)) / schedule.warmup_steps
+    if is_own(schedule.decay):
+        return float(find_extension("schedule.decay", schedule.decay, 2)(config, step))
     if schedule.decay == "constant":
         return peak
     done = (step - schedule.warmup_steps) / max(1, schedule.decay_steps - schedule.warmup_steps)

@@ -52,6 +52,17 @@ def _split(value: Any) -> Any:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """Numbers and booleans for texts that look like them, however deep: here no field's type says how to read them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str) and _DECIMAL.fullmatch(value.strip()):
+        return _number(value)
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
 _Number = BeforeValidator(_number)
 PositiveInt = Annotated[int, Field(gt=0), _Number]
 NonNegativeInt = Annotated[int, Field(ge=0), _Number]
@@ -62,6 +73,23 @@ Split = Annotated[str, BeforeValidator(_split)]
 
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Part = Literal["base", "embedding", "memory", "cache", "value_head"]
+
+# A part of the user's own in place of one of ours. Only its form is checked here: `config.extensions` imports it.
+_OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def _extension(*ours: str) -> BeforeValidator:
+    """Accepts the names of our parts, and `package.module:Name`."""
+    own = "name one of yours as package.module:Name"
+    message = f"use {', '.join(ours)}, or {own}" if ours else own
+
+    def check(value: Any) -> Any:
+        if value in ours or (isinstance(value, str) and _OWN.fullmatch(value)):
+            return value
+        raise PydanticCustomError("extension", message)
+
+    return BeforeValidator(check)
+
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8_delayed", "fp8_current", "fp8_blockwise", "fp8_mx"]
 
@@ -102,6 +130,7 @@ class ModelConfig:
     sliding_window: PositiveInt | None = None  # tokens a token sees, itself included; None: all before it
     attention_dropout: NonNegativeFloat = 0.0
     hidden_dropout: NonNegativeFloat = 0.0
+    attention: Annotated[str, _extension("softmax")] = "softmax"  # or package.module:Class, a CachedSelfAttention
     initializer_range: PositiveFloat = 0.02  # standard deviation; divided by √(2·num_layers) on residual outputs
 
 
@@ -190,6 +219,7 @@ class DataConfig:
     """Where tokens come from: `.bin/.idx` prefixes (without the suffix), alone or as `[weight, prefix, …]`."""
 
     __pydantic_config__ = _STRICT
+    source: Annotated[str, _extension("indexed")] = "indexed"  # or package.module:function(config, tokenizer)
     train: Blend = None
     valid: Blend = None  # None: a part of `train`, by `split`
     split: Split = "99,1,0"  # train, valid, test shares of `train`
@@ -206,9 +236,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; weight decay on matrices only."""
+    """Weight decay on matrices only."""
 
     __pydantic_config__ = _STRICT
+    name: Annotated[str, _extension("adamw")] = "adamw"  # or package.module:Class, a torch.optim.Optimizer
+    options: Annotated[dict[str, Any], BeforeValidator(_plain)] = field(default_factory=dict)  # keywords of yours; adamw has the keys below
     learning_rate: PositiveFloat = 3e-4
     min_learning_rate: NonNegativeFloat | None = None  # learning_rate / 10
     weight_decay: NonNegativeFloat = 0.1
@@ -227,7 +259,7 @@ class ScheduleConfig:
     __pydantic_config__ = _STRICT
     warmup_steps: NonNegativeInt = 0
     warmup_from_zero: bool = False  # the first step has rate 0, as Hugging Face's schedules do
-    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay: Annotated[str, _extension("cosine", "linear", "constant", "wsd")] = "cosine"  # or package.module:function
     decay_steps: PositiveInt | None = None  # training.max_steps
     wsd_decay_steps: PositiveInt | None = None  # length of the final decay of `wsd`; decay_steps / 10
 
@@ -251,6 +283,8 @@ class TrainingConfig:
     max_skipped_steps: NonNegativeInt = 10  # consecutive non-finite or spiking steps before giving up
     spike_factor: PositiveFloat | None = None  # skip a step whose loss exceeds this multiple of the running mean
     threads: PositiveInt | None = None  # CPU threads per process; None: OMP_NUM_THREADS, else cores / processes
+    loss: Annotated[str, _extension("cross_entropy")] = "cross_entropy"  # or package.module:function
+    callbacks: list[Annotated[str, _extension()]] = field(default_factory=list)  # yours, each package.module:Class
     freeze: list[Part] = field(default_factory=list)  # not trained; base: all but components, embedding: both tables
 
 

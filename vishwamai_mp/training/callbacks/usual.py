@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from vishwamai_mp.config import LoggingConfig, PretrainConfig
+from vishwamai_mp.config.extensions import find_extension
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.training.callbacks.base import Callback
 from vishwamai_mp.training.callbacks.best_model import BestModel
@@ -26,11 +27,12 @@ def usual_callbacks(
     more: Sequence[Callback] = (),
     began: float | None = None,
 ) -> list[Callback]:
-    """What the configuration asks for, and `more`.
+    """What the configuration asks for, the user's own among it, and `more`.
 
     Args:
         began: when a process began whose only purpose is this run, seconds since the epoch.
     """
+    own = [find_extension("training.callbacks", name, Callback)() for name in config.training.callbacks]
     fp8 = [Fp8Report(config.fp8.report_every)] if config.fp8.report_every else []
     patience = config.training.early_stopping_patience
     stopping = [EarlyStopping(patience)] if patience else []
@@ -38,7 +40,7 @@ def usual_callbacks(
     measuring = [Stopping(config.training.exit_after_minutes), Evaluation(), *stopping]
     slow = [Stragglers(config.logging.stragglers_every)] if config.logging.stragglers_every else []
     watching = [*_profiling(config.logging), *fp8, *measuring, *search_callbacks(config, tokenizer)]
-    return [*watching, *more, Metrics(), *slow, Checkpointing(), *best, Goodput(began), Progress()]
+    return [*watching, *own, *more, Metrics(), *slow, Checkpointing(), *best, Goodput(began), Progress()]
 
 
 def _profiling(logging: LoggingConfig) -> list[Callback]:
