@@ -98,5 +98,5 @@ def test_the_schema_describes_every_section_and_key():
 
 def test_comments_are_found_where_a_line_has_one():
     comments = field_comments()
-    assert comments["DataConfig"]["tokenizer"] == "SentencePiece .model"
+    assert comments["DataConfig"]["split"] == "train, valid, test shares of `train`"
     assert "train" not in comments["DataConfig"]

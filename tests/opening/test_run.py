@@ -43,6 +43,19 @@ def test_the_run_folders_tokenizer_unless_another_is_named(tmp_path: Path) -> No
         assert config(["data.tokenizer=other.model"]).data.tokenizer == "other.model"
 
 
+def test_code_that_a_run_names_is_imported_only_when_the_user_names_it_too(tmp_path: Path) -> None:
+    own, marker = "model.attention=strange:Attention", tmp_path / "imported"
+    (tmp_path / "strange.py").write_text(f"open({str(marker)!r}, 'w')")
+    run = run_of(tmp_path, own, "training.loss=strange:loss")
+    with pytest.raises(UserError, match=r"config\.yaml names code of its own.*if you trust model\.attention=strange:A"):
+        run.answering()
+    assert run.answering([own]).model.attention == "strange:Attention"  # what is training's has no part in answering
+    with pytest.raises(UserError, match=r"if you trust training\.loss=strange:loss, say so"):
+        run.trained([own])
+    assert run.trained([own, "training.loss=strange:loss"]).training.loss == "strange:loss"
+    assert not marker.exists()
+
+
 def test_a_hugging_face_folder_is_told_how_it_becomes_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError) as error:

@@ -83,8 +83,8 @@ def check_combinations(config: PretrainConfig, replicas: int | None) -> None:
     if not is_own(optimizer.name):
         if optimizer.options:
             raise ConfigError(
-                f"optimizer.options={optimizer.options} is for an optimizer of your own; optimizer.name={optimizer.name}"
-                " has the keys beta1, beta2 and epsilon"
+                f"optimizer.options={optimizer.options} is for an optimizer of your own;"
+                f" optimizer.name={optimizer.name} has the keys beta1, beta2 and epsilon"
             )
     else:
         for key in ("beta1", "beta2", "epsilon"):

@@ -87,7 +87,9 @@ def build_optimizer(
     for group in optimizer.param_groups:
         # megatron-core's own scheduler, which is not used here, would do this: 0 for vectors, 1 for matrices.
         group["weight_decay"] = options.weight_decay * group["wd_mult"]
-        if "foreach" in group and not own:  # torch's AdamW, not Transformer Engine's: its one-pass kernel is off by default
+        if (
+            "foreach" in group and not own
+        ):  # torch's AdamW, not Transformer Engine's: its fused kernel is not its default
             group.update(fused=True, foreach=None)
     return optimizer
 

@@ -71,6 +71,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0), _Number]
 Blend = Annotated[list[str | float] | str | None, BeforeValidator(_blend)]
 Split = Annotated[str, BeforeValidator(_split)]
 
+Options = Annotated[dict[str, Any], BeforeValidator(_plain)]
+
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Part = Literal["base", "embedding", "memory", "cache", "value_head"]
 
@@ -240,7 +242,7 @@ class OptimizerConfig:
 
     __pydantic_config__ = _STRICT
     name: Annotated[str, _extension("adamw")] = "adamw"  # or package.module:Class, a torch.optim.Optimizer
-    options: Annotated[dict[str, Any], BeforeValidator(_plain)] = field(default_factory=dict)  # keywords of yours; adamw has the keys below
+    options: Options = field(default_factory=dict)  # keywords of yours; adamw has the keys below
     learning_rate: PositiveFloat = 3e-4
     min_learning_rate: NonNegativeFloat | None = None  # learning_rate / 10
     weight_decay: NonNegativeFloat = 0.1
