@@ -7,7 +7,7 @@ is divided over tensor parallel ranks; the residual stream is so under sequence 
 
 from dataclasses import dataclass
 
-from vishwamai_mp.config import PretrainConfig, layers_per_stage, padded_vocab_size
+from vishwamai_mp.config import ConfigError, PretrainConfig, layers_per_stage, padded_vocab_size
 
 _QUERIES = 64  # that a CPU's attention takes at a time
 _LONGEST = 2048  # queries up to which it keeps its weights
@@ -41,7 +41,7 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
     linears = tokens * size * (4 * width + 3 * model.intermediate_size / tensor)
     if model.hidden_dropout:
         linears += 2 * tokens * width * (1 if on_gpu else size)
-    output = tokens * size * _queries_width(config) / tensor
+    output = tokens * size * query_width(config) / tensor
     match config.training.recompute:
         case "none":
             return LayerActivations(linears + output + _attention(config, on_gpu), 0.0)
@@ -65,9 +65,21 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
     underway: float = min(stages - stage, micro_batches)
     if chunks:  # the interleaved schedule starts more of them (section 4.2.3)
         underway += min((stages - 1) / chunks, micro_batches - underway)
-    layers = layers_per_stage(config)[stage]
+    layers = stage_layers(config)[stage]
     head = _head(config) if stage == stages - 1 else 0.0
     return underway * layers * layer.kept + max(layer.again, head)
+
+
+def stage_layers(config: PretrainConfig) -> list[int]:
+    """Layers on each stage; where they do not divide, as programs deal them that count both tables as a layer each."""
+    try:
+        return layers_per_stage(config)
+    except ConfigError:
+        stages = config.parallel.pipeline_model_parallel_size
+        each, more = divmod(config.model.num_layers + 2, stages)
+        dealt = [each + (stage < more) for stage in range(stages)]
+        dealt[0], dealt[-1] = dealt[0] - 1, dealt[-1] - 1
+        return dealt
 
 
 def number_bytes(config: PretrainConfig) -> int:
@@ -85,12 +97,14 @@ def _sequence_shards(config: PretrainConfig) -> int:
     return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
 
-def _queries_width(config: PretrainConfig) -> int:
+def query_width(config: PretrainConfig) -> int:
+    """Of all heads' queries together."""
     assert config.model.head_dim is not None
     return config.model.num_attention_heads * config.model.head_dim
 
 
-def _keys_width(config: PretrainConfig) -> int:
+def key_width(config: PretrainConfig) -> int:
+    """Of all heads' keys together; values are as wide."""
     assert config.model.head_dim is not None
     assert config.model.num_key_value_heads is not None
     return config.model.num_key_value_heads * config.model.head_dim
@@ -98,14 +112,14 @@ def _keys_width(config: PretrainConfig) -> int:
 
 def _inputs(config: PretrainConfig) -> float:
     """Queries and keys, turned by position, and all of the fused projection, for values are a part of it."""
-    numbers = _tokens(config) * (2 * _queries_width(config) + 3 * _keys_width(config))
+    numbers = _tokens(config) * (2 * query_width(config) + 3 * key_width(config))
     return numbers * number_bytes(config) / config.parallel.tensor_model_parallel_size
 
 
 def _attention(config: PretrainConfig, on_gpu: bool) -> float:
     """What attention keeps beside its output. Keys and values are those of all context parallel ranks."""
     model, length, context = config.model, config.training.sequence_length, config.parallel.context_parallel_size
-    queries, keys, tokens = _queries_width(config), _keys_width(config), _tokens(config)
+    queries, keys, tokens = query_width(config), key_width(config), _tokens(config)
     share = number_bytes(config) / config.parallel.tensor_model_parallel_size
     if on_gpu or length // context > _LONGEST or model.attention_dropout:
         inputs = _inputs(config) if context == 1 else tokens * (queries + 2 * keys * context) * share

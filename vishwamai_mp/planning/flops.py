@@ -13,7 +13,7 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     embedding look-up costs none; the output layer counts real tokens only.
     """
     assert model.head_dim is not None
-    seen = _mean_keys(sequence_length, model.sliding_window)
+    seen = mean_keys(sequence_length, model.sliding_window)
     scores_and_values = 2 * 2 * seen * model.num_attention_heads * model.head_dim
     layer = 2 * (attention_matrices(model) + mlp_matrices(model)) + scores_and_values
     return model.num_layers * layer + 2 * model.hidden_size * model.vocab_size
@@ -43,7 +43,7 @@ def _frozen_matrices(config: PretrainConfig) -> int:
     return layers + (model.hidden_size * model.vocab_size if "embedding" in frozen else 0)
 
 
-def _mean_keys(length: int, window: int | None) -> float:
+def mean_keys(length: int, window: int | None) -> float:
     """Keys that a token attends to, averaged over positions 1 … length."""
     if window is None or window >= length:
         return (length + 1) / 2

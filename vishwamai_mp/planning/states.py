@@ -1,11 +1,11 @@
 """Memory of parameters, gradients and optimizer state of one rank. A test holds these formulae against built models."""
 
-from vishwamai_mp.config import PretrainConfig, data_parallel_size, layers_per_stage, padded_vocab_size
-from vishwamai_mp.planning.activations import number_bytes
+from vishwamai_mp.config import PretrainConfig, data_parallel_size, padded_vocab_size
+from vishwamai_mp.planning.activations import number_bytes, stage_layers
 from vishwamai_mp.planning.parameters import embedding_parameters, layer_parameters, total_parameters
 
 # Bytes per parameter: gradients are summed in fp32; fp32 copies of 16-bit parameters; AdamW's two.
-_GRADIENT, _MAIN, _MOMENTS = 4, 4, 8
+GRADIENT, MAIN, MOMENTS = 4, 4, 8
 
 
 def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
@@ -20,9 +20,9 @@ def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
     """
     parameters, replicas = stage_parameters(config, stage), data_parallel_size(config, world_size)
     if config.parallel.fully_sharded and replicas > 1:
-        return parameters * (_MAIN + _GRADIENT + _MOMENTS) / replicas
-    kept = number_bytes(config) + _GRADIENT
-    shared = _MOMENTS + (0 if config.precision == "fp32" else _MAIN)
+        return parameters * (MAIN + GRADIENT + MOMENTS) / replicas
+    kept = number_bytes(config) + GRADIENT
+    shared = MOMENTS + (0 if config.precision == "fp32" else MAIN)
     return parameters * (kept + shared / (replicas if config.parallel.use_distributed_optimizer else 1))
 
 
@@ -36,7 +36,7 @@ def gathered_parameters(config: PretrainConfig, world_size: int) -> float:
         return 0.0
     size, layer = number_bytes(config), layer_parameters(config.model)
     root = embedding_parameters(config.model, padded_vocab_size(config)) + config.model.hidden_size
-    return root * size + max(layer * (3 * size + _GRADIENT), root * (size + _GRADIENT))
+    return root * size + max(layer * (3 * size + GRADIENT), root * (size + GRADIENT))
 
 
 def stage_parameters(config: PretrainConfig, stage: int) -> float:
@@ -44,7 +44,7 @@ def stage_parameters(config: PretrainConfig, stage: int) -> float:
     model, parallel, rows = config.model, config.parallel, padded_vocab_size(config)
     tables = embedding_parameters(model, rows)
     in_layers = total_parameters(config, rows) - tables - model.hidden_size
-    layers, last = layers_per_stage(config), parallel.pipeline_model_parallel_size - 1
+    layers, last = stage_layers(config), parallel.pipeline_model_parallel_size - 1
     mine = in_layers * layers[stage] / model.num_layers
     table = rows * model.hidden_size
     if last == 0:

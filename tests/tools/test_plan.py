@@ -1,0 +1,86 @@
+"""tools/plan.py as its users run it, in this process: it needs no torch and takes a moment."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from vishwamai_mp.config import load_config, resolve
+from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.planning.footprint import job_footprint
+
+_TOOL = Path(__file__).resolve().parents[2] / "tools" / "plan.py"
+_spec = importlib.util.spec_from_file_location("plan_tool", _TOOL)
+assert _spec
+assert _spec.loader
+tool = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tool)
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    """Runs the tool; returns what it printed."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+        tool.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpus"), [("125m", 1), ("7b", 8), ("30b", 64), ("vishwamai-120l", 1024), ("vishwamai-120l", 4096)]
+)
+def test_the_best_layout_is_one_that_trains_and_fits(plan, tmp_path, preset, gpus):
+    written = tmp_path / "recipe.yaml"
+    found = json.loads(plan("--config", preset, "--gpus", str(gpus), "--json", "--write-config", str(written)))
+    best = found["best"]
+    config = resolve(load_config(written), gpus)
+    assert best["bytes_per_gpu"] == job_footprint(config, gpus).total < found["usable_bytes_per_gpu"]
+    assert best["parallel"]["tensor_model_parallel_size"] == config.parallel.tensor_model_parallel_size
+    assert best["training"]["micro_batch_size"] == config.training.micro_batch_size
+    assert config.training.global_batch_size == load_config(preset).training.global_batch_size
+    assert 0.2 < best["mfu"] < 0.6
+    assert sum(best["time"].values()) == pytest.approx(best["step_seconds"])
+    rates = [layout["tokens_per_second_per_gpu"] for layout in found["layouts"]]
+    assert rates == sorted(rates, reverse=True)
+    assert best["tokens_per_second_per_gpu"] == rates[0]
+    assert all(rejected["reason"] for rejected in found["rejected"])
+
+
+def test_in_words(plan):
+    text = plan("--config", "vishwamai-120l", "--gpus", "1024", "--explain", "--tokens", "1e12", "tree.enabled=true")
+    for expected in ("1,000 B tokens", "pipeline bubble", "optimizer", "a tree search", "the host's memory of a save"):
+        assert expected in text
+
+
+def test_what_fits_nowhere_is_told_what_it_lacks(plan, capsys):
+    with pytest.raises(UserError, match="7b does not fit on 1 × RTX 4090"):
+        plan("--config", "7b", "--gpus", "1", "--gpu", "rtx4090")
+    told = capsys.readouterr().out
+    assert "more than there is" in told
+    assert "the nearest that fits: " in told
+    with pytest.raises(UserError):
+        plan("--config", "7b", "--gpus", "7", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["best"] is None
+    assert "use 518" in found["rejected"][0]["reason"]
+    assert found["nearest_that_fits"]["gpus"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h10"], "did you mean h100"),
+        (["--stack", "megatrom"], "did you mean megatron"),
+        (["--gpu", "v100-32"], "use precision=fp16"),
+        (["--gpu", "a100-80", "precision=fp8_current"], "has no FP8"),
+        (["model.hidden_size=7"], "multiple of model.num_attention_heads"),
+    ],
+)
+def test_a_mistake_is_a_line(plan, arguments, message):
+    with pytest.raises(UserError, match=message):
+        plan("--config", "7b", "--gpus", "8", *arguments)

@@ -1,0 +1,110 @@
+"""Bytes of a rank by what they are for, with what no tensor shows: buffers of libraries and the allocator's slack."""
+
+from dataclasses import dataclass, field
+
+from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step
+from vishwamai_mp.planning.activations import number_bytes, stage_activations
+from vishwamai_mp.planning.cache import cache_state_bytes
+from vishwamai_mp.planning.memory import memory_state_bytes
+from vishwamai_mp.planning.parameters import total_parameters
+from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, gathered_parameters, stage_parameters
+
+# Of CUDA and its libraries, and of each communicator's channels, as NCCL makes them by default.
+_CONTEXT, _COMMUNICATOR = 0.8 * 2**30, 0.2 * 2**30
+_FRAGMENTATION = 0.03  # of activations: what the allocator cannot give to anyone
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank by purpose; they add up to `total`.
+
+    Attributes:
+        stage: of the pipeline, from 0.
+    """
+
+    stage: int
+    parts: dict[str, float] = field(hash=False)
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def stage_footprint(config: PretrainConfig, world_size: int, stage: int) -> Footprint:
+    """Of the ranks of one pipeline stage, on GPUs.
+
+    Args:
+        config: resolved.
+        world_size: GPUs.
+        stage: from 0.
+    """
+    parallel, replicas = config.parallel, data_parallel_size(config, world_size)
+    parameters, size = stage_parameters(config, stage), number_bytes(config)
+    shards = replicas * parallel.context_parallel_size
+    main = 0 if config.precision == "fp32" else MAIN
+    if parallel.fully_sharded and replicas > 1:
+        weights, gradients, optimizer = MAIN / shards, GRADIENT / shards, MOMENTS / shards
+    else:
+        weights, gradients = size, GRADIENT
+        optimizer = (MOMENTS + main) / (shards if parallel.use_distributed_optimizer else 1)
+    activations = stage_activations(config, stage, micro_batches_per_step(config, world_size), on_gpu=True)
+    groups = [parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, shards]
+    parts = {
+        "weights": weights * parameters,
+        "gradients": gradients * parameters,
+        "optimizer": optimizer * parameters,
+        "gathered weights": gathered_parameters(config, world_size),
+        "activations": activations,
+        "fragmentation": _FRAGMENTATION * activations,
+        "libraries": _CONTEXT + _COMMUNICATOR * sum(ranks > 1 for ranks in groups),
+    }
+    return Footprint(stage, {name: value for name, value in parts.items() if value})
+
+
+def job_footprint(config: PretrainConfig, world_size: int) -> Footprint:
+    """Of the rank that needs most."""
+    last = config.parallel.pipeline_model_parallel_size - 1
+    stages = {0, 1, last} & set(range(last + 1))  # those between the second and the last need less than the second
+    return max((stage_footprint(config, world_size, stage) for stage in stages), key=lambda one: one.total)
+
+
+def saving_host_bytes(config: PretrainConfig, world_size: int, stage: int) -> float:
+    """Of the host's memory that one rank's save takes: a copy of its share of weights and optimizer state."""
+    parameters, replicas = stage_parameters(config, stage), data_parallel_size(config, world_size)
+    main = 0 if config.precision == "fp32" else MAIN
+    return parameters * (number_bytes(config) + (MOMENTS + main) / replicas)
+
+
+def inference_bytes(config: PretrainConfig, tokens: int, sequences: int) -> dict[str, float]:
+    """Of one GPU (of a tensor and pipeline parallel replica) that answers.
+
+    Args:
+        tokens: of each sequence, prompt and answer.
+        sequences: at the same time; of a search, its leaves, whose common beginnings are counted as often.
+    """
+    model, size = config.model, number_bytes(config)
+    assert model.num_key_value_heads is not None
+    assert model.head_dim is not None
+    parallel = config.parallel
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    keys = 2 * model.num_layers * model.num_key_value_heads * model.head_dim * size
+    seen = min(tokens, model.sliding_window or tokens)
+    state = (memory_state_bytes(config.memory) if config.memory.enabled else 0) + cache_state_bytes(
+        config.cache, tokens, size
+    )
+    return {
+        "weights": total_parameters(config) * size / ranks,
+        "keys and values": sequences * seen * keys / ranks,
+        "memory and cache": sequences * state / ranks,
+    }
+
+
+def tree_bytes(config: PretrainConfig, prompt: int) -> dict[str, float]:
+    """`inference_bytes` of a tree-of-thoughts search: the prompt is kept once, each node's thoughts apart."""
+    tree = config.tree
+    nodes = tree.beam_width * (tree.branching or tree.beam_width)
+    longest = tree.max_depth * tree.max_thought_tokens
+    shared, own = inference_bytes(config, prompt, 1), inference_bytes(config, longest, nodes)
+    components = inference_bytes(config, prompt + longest, nodes)["memory and cache"]
+    keys = shared["keys and values"] + own["keys and values"]
+    return {"weights": shared["weights"], "keys and values": keys, "memory and cache": components}

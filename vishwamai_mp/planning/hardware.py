@@ -1,0 +1,112 @@
+"""GPUs and the links between them, as their data sheets give them. What of it programs reach is in `stacks`.
+
+Sources: NVIDIA's data sheets of V100, A100, H100, H200, HGX B200, GB200 NVL72, GB300 NVL72, L4,
+A10G, L40S and RTX 4090.
+Matrix products are dense (data sheets often double them for sparsity); a link's figure is of one direction.
+"""
+
+import difflib
+from dataclasses import dataclass, field, replace
+
+from vishwamai_mp.config import UserError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator and what it is wired with.
+
+    Attributes:
+        name: as `find_gpu` takes it.
+        title: for people.
+        memory: bytes.
+        bandwidth: of its memory, bytes/s.
+        peak: FLOP/s of matrix products by type: "16", and "8" and "4" where its tensor cores have them.
+        nvlink: bytes/s to the other GPUs of the domain, one direction.
+        domain: GPUs that NVLink (or PCIe) connects with each other.
+        network: bytes/s per GPU to other domains, one direction.
+        dollars: of an hour, a round price for orders of magnitude; overridden on the command line.
+        derate: share of the peak's clock that its power limit leaves, beside the family's usual.
+        has_bf16: whether bf16 runs on tensor cores.
+    """
+
+    name: str
+    title: str
+    memory: float
+    bandwidth: float
+    peak: dict[str, float] = field(hash=False)
+    nvlink: float
+    domain: int
+    network: float
+    dollars: float
+    derate: float = 1.0
+    has_bf16: bool = True
+
+
+def _gpu(
+    name: str,
+    title: str,
+    gib: float,
+    terabytes: float,
+    peaks: tuple[float, ...],
+    nvlink: float,
+    domain: int,
+    network: float,
+    dollars: float,
+    **more: float | bool,
+) -> Gpu:
+    """Memory in GiB, bandwidth in TB/s, peaks of 16, 8 and 4 bits in TFLOP/s, links in GB/s."""
+    peak = {bits: tera * 1e12 for bits, tera in zip(("16", "8", "4"), peaks, strict=False)}
+    sizes = (gib * 2**30, terabytes * 1e12, peak, nvlink * 1e9, domain, network * 1e9, dollars)
+    return Gpu(name, title, *sizes, **more)  # type: ignore[arg-type]
+
+
+_H100 = _gpu("h100", "H100 SXM 80 GB", 79.6, 3.35, (989.4, 1978.9), 450, 8, 50, 2.5)
+_TABLE = [
+    _gpu("v100-32", "V100 SXM2 32 GB", 31.7, 0.9, (125,), 150, 8, 12.5, 0.6, has_bf16=False),
+    _gpu("a100-40", "A100 SXM 40 GB", 39.4, 1.555, (312,), 300, 8, 25, 1.1),
+    _gpu("a100-80", "A100 SXM 80 GB", 79.2, 2.039, (312,), 300, 8, 25, 1.4),
+    _H100,
+    _gpu("h100-pcie", "H100 PCIe 80 GB", 79.6, 2.0, (756, 1513), 50, 8, 25, 2.0, derate=0.8),
+    replace(
+        _H100, name="h100-96-500w", title="H100 96 GB HBM2e, 500 W", memory=95e9 * 1.0, bandwidth=2.4e12, derate=0.8
+    ),
+    _gpu("h200", "H200 SXM 141 GB", 139.8, 4.8, (989.4, 1978.9), 450, 8, 50, 3.0),
+    _gpu("b200", "B200 SXM 180 GB", 178.0, 7.7, (2250, 4500, 9000), 900, 8, 50, 4.0),
+    _gpu("gb200", "GB200 NVL72 186 GB", 184.0, 8.0, (2450, 4900, 9800), 900, 72, 50, 4.5),
+    _gpu("gb300", "GB300 NVL72 279 GB", 276.0, 8.0, (2450, 4900, 14700), 900, 72, 100, 5.5),
+    _gpu("l4", "L4 24 GB", 22.0, 0.3, (121, 242), 25, 1, 3, 0.5),
+    _gpu("a10g", "A10G 24 GB", 22.1, 0.6, (70,), 25, 1, 3, 0.8),
+    _gpu("l40s", "L40S 48 GB", 44.4, 0.864, (362, 733), 25, 8, 12.5, 0.9),
+    _gpu("rtx4090", "RTX 4090 24 GB", 23.5, 1.008, (165.2, 330.3), 20, 8, 3, 0.4),
+]
+GPUS = {gpu.name: gpu for gpu in _TABLE}
+# Other names in use, in small letters.
+_ALIASES = {
+    "v100": "v100-32",
+    "a100": "a100-80",
+    "a100-80gb": "a100-80",
+    "a100-40gb": "a100-40",
+    "h100-sxm": "h100",
+    "h100-80gb": "h100",
+    "h100-96gb-hbm2e-500w": "h100-96-500w",
+    "4090": "rtx4090",
+}
+
+
+def find_gpu(name: str, option: str = "--gpu") -> Gpu:
+    """The GPU of that name, however it is spelt.
+
+    Args:
+        name: of the table, or a usual alias such as "A100-80GB".
+        option: of the command line, for the message.
+
+    Raises:
+        UserError: there is none; the nearest names are told.
+    """
+    key = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
+    key = _ALIASES.get(key, key)
+    if key in GPUS:
+        return GPUS[key]
+    near = difflib.get_close_matches(key, [*GPUS, *_ALIASES], n=1, cutoff=0.4)
+    hint = f"did you mean {_ALIASES.get(near[0], near[0])}? " if near else ""
+    raise UserError(f"{option} {name}: not a known GPU; {hint}known: {', '.join(GPUS)}")
