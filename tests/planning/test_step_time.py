@@ -17,7 +17,7 @@ _COLUMNS = "source,model,seq,gpu,n_gpus,tp,pp,cp,vpp,mbs,gbs,precision,recompute
 # From the tables named in the first column, one row of each program and GPU.
 _ROWS = [
     "arXiv:2205.05198 Table 5,GPT3-175B,2048,A100-80GB,64,8,8,1,3,1,64,mixed,selective + SP,148.9,",
-    "arXiv:2104.04473 T. 1 (hardware FLOPs; interleaved schedule),GPT-76.1B,2048,A100-80GB,1024,8,4,1,,,1792,mixed,full,,140",
+    "arXiv:2104.04473 (hardware; interleaved schedule),GPT-76.1B,2048,A100-80GB,1024,8,4,1,,,1792,mixed,full,,140",
     "torchtitan Llama 3; FSDP+torch.compile,Llama3-8B,8192,H100-96GB-HBM2e-500W,8,1,1,1,,2,16,BF16,selective,6667,",
     "NeMo 24.07,LLAMA2-7B,4096,H100,8,1,1,1,1,1,128,FP8,,16634,",
     "NeMo 24.07,Llama3-8B,8192,H100,8,1,1,2,1,1,128,FP8,,11883,",
