@@ -10,8 +10,10 @@ example: python examples/benchmarks/journal.py --steps 100
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -35,13 +37,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of each kind (%(default)s)")
     parser.add_argument("--config", default="tiny", help="preset or recipe (%(default)s)")
     options = parser.parse_args()
-    mp.spawn(measure, (options.config, options.steps), nprocs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(join_and_measure, (f"{folder}/store", options.config, options.steps), nprocs=2)
 
 
-def measure(rank: int, name: str, steps: int) -> None:
-    """On one of the two ranks."""
-    config = resolve(load_config(name, _SETTINGS), 2)
-    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29637", rank=rank, world_size=2)
+def join_and_measure(rank: int, store: str, name: str, steps: int) -> None:
+    """Be one of the two ranks."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    text, _ = measure(name, steps)
+    if rank == 0:
+        print(text)
+
+
+def measure(name: str | dict, steps: int, overrides: Sequence[str] = ()) -> tuple[str, float]:
+    """On each of two ranks that have met: what was found in words, and the journal's share of a step."""
+    config = resolve(load_config(name, [*_SETTINGS, *overrides]), 2)
     runtime = initialize(config)
     chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
     train = TrainStep(config, runtime, chunks, build_optimizer(config, runtime, chunks))
@@ -64,23 +74,22 @@ def measure(rank: int, name: str, steps: int) -> None:
         with journal_open(journal):
             differences.append(one(number) - plain[-1])
         journal.words[Word.ENDING] = 0
-    if rank == 0:
-        kinds = Counter(event.kind for event in events(journal.words) if event.step == steps - 1)
-        report(plain, differences, kinds[Kind.PHASE], kinds[Kind.BEGINS])
+    kinds = Counter(event.kind for event in events(journal.words) if event.step == steps - 1)
+    return report(plain, differences, kinds[Kind.PHASE], kinds[Kind.BEGINS])
 
 
-def report(plain: list[float], differences: list[float], phases: int, collectives: int) -> None:
-    """Print both answers."""
+def report(plain: list[float], differences: list[float], phases: int, collectives: int) -> tuple[str, float]:
+    """Both answers in words, and the second."""
     median = statistics.median(plain)
-    print(f"a step without the journal: {1e3 * median:.1f} ms (median of {len(plain)})")
-    print(f"with it: {statistics.median(differences) / median:+.2%} (median difference of neighbours)")
     of_phase, of_collective = seconds_alone()
     whole = phases * of_phase + collectives * of_collective
-    print(
-        f"{phases} phases × {1e6 * of_phase:.1f} µs + {collectives} collectives × {1e6 * of_collective:.1f} µs",
-        end="",
+    text = (
+        f"a step without the journal: {1e3 * median:.1f} ms (median of {len(plain)})\n"
+        f"with it: {statistics.median(differences) / median:+.2%} (median difference of neighbours)\n"
+        f"{phases} phases × {1e6 * of_phase:.1f} µs + {collectives} collectives × {1e6 * of_collective:.1f} µs"
+        f" = {1e3 * whole:.2f} ms, {whole / median:.3%} of a step"
     )
-    print(f" = {1e3 * whole:.2f} ms, {whole / median:.3%} of a step")
+    return text, whole / median
 
 
 def seconds_alone(count: int = 20_000) -> tuple[float, float]:

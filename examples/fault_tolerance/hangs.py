@@ -8,12 +8,13 @@ Needs Linux; makes its own data; half a minute per kind on two cores.
 
 example:
   python examples/fault_tolerance/hangs.py --steps 1000
-  python examples/fault_tolerance/hangs.py --kinds stops loops --steps 0
+  python examples/fault_tolerance/hangs.py --kinds stops loops --steps 0 --machines 2
 """
 
 import argparse
 import json
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -67,7 +68,7 @@ def main() -> int:
         (folder / "data").mkdir()
         write_corpus(folder / "data/chain", 0)
         print(f"{'kind':<26}{'verdict':<9}{'report':>8}{'end':>8}  what it said", flush=True)
-        right = [drill(folder, kind, options.limit) for kind in options.kinds]
+        right = [drill(folder, kind, options.limit, options.machines) for kind in options.kinds]
         print(f"\n{sum(right)} of {len(right)} right", flush=True)
         calm = not options.steps or stay_calm(folder, options.steps, options.limit)
     return 0 if all(right) and calm else 1
@@ -77,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="*", choices=_TRUTHS, default=list(_TRUTHS), help="which (default: all)")
     parser.add_argument("--limit", type=float, default=10, help="seconds of every phase (%(default)s)")
+    parser.add_argument("--machines", type=int, choices=(1, 2), default=1, help="launchers that share the ranks")
     parser.add_argument("--steps", type=int, default=1000, help="healthy ones afterwards (%(default)s)")
     return parser.parse_args()
 
@@ -94,33 +96,53 @@ def job_command(folder: Path, run: Path, kind: str, steps: int, limit: float) ->
     return [*whole[:at], *program, *whole[at + 2 :]]
 
 
-def drill(folder: Path, kind: str, limit: float) -> bool:
+def of_machine(whole: list[str], machine: int, port: int) -> list[str]:
+    """The same job, as one of two launchers with two processes each that meet at a port of this machine."""
+    whole = ["2" if before == "--nproc-per-node" else word for before, word in zip(["", *whole], whole, strict=False)]
+    whole = [word.replace("localhost:0", f"localhost:{port}") for word in whole]
+    return [*whole[:3], "--nnodes", "2", "--rdzv-conf", f"is_host={int(machine == 0)}", *whole[3:]]
+
+
+def start(folder: Path, kind: str, limit: float, machines: int) -> list[Job]:
+    """The launchers of a job that will hang."""
+    whole = job_command(folder, folder / kind, kind, 100, limit)
+    if machines == 1:
+        return [Job.start(whole, folder / f"{kind}.log")]
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    return [Job.start(of_machine(whole, i, port), folder / f"{kind}_{i}.log") for i in range(machines)]
+
+
+def drill(folder: Path, kind: str, limit: float, machines: int) -> bool:
     """Let the job hang; returns whether the report is right."""
     run, truth = folder / kind, _TRUTHS[kind]
     mark, report = Path(f"{run}.mark"), run / "hang_report.json"
-    job = Job.start(job_command(folder, run, kind, 100, limit), folder / f"{kind}.log")
+    jobs = start(folder, kind, limit, machines)
     try:
-        begun = job.wait_for(mark.exists)
+        begun = jobs[0].wait_for(mark.exists)
         deadline = time.monotonic() + limit + _SLACK
-        while job.process.poll() is None and time.monotonic() < deadline:
+        while any(job.process.poll() is None for job in jobs) and time.monotonic() < deadline:
             time.sleep(0.05)
-        ended = job.seconds() - begun
-        problems = [] if job.process.poll() is not None else [f"still running after {ended:.0f} s"]
+        ended = jobs[0].seconds() - begun
+        running = any(job.process.poll() is None for job in jobs)
     finally:
-        job.kill()
+        for job in jobs:
+            job.kill()
     time.sleep(3)  # the watchdog outlives the ranks by a moment
-    if not report.exists():
-        problems.append("no report")
-    else:
-        problems += compare(json.loads(report.read_text()), truth)
-        problems += [f"printed {count} times"] if (count := job.text().count("the job hangs:")) != 1 else []
-        problems += [f"status {job.process.returncode}"] if job.process.returncode != truth.status else []
-    reported = report.stat().st_mtime - mark.stat().st_mtime if report.exists() else float("nan")
     said = json.loads(report.read_text()) if report.exists() else {"why": "", "operation": "", "ranks_at_fault": []}
-    text = f"rank {said['ranks_at_fault']}: {said['why']}; {said['operation']}"
-    print(f"{kind:<26}{'right' if not problems else 'WRONG':<9}{reported:>6.1f} s{ended:>6.1f} s  {text}", flush=True)
+    problems = compare(said, truth) if report.exists() else ["no report"]
+    problems += [f"still running after {ended:.0f} s"] if running else []
+    text = "".join(job.text() for job in jobs)
+    problems += [f"printed {count} times"] if (count := text.count("all of it, with every stack: ")) != 1 else []
+    statuses = [job.process.returncode for job in jobs]
+    problems += [f"statuses {statuses}"] if truth.status not in statuses else []
+    reported = report.stat().st_mtime - mark.stat().st_mtime if report.exists() else float("nan")
+    verdict = "right" if not problems else "WRONG"
+    told = f"rank {said['ranks_at_fault']}: {said['why']}; {said['operation']}"
+    print(f"{kind:<26}{verdict:<9}{reported:>6.1f} s{ended:>6.1f} s  {told}", flush=True)
     if problems:
-        print(f"    {'; '.join(problems)}\n{job.text()}", flush=True)
+        print(f"    {'; '.join(problems)}\n{text}", flush=True)
     return not problems
 
 
@@ -141,7 +163,9 @@ def stay_calm(folder: Path, steps: int, limit: float) -> bool:
     run = folder / "healthy"
     job = Job.start(job_command(folder, run, "nothing", steps, limit), folder / "healthy.log")
     job.process.wait()
-    calm = job.process.returncode == 0 and not (run / "hang_report.json").exists() and "the job hangs" not in job.text()
+    calm = (
+        job.process.returncode == 0 and not (run / "hang_report.json").exists() and "with every stack" not in job.text()
+    )
     print(
         f"{steps} healthy steps with {steps // (_STEP + 2)} evaluations and saves: "
         f"{'no alarm' if calm else 'A FALSE ALARM'}, {job.seconds():.0f} s",

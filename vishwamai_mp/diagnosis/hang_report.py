@@ -54,14 +54,15 @@ def to_text(verdict: Verdict, states: Mapping[int, RankState], folder: Path) -> 
 
 
 def _headline(verdict: Verdict, states: Mapping[int, RankState]) -> str:
+    event = "the job cannot go on" if verdict.is_ending else "the job hangs"
     if not verdict.ranks:
-        return f"the job hangs: {verdict.why}"
+        return f"{event}: {verdict.why}"
     named = []
     for rank in verdict.ranks[:8]:
         where = f" ({states[rank].host}, process {states[rank].pid})" if rank in states else ""
         named.append(f"rank {rank}{where}")
     more = f" and {len(verdict.ranks) - 8} more" if len(verdict.ranks) > 8 else ""
-    return f"the job hangs: {', '.join(named)}{more}: {verdict.why}"
+    return f"{event}: {', '.join(named)}{more}: {verdict.why}"
 
 
 def _stack_lines(state: RankState) -> Sequence[str]:

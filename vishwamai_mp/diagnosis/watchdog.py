@@ -194,7 +194,11 @@ class Watchdog:
             rank.end()
 
     def _leave(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for rank in self.ranks:
+            for path in self.folder.glob(f"rank_{rank.rank}.*"):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another launcher on this machine has ranks of the job, too
+            self.folder.rmdir()
         if self.ranks[0].rank == 0 and self._verdict is None:
             shutil.rmtree(self.meeting, ignore_errors=True)
 
