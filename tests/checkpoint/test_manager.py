@@ -241,6 +241,16 @@ def test_code_in_a_checkpoint_is_refused_before_any_rank_reads_it(
     assert not Path("owned").exists()
 
 
+def test_tensors_that_the_model_has_no_place_for_are_refused(workers: WorkerPool, tmp_path: Path, saved: Path) -> None:
+    """A component of a later version, say. Silently left out, the model would compute something else."""
+    path = Path(shutil.copytree(saved, tmp_path / "step_00000001"))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["tensors"]["decoder.layers.1.compass.output.weight"] = {"shape": [24, 24], "dtype": "float32"}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"has 1 tensors that this model has no place for, decoder\.layers\.1\.compass"):
+        workers.run(jobs.resume_and_save, 2, path, tmp_path / "other", jobs.config(), 0)
+
+
 def test_a_damaged_checkpoint_that_the_user_names_is_refused(workers: WorkerPool, tmp_path: Path, saved: Path) -> None:
     path = Path(shutil.copytree(saved, tmp_path / "step_00000001"))
     content = (path / "trainer.json").read_bytes()

@@ -18,6 +18,7 @@ def test_an_arm_is_timed_and_its_memory_measured():
     child.close()
     assert child.process.returncode == 0
     assert len(child.seconds) == 2
-    assert min(child.seconds) > 0
+    assert 0.01 < min(child.seconds) < 10
     inputs = 2 * 1024 * 256 * 4 * 3 / 2**20  # MiB of queries, keys and values: their gradients alone take as much
-    assert inputs < child.peak < 40 * inputs
+    # 12.4 of them; a state kept for every token, in place of one for every chunk, would be hundreds.
+    assert 8 * inputs < child.peak < 18 * inputs

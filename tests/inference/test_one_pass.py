@@ -186,6 +186,32 @@ def test_attention_of_the_users_own_at_every_layout(workers, layout):
         assert not direct
 
 
+@torch.no_grad()
+def merged(overrides: list[str]) -> list[tuple[Tensor, list[int]]]:
+    """Runs in a worker: logits and a greedy text, with adapters beside the weights, then added to them."""
+    ours = adapted(*overrides)
+    found = []
+    for _ in range(2):
+        tokens = ours.generate([_TEXT[:7]], SamplingOptions(8))[0].tokens
+        found.append((gathered(ours, [(CachedSequence(), _TEXT)]), tokens))
+        for layer in ours.engine.model.decoder.layers:
+            for parent in (layer.self_attention, layer.mlp):
+                for name, part in parent.named_children():
+                    if isinstance(part, Adapter):
+                        weight = getattr(parent, name.removesuffix("_adapter")).weight
+                        weight += part.scale * part.b @ part.a  # each rank's shard from its shards
+                        part.b.zero_()
+    return found
+
+
+@pytest.mark.parametrize("layout", ["one process", "TP2", "PP2"])
+def test_merged_adapters_generate_what_they_did_beside_the_weights(workers, layout):
+    processes, overrides = _LAYOUTS[layout]
+    for beside, within in workers.run(merged, processes, [*overrides, *_LORA, *_MEMORY, *_CACHE]):
+        close(within[0], beside[0], layout)
+        assert within[1] == beside[1]
+
+
 def used(overrides: list[str]) -> dict[str, Any]:
     """Runs in a worker: what greedy generation, scoring and a search say, and what full passes say of the same."""
     ours = adapted(*overrides, "tree.enabled=true")

@@ -110,7 +110,8 @@ def test_logits_come_in_the_usual_shape(workers):
     tokens = torch.arange(60).view(3, 20)
     documents = torch.stack([torch.arange(20) // size for size in (4, 7, 20)])
     masked, packed = workers.run(logits_both_ways, 1, tokens, documents)[0]
-    torch.testing.assert_close(packed, masked, rtol=0, atol=1e-6)
+    # fp32 sums in another order: they err in proportion to the largest logit.
+    torch.testing.assert_close(packed, masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
 
 
 def test_context_parallelism_is_refused():

@@ -79,7 +79,7 @@ def test_layouts_agree(workers, one_process, name, precision):
     first, theirs = ranks[0], one_process(f"precision={precision}")
     same = name == "PP2"
     for (loss, norm), (other, other_norm) in zip(first, theirs, strict=True):
-        assert loss == pytest.approx(other, abs=2e-3 if same else 0.02)
+        assert loss == pytest.approx(other, abs=2e-3 if same else 0.04)
         assert norm == pytest.approx(other_norm, rel=0.02 if same else 0.15)
     assert first[0][0] == pytest.approx(theirs[0][0], abs=1e-6 if same else 3e-3)  # before anything is amplified
 

@@ -40,18 +40,20 @@ class Letters:
 
 
 @contextlib.contextmanager
-def server(**limits: Any) -> Iterator[tuple[Any, int]]:
-    """Runs in a worker: the service and its port."""
+def server(generator: Any = None, **limits: Any) -> Iterator[tuple[Any, int]]:
+    """Runs in a worker: the service and its port; `generator` None: of a small model."""
     import uvicorn
 
     from tests.model.builds import build
     from vishwamai_mp.inference import Generator
     from vishwamai_mp.serving import Limits, Service, build_app
 
-    config, runtime, (model,) = build("training.global_batch_size=8", "tree.enabled=true", "tree.max_thought_tokens=4")
     prompts = Letters()
-    generator = Generator(config, runtime, model, decode=prompts.decode)
-    service = Service(generator, prompts, config.tree, {"stop_tokens": (5,)}, Limits(**limits))
+    if generator is None:
+        settings = ["training.global_batch_size=8", "tree.enabled=true", "tree.max_thought_tokens=4"]
+        config, runtime, (model,) = build(*settings)
+        generator = Generator(config, runtime, model, decode=prompts.decode)
+    service = Service(generator, prompts, generator.engine.config.tree, {"stop_tokens": (5,)}, Limits(**limits))
     web = uvicorn.Server(uvicorn.Config(build_app(service, "tiny"), port=0, log_level="error"))
     thread = threading.Thread(target=web.run, daemon=True)
     thread.start()
@@ -153,6 +155,37 @@ def in_parallel(port: int, body: dict[str, Any]) -> list[str]:
     for thread in threads:
         thread.join()
     return texts
+
+
+def served_adapters() -> tuple[list[str], list[int], list[int]]:
+    """Runs in a worker: what a model with adapters answers over HTTP, and what its full passes say, and the base's."""
+    import torch
+
+    from tests.inference.test_one_pass import adapted, full_pass
+    from vishwamai_mp.model.lora import Adapter
+
+    ours = adapted("lora.enabled=true", "lora.rank=4")
+    prompt = list(_PROMPT.encode())
+
+    def greedy() -> list[int]:
+        text = list(prompt)
+        for _ in range(9):
+            text.append(int(full_pass(ours, text)[-1].argmax()))
+        return text[len(prompt) :]
+
+    expected = greedy()
+    with server(ours) as (_, port):
+        answers = [json.loads(post(port, prompt=_PROMPT, max_tokens=9, temperature=0)[1]) for _ in range(2)]
+    for part in ours.engine.model.modules():
+        if isinstance(part, Adapter):
+            torch.nn.init.zeros_(part.b)
+    return [answer["choices"][0]["text"] for answer in answers], expected, greedy()
+
+
+def test_adapters_are_served(workers: WorkerPool) -> None:
+    (answers, expected, base) = workers.run(served_adapters, 1)[0]
+    assert answers == ["".join(chr(97 + token % 26) for token in expected)] * 2
+    assert expected != base
 
 
 def test_the_endpoint(workers: WorkerPool) -> None:

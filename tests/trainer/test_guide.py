@@ -97,7 +97,10 @@ def test_the_guide_runs(workers: WorkerPool, tmp_path, processes):
     assert found["steps"] == [3, 8 // processes, 2, 2]
     assert found["rates"] == pytest.approx([1.2e-4 * step / 1000 for step in range(len(found["rates"]))])
     assert {"memory_mix_loss", "cache_entropy", "value_loss"} <= set(found["measures"])
-    assert found["scores"]["eval_loss"] < math.log(_VOCAB) + 1
+    # The first steps of a warm-up of 1,000 hardly move the model, so validation finds it as the first step did.
+    assert found["scores"]["eval_loss"] == pytest.approx(found["losses"][0], abs=0.02)
+    assert found["scores"]["eval_loss"] != found["losses"][0]
+    assert found["scores"]["eval_perplexity"] == pytest.approx(math.exp(found["scores"]["eval_loss"]))
     assert found["trained"] == ["memory_layer_0"]
     assert found["answers"][0] > 4
     assert found["values"] == (128, 2)

@@ -137,7 +137,8 @@ def train(
             config,
             runtime,
             replace(datasets, train=recorded) if is_files else datasets,
-            [watch, *usual_callbacks(config)],
+            # Handed over from the last to the first: the trainer puts them in order.
+            sorted([watch, *usual_callbacks(config)], key=lambda callback: -callback.order),
         )
         if prepare:
             prepare(trainer, notes)

@@ -17,7 +17,7 @@ from tests.training.runs import VOCAB, Counter, Interruption, configure, train
 from tests.workers import WorkerPool
 from vishwamai_mp.config import load_config
 from vishwamai_mp.planning import flops_per_token
-from vishwamai_mp.training.callbacks import Callback, usual_callbacks
+from vishwamai_mp.training.callbacks import Callback
 from vishwamai_mp.training.loop import Trainer
 from vishwamai_mp.training.schedule import learning_rate
 
@@ -57,10 +57,16 @@ def test_a_callback_goes_on_where_it_was(workers: WorkerPool, corpus, tmp_path):
     assert [record["counted"] for record in run()[0].records] == [5, 6]
 
 
-def test_callbacks_run_in_the_order_that_they_declare():
-    given = list(reversed(usual_callbacks(load_config("tiny"), more=[Counter()])))
-    named = [type(callback).__name__ for callback in sorted(given, key=lambda callback: callback.order)]
-    assert named.index("Evaluation") < named.index("Counter") < named.index("Metrics") < named.index("Checkpointing")
+def name_callbacks(trainer: Trainer, notes: list[Any]) -> None:
+    notes.extend(type(callback).__name__ for callback in trainer.callbacks)
+
+
+def test_the_trainer_puts_callbacks_in_the_order_that_they_declare(workers: WorkerPool, corpus, tmp_path):
+    """They are handed to it from the last to the first, with one of the user's."""
+    own = "training.callbacks=[examples.extensions.stop_at_loss:StopAtLoss]"
+    (outcome,) = workers.run(train, 1, tmp_path, corpus, ["training.max_steps=1", own], prepare=name_callbacks)
+    order = ["_Watch", "Stopping", "Evaluation", "StopAtLoss", "Metrics", "Checkpointing", "Progress"]
+    assert [name for name in outcome.notes if name in order] == order
 
 
 def test_metrics_have_the_keys_of_the_contract_and_mean_what_they_say(workers: WorkerPool, corpus, tmp_path):

@@ -300,6 +300,12 @@ class CheckpointManager:
         missing = [name for names in _all(on_all_ranks(lambda: request.missing)) for name in names]
         if missing:
             raise UserError(f"{path} lacks {len(set(missing))} tensors that this model has, {missing[0]} for one")
+        places = {name for names in _all(on_all_ranks(lambda: sharded.names_of(state))) for name in names}
+        if unknown := sorted(name for name in found.tensors if name not in places and not sharded.may_be_left(name)):
+            raise UserError(
+                f"{path} has {len(unknown)} tensors that this model has no place for, {unknown[0]} for one; load it"
+                " with the settings of its run, in a version of this program that knows them"
+            )
         loaded = dist_checkpointing.load(request.wanted, str(path), self._load_strategy())
         borrows = any(_all(on_all_ranks(lambda: bool(request.borrowed))))
         borrowed = dist_checkpointing.load(request.borrowed, str(path), self._load_strategy()) if borrows else {}

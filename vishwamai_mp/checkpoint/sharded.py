@@ -12,6 +12,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+from vishwamai_mp.checkpoint.manifest import is_optimizer
 from vishwamai_mp.config.finetuning import ADAPTER_STATE, VALUE_HEAD_STATE
 from vishwamai_mp.config.fp8 import SCALING_STATE
 from vishwamai_mp.runtime import Runtime  # before megatron.core
@@ -159,6 +160,19 @@ def split_request(state: dict[str, Any], tensors: Mapping[str, tuple[int, ...]],
     named = [item for item in nested_values(wanted) if isinstance(item, ShardedBase)]
     missing = [item.key for item in named if not isinstance(item, ShardedObject) and item.key not in tensors]
     return SplitRequest(wanted, borrowed, plain, sorted(set(missing)))
+
+
+def names_of(state: dict[str, Any]) -> set[str]:
+    """The names under which this rank's parts of a state dict are stored."""
+    return {item.key for item in nested_values(state) if isinstance(item, ShardedBase)}
+
+
+def may_be_left(tensor: str) -> bool:
+    """Whether a model without a place for a tensor of this name is as good as it was with it.
+
+    A value head is for searches, scaling factors are a precision's own, and the optimizer's state is asked for or not.
+    """
+    return is_optimizer(tensor) or tensor.endswith((*VALUE_HEAD_STATE, *SCALING_STATE))
 
 
 class SplitRequest:
