@@ -24,6 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="R", help="a YAML file or the name of a preset")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the whole job")
     parser.add_argument("--rank", type=int, default=0, metavar="K", help="which of them to run (default 0)")
+    parser.add_argument("--all-stages", action="store_true", help="run the first rank of each pipeline stage in turn")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text; sizes in bytes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser.parse_args()
@@ -37,8 +38,14 @@ def main() -> None:
     config = resolve(load_config(arguments.config, arguments.overrides), arguments.gpus)
     from vishwamai_mp.training.dry_run import dry_run, render  # the stack takes seconds; mistakes are told before
 
-    found = dry_run(config, arguments.gpus, arguments.rank)
-    print(json.dumps(found.to_dict(), indent=1) if arguments.json else render(found))
+    stages = config.parallel.pipeline_model_parallel_size
+    first = [stage * arguments.gpus // stages for stage in range(stages)]  # stages are farthest apart in the order
+    runs = [dry_run(config, arguments.gpus, rank) for rank in (first if arguments.all_stages else [arguments.rank])]
+    if arguments.json:
+        found = [run.to_dict() for run in runs]
+        print(json.dumps(found if arguments.all_stages else found[0], indent=1))
+    else:
+        print("\n\n".join(map(render, runs)))
 
 
 if __name__ == "__main__":

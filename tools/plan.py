@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts to show (default 10)")
     parser.add_argument("--explain", action="store_true", help="break the best layout's memory and time down")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page too, which loads nothing")
     parser.add_argument("--write-config", type=Path, metavar="FILE", help="write the best layout's recipe")
     parser.add_argument("--check", type=Path, metavar="FILE.csv", help="compare with published runs instead")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
@@ -78,6 +79,11 @@ def main() -> None:
         print(plan_text(plan, resolve(config), options.top, tokens, nearest))
         if options.explain and plan.fitting:
             print("\n" + explanation(plan))
+    if options.html:
+        from vishwamai_mp.observability.page import write_page
+        from vishwamai_mp.observability.plan_page import plan_page
+
+        write_page(options.html, plan_page(plan, config, tokens, nearest), "--html")
     if not plan.fitting:
         raise UserError(f"{options.config} does not fit on {options.gpus} × {machine.gpu.title}")
     if options.write_config:

@@ -103,11 +103,16 @@ def test_the_flagships_layer_by_hand():
 
 
 def test_the_first_stage_holds_as_much_as_all_layers():
-    """Stage i of 8 has 8 − i micro-batches underway; interleaved 5 ways, the first has 8 + 7/5."""
+    """Stage i of 8 has 8 − i micro-batches underway; interleaved 5 ways, the first has 8 + 7/5.
+
+    Of each, 15 layers keep theirs, and each chunk what it sent on: a row's hidden states, a tensor parallel rank's part.
+    """
     config = flagship()
-    layer = layer_activations(config, on_gpu=True).kept
-    assert stage_activations(config, 0, 64, on_gpu=True) == 120 * layer
-    assert stage_activations(config, 6, 64, on_gpu=True) == 2 * 15 * layer
-    assert stage_activations(config, 0, 3, on_gpu=True) == 3 * 15 * layer
+    stage = 15 * layer_activations(config, on_gpu=True).kept
+    sent = 32768 // 8 * 8192 * 2
+    assert stage_activations(config, 0, 64, on_gpu=True) == 8 * (stage + sent)
+    assert stage_activations(config, 6, 64, on_gpu=True) == 2 * (stage + sent)
+    assert stage_activations(config, 0, 3, on_gpu=True) == 3 * (stage + sent)
     interleaved = flagship("parallel.virtual_pipeline_model_parallel_size=5")
-    assert stage_activations(interleaved, 0, 64, on_gpu=True) == pytest.approx((8 + 7 / 5) * 15 * layer)
+    expected = (8 + 7 / 5) * (stage + 5 * sent)
+    assert stage_activations(interleaved, 0, 64, on_gpu=True) == pytest.approx(expected)

@@ -6,6 +6,8 @@ import pytest
 
 from vishwamai_mp.config import load_config, padded_vocab_size, resolve
 from vishwamai_mp.planning import total_parameters
+from vishwamai_mp.planning.activations import stage_activations
+from vishwamai_mp.planning.component_activations import component_activations
 from vishwamai_mp.planning.out_of_memory import advice, rank_memory
 from vishwamai_mp.planning.states import stage_parameters, stage_states
 
@@ -104,6 +106,36 @@ def test_where_nothing_is_left_the_model_is_too_large():
     assert advice(config, 1, on_gpu=True).endswith("make the model or training.sequence_length smaller")
 
 
-def test_components_are_said_not_to_count():
-    config = configure("tiny", 1, "memory.enabled=true", "memory.memory_size=128", "memory.head_dim=32")
-    assert "(memory and cache not counted)" in advice(config, 1, on_gpu=False)
+def test_components_count_where_they_stand():
+    """At 120 layers in 8 stages: one layer in eight carries a component, and a stage has 15 layers."""
+    chunks = "parallel.virtual_pipeline_model_parallel_size=null"
+    plain, both = (
+        configure("vishwamai-120l", 64, "training.recompute=none", chunks, *components)
+        for components in ([], ["memory.enabled=true", "cache.enabled=true"])
+    )
+    extra = [stage_activations(both, stage, 64, True) - stage_activations(plain, stage, 64, True) for stage in range(8)]
+    expected = [0.0] * 8
+    for section, layers in (("memory", both.memory.layers), ("cache", both.cache.layers)):
+        assert len(layers) == 15
+        for layer in layers:
+            stage = layer // 15
+            expected[stage] += (8 - stage) * 32768 * component_activations(both, section)
+    assert extra == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "measured"),
+    [  # by tools/dry_run.py, MiB
+        ([], 4476),
+        (["training.recompute=full"], 3880),
+        (["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"], 2248),
+    ],
+)
+def test_the_simulated_peak_with_components(overrides, measured):
+    """16 layers × 1024, a row of 1024 tokens, memory and cache in two layers each: within 3 %."""
+    shape = ["hidden_size=1024", "num_layers=16", "num_attention_heads=8", "num_key_value_heads=4", "vocab_size=8192"]
+    sizes = ["training.sequence_length=1024", "training.micro_batch_size=1", "training.global_batch_size=1"]
+    components = ["memory.enabled=true", "cache.enabled=true"]
+    ranks = 2 if len(overrides) == 2 else 1
+    config = configure("125m", ranks, *(f"model.{key}" for key in shape), *sizes, *components, *overrides)
+    assert rank_memory(config, ranks, on_gpu=True).total / 2**20 == pytest.approx(measured, rel=0.03)

@@ -3,14 +3,17 @@
 import importlib.util
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.observability.plan_page import schedule
 from vishwamai_mp.planning.footprint import job_footprint
 
+_RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 _TOOL = Path(__file__).resolve().parents[2] / "tools" / "plan.py"
 _spec = importlib.util.spec_from_file_location("plan_tool", _TOOL)
 assert _spec
@@ -55,6 +58,38 @@ def test_in_words(plan):
     text = plan("--config", "vishwamai-120l", "--gpus", "1024", "--explain", "--tokens", "1e12", "tree.enabled=true")
     for expected in ("1,000 B tokens", "pipeline bubble", "optimizer", "a tree search", "the host's memory of a save"):
         assert expected in text
+
+
+def test_the_page_has_every_part_and_no_address(plan, tmp_path):
+    page = tmp_path / "plan.html"
+    plan("--config", "vishwamai-120l", "--gpus", "1024", "--html", str(page), "training.output_dir=<b>mine</b>")
+    text = page.read_text()
+    for heading in ("Memory of each stage", "A step's time", "pipeline's timeline", "Throughput over GPUs", "Rejected"):
+        assert heading in text.replace("&#39;", "'")
+    assert text.count("data-tip") > 50
+    assert "http" not in text
+    with pytest.raises(UserError):
+        plan("--config", "vishwamai-120l", "--gpus", "8", "--html", str(page))
+    assert "Nothing fits. The smallest layout lacks" in page.read_text()
+
+
+def test_the_timeline_is_one_forward_one_backward():
+    """As long as arXiv 2104.04473, section 2.2, says: (m + p − 1) forward and backward passes; no two at once."""
+    boxes, end = schedule(4, 8)
+    assert end == 3 * (8 + 4 - 1)
+    for stage in range(4):
+        own = sorted((start, length) for at, _, start, length in boxes if at == stage)
+        assert len(own) == 16
+        assert all(a + length <= b for (a, length), (b, _) in pairwise(own))
+
+
+@pytest.mark.parametrize("path", sorted(_RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_what_the_planner_writes(plan, tmp_path, path):
+    preset, gpus = path.stem.rsplit("-on-", 1)
+    written = tmp_path / "recipe.yaml"
+    plan("--config", preset, "--gpus", gpus, "--write-config", str(written))
+    assert path.read_text() == written.read_text()
+    resolve(load_config(path), int(gpus))
 
 
 def test_what_fits_nowhere_is_told_what_it_lacks(plan, capsys):

@@ -1,13 +1,14 @@
 """Memory of activations: what a rank keeps of a forward pass for the backward pass. A test counts what is really kept.
 
 After Korthikanti et al. (arXiv 2205.05198, sections 4 and 5) for this model: SwiGLU, grouped queries, no biases, and
-an attention that never has all scores at once. Memory and cache are not counted. What is wide as the heads or as SwiGLU
-is divided over tensor parallel ranks; the residual stream is so under sequence parallelism only.
+an attention that never has all scores at once. Memory and cache are in `component_activations`. What is wide as the
+heads or as SwiGLU is divided over tensor parallel ranks; the residual stream is so under sequence parallelism only.
 """
 
 from dataclasses import dataclass
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, layers_per_stage, padded_vocab_size
+from vishwamai_mp.planning.component_activations import component_activations, components_on_stage
 
 _QUERIES = 64  # that a CPU's attention takes at a time
 _LONGEST = 2048  # queries up to which it keeps its weights
@@ -65,9 +66,28 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
     underway: float = min(stages - stage, micro_batches)
     if chunks:  # the interleaved schedule starts more of them (section 4.2.3)
         underway += min((stages - 1) / chunks, micro_batches - underway)
-    layers = stage_layers(config)[stage]
-    head = _head(config) if stage == stages - 1 else 0.0
-    return underway * layers * layer.kept + max(layer.again, head)
+    per_stage = stage_layers(config)
+    kept = per_stage[stage] * layer.kept + (chunks or 1) * _between_layers(config, stages)
+    again, tokens = layer.again, _tokens(config)
+    for section in ("memory", "cache"):
+        options = getattr(config, section)
+        here = components_on_stage(config, options.layers, per_stage, stage) if options.enabled else 0
+        one = tokens * component_activations(config, section) if here else 0.0
+        if config.training.recompute == "full":
+            again += one  # of the one layer that is made again, which may carry both
+        else:
+            kept += here * one
+    head = _head(config, on_gpu) if stage == stages - 1 else 0.0
+    return underway * kept + max(again, head)
+
+
+def _between_layers(config: PretrainConfig, stages: int) -> float:
+    """Of a micro-batch in a chunk: what went to the next stage, and the angles that recomputed layers share (fp32)."""
+    sent = _tokens(config) * number_bytes(config) * config.model.hidden_size / _sequence_shards(config)
+    assert config.model.head_dim is not None
+    own = config.training.sequence_length // config.parallel.context_parallel_size
+    angles = 4 * own * config.model.head_dim if config.training.recompute == "full" else 0
+    return (sent if stages > 1 else 0) + angles
 
 
 def stage_layers(config: PretrainConfig) -> list[int]:
@@ -136,8 +156,9 @@ def _attention(config: PretrainConfig, on_gpu: bool) -> float:
     return tokens * queries * (1 + 2 * context) * share + weights
 
 
-def _head(config: PretrainConfig) -> float:
-    """The last norm, and the logits with their gradient."""
+def _head(config: PretrainConfig, on_gpu: bool) -> float:
+    """The last norm, and the logits with their gradient, which a GPU has in fp32 first and then in 16 bits as well."""
     width = 2 * config.model.hidden_size / _sequence_shards(config)
-    logits = 2 * padded_vocab_size(config) / config.parallel.tensor_model_parallel_size
+    copies = 4 if on_gpu and number_bytes(config) == 2 else 2
+    logits = copies * padded_vocab_size(config) / config.parallel.tensor_model_parallel_size
     return _tokens(config) * number_bytes(config) * (width + logits)

@@ -22,7 +22,7 @@ class RankMemory:
 
 
 def rank_memory(config: PretrainConfig, world_size: int, on_gpu: bool) -> RankMemory:
-    """What training takes. Not counted: the allocator's slack, communication buffers, libraries, memory and cache.
+    """What training takes. Not counted: the allocator's slack, communication buffers and libraries.
 
     Args:
         config: resolved.
@@ -49,7 +49,6 @@ def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:
     lines = [
         f"this run needs about {size_text(need.total)} per process: {size_text(need.states)} for weights, gradients and"
         f" optimizer state, {size_text(need.activations)} for activations"
-        + (" (memory and cache not counted)" if config.memory.enabled or config.cache.enabled else "")
     ]
     steps: list[tuple[str, float]] = []
     for section, name, value in _changes(config):

@@ -2,7 +2,10 @@
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, padded_vocab_size
 from vishwamai_mp.planning.activations import number_bytes, stage_layers
-from vishwamai_mp.planning.parameters import embedding_parameters, layer_parameters, total_parameters
+from vishwamai_mp.planning.cache import cache_parameters
+from vishwamai_mp.planning.component_activations import components_on_stage
+from vishwamai_mp.planning.memory import memory_parameters
+from vishwamai_mp.planning.parameters import adapter_parameters, embedding_parameters, layer_parameters
 
 # Bytes per parameter: gradients are summed in fp32; fp32 copies of 16-bit parameters; AdamW's two.
 GRADIENT, MAIN, MOMENTS = 4, 4, 8
@@ -23,7 +26,8 @@ def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
         return parameters * (MAIN + GRADIENT + MOMENTS) / replicas
     kept = number_bytes(config) + GRADIENT
     shared = MOMENTS + (0 if config.precision == "fp32" else MAIN)
-    return parameters * (kept + shared / (replicas if config.parallel.use_distributed_optimizer else 1))
+    owners = replicas * config.parallel.context_parallel_size  # context parallel ranks share optimizer state as well
+    return parameters * (kept + shared / (owners if config.parallel.use_distributed_optimizer else 1))
 
 
 def gathered_parameters(config: PretrainConfig, world_size: int) -> float:
@@ -40,15 +44,20 @@ def gathered_parameters(config: PretrainConfig, world_size: int) -> float:
 
 
 def stage_parameters(config: PretrainConfig, stage: int) -> float:
-    """Parameters of one rank of a pipeline stage; components count as spread evenly over the layers."""
+    """Parameters of one rank of a pipeline stage; norms, which each tensor parallel rank has whole, count as split."""
     model, parallel, rows = config.model, config.parallel, padded_vocab_size(config)
-    tables = embedding_parameters(model, rows)
-    in_layers = total_parameters(config, rows) - tables - model.hidden_size
-    layers, last = stage_layers(config), parallel.pipeline_model_parallel_size - 1
-    mine = in_layers * layers[stage] / model.num_layers
+    per_stage, last = stage_layers(config), parallel.pipeline_model_parallel_size - 1
+    mine = per_stage[stage] * (layer_parameters(model) + adapter_parameters(config) / model.num_layers)
+    for options, whole in (
+        (config.memory, memory_parameters(config.memory)),
+        (config.cache, cache_parameters(config.cache)),
+    ):
+        if options.enabled and options.layers:
+            here = components_on_stage(config, options.layers, per_stage, stage)
+            mine += whole * here / len(options.layers)
     table = rows * model.hidden_size
     if last == 0:
-        mine += tables
+        mine += embedding_parameters(model, rows)
     elif stage in (0, last):  # tied tables lie on both
         mine += table
     return mine / parallel.tensor_model_parallel_size + (model.hidden_size if stage == last else 0)

@@ -194,8 +194,20 @@ def _footprint(config: PretrainConfig, runtime: Runtime) -> str:
     return (
         f"about {size_text(need.total)} per process: {size_text(need.states)} for weights, gradients and optimizer"
         f" state, {size_text(need.activations)} for activations"
-        + (" (of memory and cache not counted)" if config.memory.enabled or config.cache.enabled else "")
+        + f"; {size_text(_device_bytes(runtime))} {_whose(runtime)}"
     )
+
+
+def _device_bytes(runtime: Runtime) -> float:
+    """Of the GPU; of the machine's memory the share of one process."""
+    if runtime.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(runtime.device).total_memory)
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return pages * size / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _whose(runtime: Runtime) -> str:
+    return "on the device" if runtime.device.type == "cuda" else "of this machine's memory for each process"
 
 
 def _next_commands(config: PretrainConfig) -> list[str]:

@@ -1,0 +1,57 @@
+"""What memory and cache keep of a forward pass, and on which stages they stand. Measured against the simulated peak.
+
+Heads are split over tensor and context parallel ranks; norm and output are as wide as the residual stream. The
+coefficients are bytes per token in 16 bits (twice that in fp32), read off the simulated accelerator for several widths,
+heads, levels, latents and segments: what autograd keeps of projections, convolution and gates has no shorter formula.
+"""
+
+from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config.components import cache_heads
+from vishwamai_mp.planning.memory import heads as memory_heads
+
+
+def component_activations(config: PretrainConfig, section: str) -> float:
+    """Bytes per token of this rank that one memory or one cache keeps.
+
+    Args:
+        config: resolved.
+        section: "memory" or "cache".
+    """
+    parallel = config.parallel
+    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    kept = 4 * config.model.hidden_size / shards  # the norm's input and what is added
+    split = _memory(config) if section == "memory" else _cache(config)
+    return (kept + split / parallel.tensor_model_parallel_size) * (2 if config.precision == "fp32" else 1)
+
+
+def _memory(config: PretrainConfig) -> float:
+    memory = config.memory
+    heads, levels = memory_heads(memory), memory.num_memory_layers
+    assert memory.memory_size is not None
+    per_level = 22.1 * memory.memory_size + (72 * heads if memory.momentum else 0)
+    return levels * per_level + 6.7 * memory.memory_size + 14 * heads
+
+
+def _cache(config: PretrainConfig) -> float:
+    cache = config.cache
+    assert cache.hidden_size is not None
+    latents, share = cache.latents_per_segment, cache.latents_per_segment / cache.segment_length
+    return cache.hidden_size * (8.06 + 4 * share) + cache_heads(cache) * (12 + 10.4 * latents + 84 * share)
+
+
+def components_on_stage(config: PretrainConfig, layers: list[int] | None, per_stage: list[int], stage: int) -> float:
+    """How many of the layers that carry a component stand on a stage.
+
+    Args:
+        layers: that carry one, from 0.
+        per_stage: layers on each stage.
+    """
+    chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    if chunks > 1 and len(set(per_stage)) > 1:
+        return len(layers or ()) * per_stage[stage] / sum(per_stage)
+    own: set[int] = set()
+    for chunk in range(chunks):
+        before = chunk * sum(per_stage) // chunks
+        first = before + sum(per_stage[:stage]) // chunks
+        own |= set(range(first, first + per_stage[stage] // chunks))
+    return len(own & set(layers or ()))
