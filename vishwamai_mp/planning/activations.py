@@ -64,8 +64,8 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
     parallel, layer = config.parallel, layer_activations(config, on_gpu)
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     underway: float = min(stages - stage, micro_batches)
-    if chunks:  # the interleaved schedule starts more of them (section 4.2.3)
-        underway += min((stages - 1) / chunks, micro_batches - underway)
+    if chunks:  # the interleaved schedule starts more of them (section 4.2.3), in passes through single chunks
+        underway = min((2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks, micro_batches)
     per_stage = stage_layers(config)
     kept = per_stage[stage] * layer.kept + (chunks or 1) * _between_layers(config, stages)
     again, tokens = layer.again, _tokens(config)
