@@ -8,7 +8,7 @@ from vishwamai_mp.config import load_config, padded_vocab_size, resolve
 from vishwamai_mp.planning import total_parameters
 from vishwamai_mp.planning.activations import stage_activations
 from vishwamai_mp.planning.component_activations import component_activations
-from vishwamai_mp.planning.out_of_memory import advice, rank_memory
+from vishwamai_mp.planning.out_of_memory import advice, rank_memory, stage_memory
 from vishwamai_mp.planning.states import stage_parameters, stage_states
 
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
@@ -123,19 +123,37 @@ def test_components_count_where_they_stand():
     assert extra == pytest.approx(expected)
 
 
+_BOTH = ["memory.enabled=true", "cache.enabled=true"]
+_FULL = "training.recompute=full"
+
+
+def _split(tensor: int = 1, pipeline: int = 1, chunks: int = 1) -> list[str]:
+    chunked = [f"parallel.virtual_pipeline_model_parallel_size={chunks}"] if chunks > 1 else []
+    sizes = {"tensor": tensor, "pipeline": pipeline}
+    return chunked + [f"parallel.{name}_model_parallel_size={size}" for name, size in sizes.items()]
+
+
 @pytest.mark.parametrize(
-    ("overrides", "measured"),
+    ("ranks", "stage", "batch", "overrides", "measured"),
     [  # by tools/dry_run.py, MiB
-        ([], 4476),
-        (["training.recompute=full"], 3880),
-        (["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"], 2248),
+        (1, 0, 1, _BOTH, 4476),
+        (1, 0, 1, [*_BOTH, _FULL], 3880),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true"], 2248),
+        (2, 0, 1, [*_BOTH, "parallel.context_parallel_size=2"], 2915),
+        (2, 0, 2, _BOTH, 3217),
+        (4, 0, 8, [*_BOTH, *_split(1, 4)], 1681),
+        (4, 3, 8, [*_BOTH, *_split(1, 4)], 1251),
+        (4, 0, 8, [*_BOTH, *_split(1, 4, 2), _FULL], 1083),
+        (2, 1, 8, [*_BOTH, *_split(1, 2), _FULL, "training.micro_batch_size=2"], 2063),
+        (8, 0, 8, [*_BOTH, *_split(2, 2), "parallel.sequence_parallel=true", _FULL], 687),
+        (8, 1, 8, [*_BOTH, *_split(2, 2, 4), "parallel.sequence_parallel=true"], 965),
+        (4, 1, 8, [_BOTH[0], *_split(2, 2), "parallel.sequence_parallel=true"], 1099),
+        (4, 0, 8, [_BOTH[1], *_split(2, 2)], 1303),
     ],
 )
-def test_the_simulated_peak_with_components(overrides, measured):
-    """16 layers × 1024, a row of 1024 tokens, memory and cache in two layers each: within 3 %."""
+def test_the_simulated_peak_with_components(ranks, stage, batch, overrides, measured):
+    """16 layers × 1024, rows of 1024 tokens, memory and cache in two layers each: within 3 %."""
     shape = ["hidden_size=1024", "num_layers=16", "num_attention_heads=8", "num_key_value_heads=4", "vocab_size=8192"]
-    sizes = ["training.sequence_length=1024", "training.micro_batch_size=1", "training.global_batch_size=1"]
-    components = ["memory.enabled=true", "cache.enabled=true"]
-    ranks = 2 if len(overrides) == 2 else 1
-    config = configure("125m", ranks, *(f"model.{key}" for key in shape), *sizes, *components, *overrides)
-    assert rank_memory(config, ranks, on_gpu=True).total / 2**20 == pytest.approx(measured, rel=0.03)
+    sizes = ["training.sequence_length=1024", "training.micro_batch_size=1", f"training.global_batch_size={batch}"]
+    config = configure("125m", ranks, *(f"model.{key}" for key in shape), *sizes, *overrides)
+    assert stage_memory(config, ranks, stage, on_gpu=True).total / 2**20 == pytest.approx(measured, rel=0.03)

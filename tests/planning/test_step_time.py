@@ -8,7 +8,7 @@ import pytest
 
 from vishwamai_mp.config import UserError, load_config, resolve
 from vishwamai_mp.planning.check import check_rows, summary
-from vishwamai_mp.planning.hardware import find_gpu
+from vishwamai_mp.planning.hardware import find_gpu, known_gpu
 from vishwamai_mp.planning.published import read_published
 from vishwamai_mp.planning.stacks import find_stack
 from vishwamai_mp.planning.step_time import Machine, step_time
@@ -100,4 +100,6 @@ def test_the_bubble_is_that_of_the_paper():
 def test_a_gpu_that_is_not_known_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="did you mean gb200"):
         find_gpu("GB-200")
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 PCIe", "NVIDIA GB200", "Quadro")
+    assert [gpu and gpu.name for gpu in map(known_gpu, names)] == ["h100", "a100-40", "h100-pcie", "gb200", None]
     assert find_gpu("NVIDIA A100-80GB").memory < 80 * 2**30

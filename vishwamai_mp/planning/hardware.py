@@ -110,3 +110,14 @@ def find_gpu(name: str, option: str = "--gpu") -> Gpu:
     near = difflib.get_close_matches(key, [*GPUS, *_ALIASES], n=1, cutoff=0.4)
     hint = f"did you mean {_ALIASES.get(near[0], near[0])}? " if near else ""
     raise UserError(f"{option} {name}: not a known GPU; {hint}known: {', '.join(GPUS)}")
+
+
+def known_gpu(device_name: str) -> Gpu | None:
+    """The GPU that CUDA calls so ("NVIDIA H100 80GB HBM3"); None: not in the table."""
+    words = device_name.lower().replace("-", " ").split()
+    found = [gpu for gpu in _TABLE if gpu.name.split("-")[0].removeprefix("rtx") in words]
+    found = [gpu for gpu in found if ("pcie" in words) == ("pcie" in gpu.name)]
+    sizes = [int(word.removesuffix("gb")) for word in words if word.endswith("gb") and word[:-2].isdigit()]
+    if sizes:  # the same chip with more memory
+        found.sort(key=lambda gpu: abs(gpu.memory / 2**30 - sizes[-1]))
+    return found[0] if found else None

@@ -11,8 +11,11 @@ from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
 from vishwamai_mp.observability.goodput import Ledger
 from vishwamai_mp.planning import total_parameters, training_flops_per_token
 from vishwamai_mp.planning.cache import cache_forward_flops_per_token, cache_parameters
+from vishwamai_mp.planning.hardware import known_gpu
 from vishwamai_mp.planning.memory import memory_forward_flops_per_token, memory_parameters
 from vishwamai_mp.planning.out_of_memory import rank_memory, size_text
+from vishwamai_mp.planning.stacks import find_stack
+from vishwamai_mp.planning.step_time import Machine, step_time, tokens_per_second_per_gpu
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.device import cpu_threads
 
@@ -42,6 +45,7 @@ def closing_lines(
     record: Mapping[str, float],
     best: tuple[int, float] | None,
     ledger: Ledger,
+    planned: str = "",
 ) -> str:
     """How far a run came, where its checkpoint is, and what to do with it.
 
@@ -52,6 +56,7 @@ def closing_lines(
         record: of the last step.
         best: step and value of the lowest validation loss.
         ledger: of the whole run.
+        planned: what was predicted beside what came, as `planned_text` has it.
     """
     training = config.training
     losses = {name: loss_text(value) for name, value in losses_of(record).items()}
@@ -61,6 +66,8 @@ def closing_lines(
     lines = {"done": f"step {step} of {training.max_steps} in {duration(seconds)}: {told}"}
     if ledger.attempts:
         lines["goodput"] = _goodput(ledger)
+    if planned:
+        lines["planned"] = planned
     checkpoint = Path(training.output_dir) / "checkpoints" / f"step_{step:08d}"
     if checkpoint.is_dir():
         lines["checkpoint"] = str(checkpoint)
@@ -196,6 +203,20 @@ def _footprint(config: PretrainConfig, runtime: Runtime) -> str:
         f" state, {size_text(need.activations)} for activations"
         + f"; {size_text(_device_bytes(runtime))} {_whose(runtime)}"
     )
+
+
+def planned_text(config: PretrainConfig, runtime: Runtime, record: Mapping[str, float]) -> str:
+    """What was predicted beside what the last step measured: bytes, and speed where the planner knows the GPU."""
+    on_gpu = runtime.device.type == "cuda"
+    need = size_text(rank_memory(config, runtime.world_size, on_gpu).total)
+    measured = size_text(record["memory_gib"] * 2**30)
+    text = f"{need} per process, measured {measured}" + ("" if on_gpu else " with the program's libraries")
+    gpu = known_gpu(torch.cuda.get_device_name()) if on_gpu else None
+    if gpu is None:
+        return text
+    time = step_time(config, runtime.world_size, Machine(gpu, find_stack("megatron")))
+    rate = tokens_per_second_per_gpu(config, runtime.world_size, time) * runtime.world_size
+    return f"{rate:,.0f} tokens/s, measured {record['tokens_per_second']:,.0f}; {text}"
 
 
 def _device_bytes(runtime: Runtime) -> float:

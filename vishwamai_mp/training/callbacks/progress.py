@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from vishwamai_mp.observability.goodput import read_ledger
 from vishwamai_mp.training.callbacks.base import Callback, Order, is_logged
-from vishwamai_mp.training.summary import closing_lines, duration, loss_text, losses_of, opening_lines
+from vishwamai_mp.training.summary import closing_lines, duration, loss_text, losses_of, opening_lines, planned_text
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
@@ -59,4 +59,5 @@ class Progress(Callback):
         best = None if state.best_step is None or state.best_loss is None else (state.best_step, state.best_loss)
         if trainer.runtime.reports:
             ledger = read_ledger(trainer.folder)
-            trainer.say(closing_lines(trainer.config, state.step, seconds, self.record, best, ledger))
+            planned = planned_text(trainer.config, trainer.runtime, self.record)
+            trainer.say(closing_lines(trainer.config, state.step, seconds, self.record, best, ledger, planned))
