@@ -105,7 +105,7 @@ def test_the_flagships_layer_by_hand():
 def test_the_first_stage_holds_as_much_as_all_layers():
     """Stage i of 8 has 8 − i micro-batches underway; interleaved 5 ways, the first has 8 + 7/5.
 
-    Of each, 15 layers keep theirs, and each chunk what it sent on: a row's hidden states, a tensor parallel rank's part.
+    Of each, 15 layers keep theirs, and each chunk what it sent on: hidden states of a tensor parallel rank's tokens.
     """
     config = flagship()
     stage = 15 * layer_activations(config, on_gpu=True).kept
