@@ -1,12 +1,14 @@
 """Texts that a run begins and ends with."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.observability.goodput import Attempt, Ledger
-from vishwamai_mp.training.summary import closing_lines, count_text, duration, loss_text, losses_of
+from vishwamai_mp.training.summary import closing_lines, count_text, duration, loss_text, losses_of, planned_text
 
 
 def test_losses_are_those_that_were_trained():
@@ -53,3 +55,13 @@ def test_the_end_names_the_checkpoint_and_what_to_do_next(tmp_path):
     assert lines[-1].endswith(f"--load '{run}' --output '{run}-hf'")
     stopped = closing_lines(config, 3, 3.0, {"lm_loss": 2.0}, None, Ledger([]))
     assert stopped == "done  step 3 of 4 in 0:00:03: loss 2.0000"
+
+
+def test_a_run_that_stops_between_logged_steps_has_nothing_to_compare():
+    runtime = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    config = resolve(load_config("tiny"), 1)
+    record = {"lm_loss": 2.0, "tokens_per_second": 5.0}
+    assert planned_text(config, runtime, record) == ""
+    assert planned_text(config, runtime, record | {"memory_gib": 0.5}).endswith(
+        "measured 512.0 MiB with the program's libraries"
+    )

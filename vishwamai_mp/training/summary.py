@@ -206,7 +206,12 @@ def _footprint(config: PretrainConfig, runtime: Runtime) -> str:
 
 
 def planned_text(config: PretrainConfig, runtime: Runtime, record: Mapping[str, float]) -> str:
-    """What was predicted beside what the last step measured: bytes, and speed where the planner knows the GPU."""
+    """What was predicted beside what the last step measured: bytes, and speed where the planner knows the GPU.
+
+    Empty where the last step was not a logged one, and so measured no bytes.
+    """
+    if "memory_gib" not in record:
+        return ""
     on_gpu = runtime.device.type == "cuda"
     need = size_text(rank_memory(config, runtime.world_size, on_gpu).total)
     measured = size_text(record["memory_gib"] * 2**30)
