@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_the_end_names_the_checkpoint_and_what_to_do_next(tmp_path):
 
 
 def test_a_run_that_stops_between_logged_steps_has_nothing_to_compare():
-    runtime = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    runtime: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1)
     config = resolve(load_config("tiny"), 1)
     record = {"lm_loss": 2.0, "tokens_per_second": 5.0}
     assert planned_text(config, runtime, record) == ""
