@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from vishwamai_mp.diagnosis import shared
 from vishwamai_mp.diagnosis.local_ranks import STACK_SIGNAL, read_stacks
 from vishwamai_mp.diagnosis.shared import Ending, Phase, Word
-from vishwamai_mp.diagnosis.watchdog import Watchdog
+from vishwamai_mp.diagnosis.watchdog import Watchdog, sweep
 
 _LIMITS = {
     **dict.fromkeys(("step_seconds", "first_step_seconds", "data_seconds", "save_seconds", "other_seconds"), 1.5),
@@ -143,6 +144,22 @@ def test_a_job_that_is_killed_as_a_whole_does_not_hang(tmp_path):
             machine.words(rank)
         machine.end()
     assert not (tmp_path / "hang_report.json").exists()
+
+
+def test_what_killed_jobs_left_is_removed_and_what_lives_is_not(tmp_path):
+    def words(name: str, pid: int, seconds: float) -> Path:
+        folder = tmp_path / f"vishwamai-{name}"
+        folder.mkdir()
+        made = shared.map_words(shared.file_of(folder, 0), make=True)
+        made[Word.PID], made[Word.BEAT] = pid, time.monotonic_ns() - int(seconds * 1e9)
+        return folder
+
+    nobody = 2**22 + 1  # beyond Linux's largest process id
+    own, left = words("own", nobody, 9e3), words("left", nobody, 9e3)
+    alive = [words("elsewhere", nobody, 1.0), words("suspended", os.getpid(), 9e3)]
+    sweep(own)
+    assert not left.exists()
+    assert all(folder.exists() for folder in (own, *alive))
 
 
 def test_stacks_begin_with_the_main_thread():

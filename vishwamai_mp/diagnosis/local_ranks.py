@@ -1,6 +1,7 @@
 """Looks at the ranks of this machine from outside: their shared words, their processes, their stacks."""
 
 import contextlib
+import ctypes
 import math
 import os
 import re
@@ -139,9 +140,10 @@ class LocalRank:
         if self._process is None or STACK_SIGNAL is None or self.words[Word.ENDING]:
             return
         path, process = shared.stacks_of(self.folder, self.rank), self._process
-        with contextlib.suppress(OSError, psutil.Error):
+        with contextlib.suppress(OSError, AttributeError, psutil.Error):  # glibc has tgkill since 2.30
             before, stopped = path.stat().st_size, process.status() == psutil.STATUS_STOPPED
-            process.send_signal(STACK_SIGNAL)
+            # To the main thread: while another one wrote, the main thread of a stopped process would move on.
+            ctypes.CDLL(None).tgkill(process.pid, process.pid, int(STACK_SIGNAL))
             if stopped:
                 self._frozen = self._frozen or list(self.words)
                 process.send_signal(signal.SIGCONT)
@@ -153,6 +155,8 @@ class LocalRank:
                     break
             if stopped:
                 process.send_signal(signal.SIGSTOP)
+                while process.status() != psutil.STATUS_STOPPED and time.monotonic() < deadline + _STACK_SECONDS:
+                    time.sleep(0.001)  # it takes a moment
             if size > before:
                 with path.open("rb") as file:
                     file.seek(before)

@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from vishwamai_mp.diagnosis import hang_report
+import psutil
+
+from vishwamai_mp.diagnosis import hang_report, shared
 from vishwamai_mp.diagnosis.local_ranks import LocalRank
 from vishwamai_mp.diagnosis.shared import Ending, Word
 from vishwamai_mp.diagnosis.state import DEAD, RankState
@@ -30,6 +32,7 @@ _PATIENCE_SECONDS = 20.0  # for other machines' answers
 _WRITE_SECONDS = 10.0  # that writing the report may take, on a disk that may be what hangs
 _MERCY_SECONDS = 3.0  # in which ranks may end by themselves, with a status that says why
 _BIRTH_SECONDS = 120.0  # in which the ranks of this machine must have appeared
+_LEFT_SECONDS = 3600.0  # without a sign of life: a job's shared words may be removed
 _ALARM, _VERDICT = "alarm", "verdict.json"
 
 
@@ -211,10 +214,31 @@ def silence_errors() -> None:
             Path(error_file).parent.parent.joinpath("failed").touch()
 
 
+def sweep(folder: Path) -> None:
+    """Remove what jobs left whose watchdogs were killed with them.
+
+    A process of another container is not seen, but its journal's beat is; a suspended one has no beat, but a process.
+
+    Args:
+        folder: of the shared words of this job; the others' are beside it.
+    """
+    for other in folder.parent.glob("vishwamai-*"):
+        paths = list(other.glob("*.words"))
+        if other == folder or not paths:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            found = [shared.map_words(path) for path in paths]
+            silent = min(time.monotonic_ns() - words[Word.BEAT] for words in found) / 1e9
+            if silent > _LEFT_SECONDS and not any(psutil.pid_exists(words[Word.PID]) for words in found):
+                shutil.rmtree(other, ignore_errors=True)
+
+
 def main(orders: str) -> None:
     """Watch.
 
     Args:
         orders: JSON, the arguments of `Watchdog`.
     """
-    Watchdog(**json.loads(orders)).run_until_ranks_end()
+    watchdog = Watchdog(**json.loads(orders))
+    sweep(watchdog.folder)
+    watchdog.run_until_ranks_end()
