@@ -126,3 +126,24 @@ def test_bad_datasets_are_one_line(workers: WorkerPool, tmp_path, train, valid, 
     assert "\n" not in said
     for part in parts:
         assert part in said
+
+
+class Counted(Mapped):
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.read += 1
+        return super().__getitem__(index)
+
+
+def looks(folder: Path) -> int:
+    """Runs in a worker: how often items were read before training."""
+    given = Counted()
+    pretrainer(folder, given, num_train_epochs=2)
+    return given.read
+
+
+def test_a_dataset_is_looked_through_once(workers: WorkerPool, tmp_path: Path) -> None:
+    """Its 20 items twice: to recognise it on resume, and to tell how long they are."""
+    assert workers.run(looks, 1, tmp_path)[0] == 40

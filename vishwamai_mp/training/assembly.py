@@ -73,14 +73,13 @@ def with_steps(
 ) -> tuple[PretrainConfig, Datasets]:
     """The resolved configuration of the run, and its data, which say how many steps an epoch has."""
 
-    def build(changes: Mapping[str, Any]) -> tuple[PretrainConfig, Datasets]:
-        resolved = resolve(changed(config, changes), runtime.world_size)
-        if train is None or is_prefix(train):
-            return resolved, run_datasets(resolved, tokenizer, runtime)
-        return resolved, given_datasets(resolved, train, valid, tokenizer)
+    def resolved(changes: Mapping[str, Any]) -> PretrainConfig:
+        return resolve(changed(config, changes), runtime.world_size)
 
-    stream = train is not None and not is_prefix(train) and is_stream(train)
-    _, datasets = build(replace(args, max_steps=1).step_settings(None if stream else 1))
+    files = train is None or is_prefix(train)
+    stream = not files and is_stream(train)
+    first = resolved(replace(args, max_steps=1).step_settings(None if stream else 1))
+    datasets = run_datasets(first, tokenizer, runtime) if files else given_datasets(first, train, valid, tokenizer)
 
     def steps(samples: Any) -> int:
         return math.ceil(samples.samples_per_epoch / config.training.global_batch_size)
@@ -88,4 +87,6 @@ def with_steps(
     changes = args.step_settings(None if stream else steps(datasets.train))
     if datasets.valid is not None:
         changes["training.evaluate_batches"] = steps(datasets.valid)  # all of them
-    return build(changes)
+    final = resolved(changes)
+    # Of files, the notes say how many epochs the run's steps are: opened again, from the cache that is there now.
+    return final, run_datasets(final, tokenizer, runtime) if files else datasets
