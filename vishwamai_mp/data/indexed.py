@@ -204,6 +204,19 @@ def check_indexed(prefix: str | os.PathLike[str], vocab_size: int | None = None)
     return IndexedStats(prefix, dtype, boundaries - 1, sequences, num_tokens, max_token)
 
 
+def document_spans(prefix: str | os.PathLike[str]) -> np.ndarray:
+    """Where each document of a pair begins in its `.bin`, in tokens, and at the end where the last one ends: [D + 1].
+
+    Raises `UserError` as `check_indexed` does for an index that is damaged.
+    """
+    path = Path(f"{os.fspath(prefix)}.idx")
+    _, sequences, _ = _check_header(path)
+    index = np.fromfile(path, dtype=np.uint8, offset=_HEADER.size)
+    ends = np.cumsum(index[: 4 * sequences].view("<i4"), dtype=np.int64)
+    boundaries = index[12 * sequences :].view("<i8")
+    return np.concatenate(([0], ends))[boundaries]
+
+
 def _check_header(path: Path) -> tuple[np.dtype, int, int]:
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
