@@ -1,6 +1,9 @@
 """One interface over all kinds of tokenizer files: what holds of each."""
 
+import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,9 @@ from tokenizers import Tokenizer as Fast
 from transformers import PreTrainedTokenizerFast
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.data.byte_level_training import train_byte_level
 from vishwamai_mp.data.piece_cache import DocumentEncoder
-from vishwamai_mp.data.tokenizer import Tokenizer, kept_files
+from vishwamai_mp.data.tokenizer import SPECIAL_TOKENS, Tokenizer, kept_files
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.inference.text import AddedText
 from vishwamai_mp.opening.prompts import PromptTokenizer
@@ -204,3 +208,33 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         Tokenizer(tmp_path)
+
+
+TRAINED: dict[str, Callable[..., Tokenizer]] = {
+    "bpe": train_tokenizer,
+    "unigram": partial(train_tokenizer, model_type="unigram"),
+    "byte-bpe": train_byte_level,
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_is_trained_encodes_any_text_without_loss(kind, tmp_path):
+    texts = Path(argparse.__file__).read_text(encoding="utf-8").splitlines(keepends=True) + ["1234\n"] * 50
+    tokenizer = TRAINED[kind](texts, 500, tmp_path / "trained")
+    assert tokenizer.vocab_size == 500
+    assert sorted(tokenizer.special_ids) == sorted(SPECIAL_TOKENS)
+    assert min(tokenizer.bos_id, tokenizer.eod_id, tokenizer.pad_id) >= 0
+    for text in ("", "  two  spaces\t\n\n", "a[STEP] b", "漢字 \U0001f600 naïve", "1234"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("1234")) == 4  # digits stand alone
+    assert tokenizer.encode("a[STEP]")[-1] == tokenizer.special_ids["[STEP]"]
+    encoder = DocumentEncoder(tokenizer, np.dtype(np.uint16))
+    assert all(encoder.encode(text) == np.array(tokenizer.encode(text), np.uint16).tobytes() for text in TEXTS)
+
+
+def test_a_byte_level_vocabulary_that_cannot_be_trained_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--vocab-size 262 is too small: .* 263"):
+        train_byte_level(TEXTS, 262, tmp_path / "small")
+    with pytest.raises(UserError, match="more than this text can fill: at most"):
+        train_byte_level(TEXTS, 9999, tmp_path / "large")
+    assert not list(tmp_path.iterdir())

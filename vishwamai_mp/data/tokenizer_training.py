@@ -1,4 +1,4 @@
-"""How a tokenizer is trained: SentencePiece's byte pairs, such that every text encodes without loss."""
+"""How SentencePiece's byte pairs or unigram pieces are trained, such that any text encodes without loss."""
 
 import io
 import os
@@ -24,21 +24,23 @@ def train_tokenizer(
     vocab_size: int,
     output_prefix: str | os.PathLike[str],
     *,
+    model_type: str = "bpe",
     character_coverage: float = 0.9995,
-    max_training_pieces: int = 1_000_000,
+    maxtraining_pieces: int = 1_000_000,
     num_threads: int = 2,
     seed: int = 1234,
 ) -> Tokenizer:
-    """Train a BPE vocabulary on documents and write it to `<output_prefix>.model`.
+    """Train a SentencePiece vocabulary on documents and write it to `<output_prefix>.model`.
 
     Every text encodes without loss: nothing is normalised, whitespace is kept, characters outside the vocabulary fall
     back to bytes, digits stand alone. (U+2581, SentencePiece's own mark for a space, alone decodes as a space.)
-    Training sees documents in pieces of about 1000 characters and samples `max_training_pieces` of them where there
+    Training sees documents in pieces of about 1000 characters and samples `maxtraining_pieces` of them where there
     are more, so memory stays under a few GB for any corpus. The file appears only when complete.
 
     Args:
         texts: the documents; read once.
         vocab_size: tokens in all, special ones and the 256 bytes included.
+        model_type: `bpe` or `unigram`. Only the former can be written as a `tokenizer.json` on export.
         character_coverage: share of the characters read that get a token of their own; printable ASCII always does.
         seed: of that sample.
 
@@ -53,9 +55,9 @@ def train_tokenizer(
     sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_pieces(texts),
+            sentence_iterator=training_pieces(texts),
             model_writer=model,
-            model_type="bpe",
+            model_type=model_type,
             vocab_size=vocab_size,
             byte_fallback=True,
             split_digits=True,
@@ -70,7 +72,7 @@ def train_tokenizer(
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            input_sentence_size=max_training_pieces,
+            input_sentence_size=maxtraining_pieces,
             shuffle_input_sentence=True,
             num_threads=num_threads,
             minloglevel=2,
@@ -84,7 +86,7 @@ def train_tokenizer(
     return Tokenizer(target)
 
 
-def _training_pieces(texts: Iterable[str]) -> Iterable[str]:
+def training_pieces(texts: Iterable[str]) -> Iterable[str]:
     """Documents in short pieces, cut at a line's end where one is near."""
     for text in texts:
         start = 0
