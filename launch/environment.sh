@@ -105,8 +105,12 @@ set_environment() {
 launch() {
     local command=("$PYTHON" -m vishwamai_mp.launch "$@"
         --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS"
-        --log-dir "$LOG_DIR" --redirects 3 --tee 3
-        -m vishwamai_mp.pretrain --config "$CONFIG" "${OVERRIDES[@]}")
+        --log-dir "$LOG_DIR" --redirects 3 --tee 3)
+    if [[ "$LINKS" == 1 ]]; then
+        command+=(-m vishwamai_mp.launch.preflight --links)
+    else
+        command+=(-m vishwamai_mp.pretrain --config "$CONFIG" "${OVERRIDES[@]}")
+    fi
     if [[ "$DRY_RUN" == 1 ]]; then
         printf '%q ' "${command[@]}"
         echo
@@ -116,14 +120,15 @@ launch() {
     exec "${command[@]}"
 }
 
-# Reads the flags that both launchers have into CONFIG, OVERRIDES, DRY_RUN, LOG_DIR, MAX_RESTARTS.
+# Reads the flags that both launchers have into CONFIG, OVERRIDES, DRY_RUN, LINKS, LOG_DIR, MAX_RESTARTS.
 parse_arguments() {
-    CONFIG="" DRY_RUN=0 OVERRIDES=()
+    CONFIG="" DRY_RUN=0 LINKS=0 OVERRIDES=()
     LOG_DIR="${LOG_DIR:-logs}" MAX_RESTARTS="${MAX_RESTARTS:-0}"
     while (($#)); do
         case "$1" in
         -h | --help) usage && exit 0 ;;
         --dry-run) DRY_RUN=1 ;;
+        --links) LINKS=1 MAX_RESTARTS=0 ;;
         --config=*) CONFIG="${1#*=}" ;;
         --config)
             (($# > 1)) || fail "--config needs a recipe or a preset's name"

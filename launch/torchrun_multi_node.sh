@@ -8,10 +8,11 @@ usage() {
     cat <<'TEXT'
 Pretrain on several machines. Run it once on each (under Slurm: srun --ntasks-per-node=1).
 
-usage: bash launch/torchrun_multi_node.sh --config R.yaml [--dry-run] [section.key=value ...]
+usage: bash launch/torchrun_multi_node.sh --config R.yaml [--dry-run] [--links] [section.key=value ...]
 
   --config R      recipe (.yaml, .json) or preset's name; on every machine
   --dry-run       check everything, print the command, start nothing
+  --links         measure the links between all ranks instead of training (vishwamai_mp/launch/preflight.py)
 
 environment, with Slurm's own as fallbacks:
   NNODES          machines (SLURM_NNODES)

@@ -8,10 +8,11 @@ usage() {
     cat <<'TEXT'
 Pretrain on this machine: one process per GPU, or on the CPU over gloo.
 
-usage: bash launch/torchrun_single_node.sh --config R.yaml [--dry-run] [section.key=value ...]
+usage: bash launch/torchrun_single_node.sh --config R.yaml [--dry-run] [--links] [section.key=value ...]
 
   --config R      recipe (.yaml, .json) or preset's name
   --dry-run       check everything, print the command, start nothing
+  --links         measure the links between all ranks instead of training (vishwamai_mp/launch/preflight.py)
 
 environment:
   NPROC           processes; default: one per visible GPU, 1 on the CPU
