@@ -109,7 +109,7 @@ def requeued(slurm: Cluster) -> str:
 
 def preempted(slurm: Cluster) -> str:
     """A job of higher priority takes the machines: saved, waits, resumed."""
-    job = Job(slurm, "preempted", "--nodes=3")
+    job = Job(slurm, "preempted", "--nodes=2")
     job.reach(30)
     urgent = ["--partition=urgent", "--nodes=3", "--exclusive", f"--output={slurm.folder}/urgent.out"]
     other = slurm.run("sbatch", "--parsable", *urgent, "--wrap", "sleep 3")

@@ -127,9 +127,9 @@ def test_too_many_unfit_machines_are_excluded(job):
 
 def test_a_member_of_a_sweep_has_its_lines_arguments(job, tmp_path):
     sweep = tmp_path / "sweep"
-    sweep.write_text("training.output_dir=a\ntraining.output_dir=b optimizer.learning_rate=1e-3\n")
+    sweep.write_text("training.output_dir=a\n'training.output_dir=b c' optimizer.learning_rate=1e-3\n")
     _, _, (started,) = job("--config", "tiny", **_JOB, SWEEP=str(sweep), SLURM_ARRAY_TASK_ID="1")
-    assert "--config tiny training.output_dir=b optimizer.learning_rate=1e-3 NNODES" in started
+    assert "--config tiny training.output_dir=b c optimizer.learning_rate=1e-3 NNODES" in started
 
 
 @pytest.mark.skipif(
