@@ -90,6 +90,13 @@ class Cluster:
         """A job's state, such as PENDING."""
         return self.job(number)["JobState"]
 
+    def idle(self) -> int:
+        """How many machines are ready; none while the controller does not answer yet."""
+        try:
+            return self.run("sinfo", "--noheader", "--Node", "-p", "main", "-o", "%t").split().count("idle")
+        except RuntimeError:
+            return 0
+
     def start_node(self, node: machines.Machine) -> None:
         """Start the daemon of a machine."""
         command = node.command("slurmd", "-N", node.name, "-f", str(self.folder / "slurm.conf"))
@@ -123,8 +130,7 @@ def cluster(folder: Path, count: int) -> Iterator[Cluster]:
             subprocess.run(["slurmctld"], env=slurm.environment, check=True, timeout=30)
             for node in nodes:
                 slurm.start_node(node)
-            idle = lambda: slurm.run("sinfo", "--noheader", "--Node", "-p", "main", "-o", "%t").split()
-            machines.wait_for("machines of the cluster", lambda: idle() == ["idle"] * count, 30)
+            machines.wait_for("machines of the cluster", lambda: slurm.idle() == count, 60)
             yield slurm
         finally:
             for node in nodes:
