@@ -12,12 +12,13 @@ import pytest
 
 from tests.conversion import models
 from tests.workers import WorkerPool
-from vishwamai_mp.config import CacheConfig, ConfigError, MemoryConfig, ModelConfig, UserError
+from vishwamai_mp.config import CacheConfig, ConfigError, MemoryConfig, ModelConfig, UserError, UserError
 from vishwamai_mp.conversion import components, model_config
 
 _SECTIONS = {"model": ModelConfig, "memory": MemoryConfig, "cache": CacheConfig}
 TRAINING = "only training asks for it: a trained model computes the same with any value"
 REFUSED = "code of the user's own is not exported: see the test of that name"
+ALONE = "only without components: see the tests of other families"
 WIDTH = "the model's width, or the configuration is refused"
 
 SWITCHES = {
@@ -38,6 +39,8 @@ SWITCHES = {
     "model.hidden_dropout": TRAINING,
     "model.attention": REFUSED,
     "model.initializer_range": TRAINING,
+    "model.attention_bias": ALONE,
+    "model.qk_norm": ALONE,
     "memory.enabled": True,
     "memory.hidden_size": WIDTH,
     "memory.memory_size": 36,
@@ -62,7 +65,7 @@ SWITCHES = {
     "cache.before_memory": True,
     "cache.carry_state": TRAINING,
 }
-CARRIED = [f"{key}={value}" for key, value in SWITCHES.items() if value not in (TRAINING, WIDTH, REFUSED)]
+CARRIED = [f"{key}={value}" for key, value in SWITCHES.items() if value not in (TRAINING, WIDTH, REFUSED, ALONE)]
 
 
 def config_json(overrides: list[str]) -> dict[str, Any]:
@@ -95,6 +98,18 @@ def test_the_folder_carries_it(override: str) -> None:
         "cache.latents_per_segment": ["cache.latents_per_segment=4"],
     }.get(key, [override])
     assert config_json([*small, *alone]) != config_json(small)
+
+
+@pytest.mark.parametrize("override", ["model.attention_bias=true", "model.qk_norm=head"])
+def test_what_the_exported_code_has_not_is_refused_by_name(override: str) -> None:
+    assert config_json([override]) != config_json([])
+    with pytest.raises(UserError, match=f"{override.partition('=')[0]}=.* with a memory, cache or value head"):
+        config_json([override, models.MEMORY])
+
+
+def test_what_no_family_has_together_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"model\.attention_bias and model\.qk_norm together"):
+        config_json(["model.attention_bias=true", "model.qk_norm=head"])
 
 
 @pytest.mark.parametrize("section", ["memory", "cache"])

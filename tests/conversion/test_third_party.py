@@ -49,6 +49,8 @@ def write_folder(folder: Path, architecture: str = "Llama", shard: str = "50KB",
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.uniform_(parameter, -0.5, 0.5)
     model.save_pretrained(folder, max_shard_size=shard)
 
 
@@ -80,6 +82,34 @@ def test_a_mistral_with_a_window_imports_exactly(workers: WorkerPool, tmp_path: 
     models.import_(tmp_path / "hf", tmp_path / "run")
     assert load_config(tmp_path / "run/config.yaml").model.sliding_window == 20
     assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
+
+
+QWEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "Qwen2, tied": ("Qwen2", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 20}),
+    "Qwen3, tied": ("Qwen3", {"num_key_value_heads": 6, "head_dim": 8, "tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_a_qwen_imports_exactly_and_is_exported_as_it_was(workers: WorkerPool, tmp_path: Path, name: str) -> None:
+    family, options = QWEN[name]
+    write_folder(tmp_path / "hf", family, **options)
+    models.import_(tmp_path / "hf", tmp_path / "run")
+    assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
+    models.export(tmp_path / "run", tmp_path / "again")
+    original, again = (tensors_of_folder(tmp_path / folder) for folder in ("hf", "again"))
+    models.assert_equal(original, again)
+    assert_same_model(workers, tmp_path / "run", tmp_path / "again")
+    written = json.loads((tmp_path / "again/config.json").read_text())
+    assert written["architectures"] == [f"{family}ForCausalLM"]
+
+
+def tensors_of_folder(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
 def test_names_of_transformers_4_are_read(workers: WorkerPool, tmp_path: Path) -> None:
@@ -133,6 +163,13 @@ def test_equal_tensors_are_told_from_others_block_by_block(tmp_path: Path, monke
     assert sorted(equal) == ["a", "same"]
 
 
+def test_windows_of_some_layers_of_a_qwen_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "hf", "Qwen2", num_key_value_heads=2)
+    change_config(tmp_path / "hf", {"use_sliding_window": True})
+    with pytest.raises(UserError, match="use_sliding_window=True is not supported"):
+        models.import_(tmp_path / "hf", tmp_path / "run")
+
+
 def test_what_is_left_behind_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path / "hf", num_hidden_layers=1)
     change_config(tmp_path / "hf", {"rope_interleaved": False, "pretraining_tp": 2, "mystery": None})
@@ -184,8 +221,11 @@ def test_an_import_that_is_exported_is_the_folder_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM, which has biases of queries, keys and values"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel, cannot be converted; only Llama and Mistral"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM, which has soft-capped logits"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "GPT2LMHeadModel, cannot be converted; only Llama, Mistral and Qwen 2 and 3",
+        ),
         ({"architectures": None}, "names no architecture"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),

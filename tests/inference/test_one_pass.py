@@ -53,6 +53,8 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.hidden_dropout": ["model.hidden_dropout=0.5"],
     "model.initializer_range": ["model.initializer_range=0.2"],
     "model.attention": [_ATTENTION],
+    "model.attention_bias": ["model.attention_bias=true"],
+    "model.qk_norm": ["model.qk_norm=head"],
     "memory.enabled": _MEMORY,
     "memory.hidden_size": "the model's, checked by resolve",
     "memory.memory_size": [*_MEMORY, "memory.memory_size=64"],
@@ -83,7 +85,10 @@ _SETTINGS: dict[str, list[str] | str] = {
     "lora.targets": [*_LORA, "lora.targets=[linear_proj]"],
 }
 _SECTIONS = {"model": ModelConfig, "memory": MemoryConfig, "cache": CacheConfig, "lora": LoraConfig}
-_MODULES_ALONE = ("lora.enabled", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "model.attention")
+_MODULES_ALONE = (
+    *("lora.enabled", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets"),
+    *("model.attention", "model.attention_bias", "model.qk_norm"),
+)
 _CASES = {name: case for name, case in _SETTINGS.items() if isinstance(case, list)}
 
 
@@ -92,6 +97,8 @@ def adapted(*overrides: str) -> Generator:
     ours = generator(*overrides)
     rank, size = ours.engine.runtime.tensor_rank, ours.engine.runtime.groups.tp.size()
     for layer in ours.engine.model.decoder.layers:
+        if (bias := layer.self_attention.linear_qkv.bias) is not None:  # fresh, it adds nothing
+            bias.data.uniform_(-1, 1, generator=torch.Generator().manual_seed(layer.layer_number))
         for name, part in layer.named_modules():
             if isinstance(part, Adapter):
                 seed = 31 * layer.layer_number + sum(map(ord, name))

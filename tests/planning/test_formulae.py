@@ -68,6 +68,7 @@ def test_attention_counts_the_pairs_that_the_mask_allows(window):
 
 
 _VARIANTS = {
+    "biases, norms of queries and keys": ["model.attention_bias=true", "model.qk_norm=head"],
     "grouped": [],
     "tied": ["model.tie_word_embeddings=true"],
     "one group": ["model.num_key_value_heads=1"],

@@ -36,6 +36,7 @@ UNEVEN = {
 }
 # name: settings under which layouts must agree too
 VARIANTS = {
+    "biases, norms of queries and keys": ["model.attention_bias=true", "model.qk_norm=head"],
     "tied": ["model.tie_word_embeddings=true"],
     "packed": ["data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true"],
     "window": ["model.sliding_window=7"],

@@ -43,6 +43,8 @@ _SHAPE_KEYS = (
     "intermediate_size",
     "vocab_size",
     "tie_word_embeddings",
+    "attention_bias",
+    "qk_norm",
 )
 _BEHAVIOUR_KEYS = ("rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window")
 

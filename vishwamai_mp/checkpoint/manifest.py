@@ -180,11 +180,14 @@ def share_of(files: dict[str, FileRecord], rank: int, world_size: int) -> dict[s
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], keys: Iterable[str]) -> list[str]:
-    """`key` values of a checkpoint's model that differ from the wanted ones, as `model.key=wanted, saved: value`."""
+    """`key` values of a checkpoint's model that differ from the wanted ones, as `model.key=wanted, saved: value`.
+
+    A key that is younger than the checkpoint differs from nothing: its tensors are compared.
+    """
     return [
         f"model.{key}={wanted.get(key)} but the checkpoint has {saved.get(key)}"
         for key in keys
-        if saved.get(key) != wanted.get(key)
+        if key in saved and saved[key] != wanted.get(key)
     ]
 
 

@@ -84,6 +84,13 @@ def _layer(model: ModelConfig, ours: str, theirs: str) -> list[Mapped]:
     assert groups is not None
     assert head is not None
     queries, keys, values = _fused_rows(heads // groups * head, head, groups)
+    fused, names = f"{ours}self_attention.linear_qkv", [f"{theirs}self_attn.{letter}_proj" for letter in "qkv"]
+    sizes, rows = (heads * head, groups * head, groups * head), (queries, keys, values)
+    biases = [Part(f"{name}.bias", (size,), row) for name, size, row in zip(names, sizes, rows, strict=True)]
+    norms = [
+        whole(f"{ours}self_attention.{letter}_layernorm.weight", f"{theirs}self_attn.{letter}_norm.weight", (head,))
+        for letter in "qk"
+    ]
     return [
         whole(f"{ours}self_attention.linear_qkv.layer_norm_weight", f"{theirs}input_layernorm.weight", (width,)),
         Mapped(
@@ -95,6 +102,8 @@ def _layer(model: ModelConfig, ours: str, theirs: str) -> list[Mapped]:
                 Part(f"{theirs}self_attn.v_proj.weight", (groups * head, width), values),
             ),
         ),
+        *([Mapped(f"{fused}.bias", (sum(sizes),), tuple(biases))] if model.attention_bias else []),
+        *(norms if model.qk_norm == "head" else []),
         whole(f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight", (width, heads * head)),
         whole(f"{ours}mlp.linear_fc1.layer_norm_weight", f"{theirs}post_attention_layernorm.weight", (width,)),
         Mapped(

@@ -14,14 +14,12 @@ from vishwamai_mp.config import ConfigError, ModelConfig, PretrainConfig, UserEr
 from vishwamai_mp.conversion import components
 from vishwamai_mp.data.tokenizer import refuse_pointer
 
-PLAIN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+PLAIN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MODEL_TYPES = {
-    **dict(zip(PLAIN_ARCHITECTURES, ("llama", "mistral"), strict=True)),
+    **dict(zip(PLAIN_ARCHITECTURES, ("llama", "mistral", "qwen2", "qwen3"), strict=True)),
     components.ARCHITECTURE: components.MODEL_TYPE,
 }
 _NO_ROOM_FOR = {
-    "Qwen2ForCausalLM": "biases of queries, keys and values",
-    "Qwen3ForCausalLM": "norms of queries and keys",
     "GemmaForCausalLM": "GELU and norm weights offset by one",
     "Gemma2ForCausalLM": "soft-capped logits",
     "Gemma3ForCausalLM": "norms of queries and keys",
@@ -34,8 +32,19 @@ _NO_ROOM_FOR = {
     "StableLmForCausalLM": "LayerNorm and partial rotary embeddings",
 }
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What transformers takes where a Mistral's config.json does not say; a Llama's are in `from_hf`.
+# What transformers takes where config.json does not say; a Llama's are in `from_hf`.
 _MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "Qwen2ForCausalLM": _QWEN_DEFAULTS,
+    "Qwen3ForCausalLM": {**_QWEN_DEFAULTS, "head_dim": 128},
+}
+# What a family has besides, whatever its config.json says.
+_FEATURES: dict[str, dict[str, Any]] = {
+    "Qwen2ForCausalLM": {"attention_bias": True},
+    "Qwen3ForCausalLM": {"qk_norm": "head"},
+}
 _READ = {
     "architectures", "attention_bias", "attention_dropout", "auto_map", "head_dim", "hidden_act", "hidden_size",
     "initializer_range", "intermediate_size", "layer_types", "max_position_embeddings", "mlp_bias", "model_type",
@@ -63,7 +72,7 @@ _NEUTRAL = {
 
 
 def to_hf(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` of a model without components: a Llama, or with a sliding window a Mistral, which is one with it.
+    """`config.json` of a model without components, of the family that has its features (`_architecture`).
 
     Args:
         model: resolved.
@@ -78,10 +87,15 @@ def to_hf(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[
             f"model.hidden_size={model.hidden_size} is not a multiple of model.num_attention_heads="
             f"{model.num_attention_heads}: transformers' Llama refuses that"
         )
-    windowed = model.sliding_window is not None
+    architecture = _architecture(model)
+    own: dict[str, dict[str, Any]] = {
+        "MistralForCausalLM": {"sliding_window": model.sliding_window},
+        "Qwen2ForCausalLM": {"use_sliding_window": False, "sliding_window": None},
+        "Qwen3ForCausalLM": {"use_sliding_window": False, "sliding_window": None, "attention_bias": False},
+    }
     return {
-        "architectures": [PLAIN_ARCHITECTURES[windowed]],
-        "model_type": "mistral" if windowed else "llama",
+        "architectures": [architecture],
+        "model_type": MODEL_TYPES[architecture],
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
@@ -99,9 +113,21 @@ def to_hf(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[
         "attention_dropout": model.attention_dropout,
         "torch_dtype": dtype,
         "use_cache": True,
-        **({"sliding_window": model.sliding_window} if windowed else {"attention_bias": False, "mlp_bias": False}),
+        **own.get(architecture, {"attention_bias": False, "mlp_bias": False}),
         **{name: token_ids.get(name) for name in _TOKEN_IDS},
     }
+
+
+def _architecture(model: ModelConfig) -> str:
+    features = {
+        "model.sliding_window": ("MistralForCausalLM", model.sliding_window is not None),
+        "model.attention_bias": ("Qwen2ForCausalLM", model.attention_bias),
+        "model.qk_norm": ("Qwen3ForCausalLM", model.qk_norm == "head"),
+    }
+    found = {key: name for key, (name, is_on) in features.items() if is_on}
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(found)} together: transformers has no model with both; train with one of them")
+    return next(iter(found.values()), "LlamaForCausalLM")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -134,8 +160,8 @@ def from_hf(config: Mapping[str, Any], path: Path) -> PretrainConfig:
         UserError: another architecture, or a feature of the family that this model has not.
     """
     _check_supported(config, path)
-    if config["architectures"][0] != "LlamaForCausalLM":
-        config = {**_MISTRAL_DEFAULTS, **config}
+    architecture = config["architectures"][0]
+    config = {**_DEFAULTS.get(architecture, _MISTRAL_DEFAULTS), **config}
     try:
         model: dict[str, Any] = {
             "hidden_size": config["hidden_size"],
@@ -153,7 +179,8 @@ def from_hf(config: Mapping[str, Any], path: Path) -> PretrainConfig:
         }
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}") from None
-    if config["architectures"][0] != "LlamaForCausalLM":
+    model |= _FEATURES.get(architecture, {})
+    if architecture not in _DEFAULTS:
         model["sliding_window"] = config["sliding_window"]
     rope = _rope(config, path)
     model["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
@@ -178,7 +205,13 @@ def without_effect(config: Mapping[str, Any]) -> list[str]:
 
 
 def _known(config: Mapping[str, Any]) -> set[str]:
-    own = {"LlamaForCausalLM": set(), "MistralForCausalLM": {"sliding_window"}}
+    qwen = {"sliding_window", "use_sliding_window", "max_window_layers"}  # without effect where they are not used
+    own = {
+        "LlamaForCausalLM": set(),
+        "MistralForCausalLM": {"sliding_window"},
+        "Qwen2ForCausalLM": qwen,
+        "Qwen3ForCausalLM": qwen,
+    }
     return _READ | _NEUTRAL | own.get(config["architectures"][0], {"sliding_window", *components.KEYS})
 
 
@@ -188,17 +221,20 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path} names no architecture; expected {' or '.join(PLAIN_ARCHITECTURES)}")
     if named[0] not in MODEL_TYPES:
         why = f", which has {_NO_ROOM_FOR[named[0]]}" if named[0] in _NO_ROOM_FOR else ""
-        raise UserError(f"{path}: {named[0]}{why}, cannot be converted; only Llama and Mistral models can")
+        raise UserError(
+            f"{path}: {named[0]}{why}, cannot be converted; only Llama, Mistral and Qwen 2 and 3 models can"
+        )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UserError(f"{path}: its weights are quantized ({method}); give the folder with the original weights")
-    window = named[0] != "LlamaForCausalLM" and config.get("sliding_window", 1) is not None
+    window = named[0] not in _DEFAULTS and config.get("sliding_window", 1) is not None
     partial = config.get("partial_rotary_factor") or _rope(config, path).get("partial_rotary_factor") or 1
     layers = set(config.get("layer_types") or ())
     whole = {"sliding_attention" if window else "full_attention"}
     code = components.AUTO_MAP if named[0] == components.ARCHITECTURE else {}
     refused = {
         "model_type": (config.get("model_type", MODEL_TYPES[named[0]]), MODEL_TYPES[named[0]], f"it is a {named[0]}"),
+        "use_sliding_window": (config.get("use_sliding_window") or False, False, "its windows are of some layers only"),
         "attention_bias": (config.get("attention_bias") or False, False, "linears here have no biases"),
         "mlp_bias": (config.get("mlp_bias") or False, False, "linears here have no biases"),
         "hidden_act": (config.get("hidden_act", "silu"), "silu", "the MLP here is SwiGLU"),

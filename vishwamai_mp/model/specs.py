@@ -56,6 +56,7 @@ def layer_spec(
     """
     fused = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm(rms_norm=True)
+    head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.model.qk_norm == "head" else IdentityOp
     linear_qkv = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
     return ModuleSpec(
         module=VishwamAILayer,
@@ -69,8 +70,8 @@ def layer_spec(
                     linear_qkv=linear_qkv,
                     core_attention=backend.core_attention(),
                     linear_proj=backend.row_parallel_linear(),
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -28,6 +28,8 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
+        add_qkv_bias=model.attention_bias,
+        qk_layernorm=model.qk_norm == "head",  # gradients of these norms are then summed over tensor parallel ranks
         normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps,
         gated_linear_unit=True,

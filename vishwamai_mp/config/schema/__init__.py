@@ -134,6 +134,8 @@ class ModelConfig:
     hidden_dropout: NonNegativeFloat = 0.0
     attention: Annotated[str, _extension("softmax")] = "softmax"  # or package.module:Class, a CachedSelfAttention
     initializer_range: PositiveFloat = 0.02  # standard deviation; divided by √(2·num_layers) on residual outputs
+    attention_bias: bool = False  # of queries, keys and values
+    qk_norm: Literal["none", "head"] = "none"  # RMSNorm of each head's queries and keys, before they are turned
 
 
 @dataclass(frozen=True)
