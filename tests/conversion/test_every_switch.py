@@ -12,7 +12,7 @@ import pytest
 
 from tests.conversion import models
 from tests.workers import WorkerPool
-from vishwamai_mp.config import CacheConfig, ConfigError, MemoryConfig, ModelConfig, UserError, UserError
+from vishwamai_mp.config import CacheConfig, ConfigError, MemoryConfig, ModelConfig, UserError
 from vishwamai_mp.conversion import components, model_config
 
 _SECTIONS = {"model": ModelConfig, "memory": MemoryConfig, "cache": CacheConfig}

@@ -35,6 +35,8 @@ def initialize_parameters(model: VishwamAIModel, config: ModelConfig, seed: int)
             _fill(shard, config.initializer_range, seed)
         elif _DRAWN_RESIDUAL.search(shard.key):
             _fill(shard, config.initializer_range / math.sqrt(2 * config.num_layers), seed)
+        elif shard.key.endswith("linear_qkv.bias"):
+            shard.data.zero_()  # megatron-core leaves it undefined where initialisation is ours
         elif _ADAPTER.search(shard.key):
             _fill(shard, 1 / math.sqrt(shard.global_shape[1]), seed)
 
