@@ -115,7 +115,8 @@ def test_length_and_dropout_decide_the_kernel(monkeypatch):
 
     tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True, tp_rank=0, ep_rank=0, etp_rank=0)
     blocked = mock.Mock(side_effect=blocked_attention.blocked_attention)
-    monkeypatch.setattr(attention, "blocked_attention", blocked)
+    for choice in attention._ATTENTION.values():
+        monkeypatch.setitem(choice.ways, "blocked", blocked)
     monkeypatch.setattr(attention, "_LONGEST", 8)
     for length, dropout, calls in [(8, 0.0, 1), (9, 0.0, 1), (1, 0.0, 1), (8, 0.1, 1)]:
         core_attention(dropout=dropout)(*inputs(length, length, 4, torch.float32), None)

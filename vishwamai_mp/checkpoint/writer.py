@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from vishwamai_mp.checkpoint.collective import Failure, attempt
 from vishwamai_mp.checkpoint.manifest import FileRecord
 from vishwamai_mp.runtime.failure import die_with_parent
+from vishwamai_mp.runtime.megatron_versions import plan_options
 
 _THREADS = 2  # files per rank, written at once: most of the time goes into writes and checksums, which run in parallel
 
@@ -98,7 +99,7 @@ def plan_write(sharded: ShardedStateDict, folder: Path, replicas: dist.ProcessGr
     queue = filesystem_async._results_queue
     filesystem_async._results_queue = queue or "unused"
     try:
-        shared.async_save(sharded, str(folder))
+        shared.async_save(sharded, str(folder), **plan_options())
     finally:
         filesystem_async._results_queue = queue
     assert strategy.planned is not None
@@ -108,7 +109,7 @@ def plan_write(sharded: ShardedStateDict, folder: Path, replicas: dist.ProcessGr
 class _PlanOnly(TorchDistSaveShardedStrategy):
     planned: PlannedWrite | None = None
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> None:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *_: Any) -> None:
         """megatron-core's hook between planning and writing."""
         metadata = save_state_dict_ret[1]
         if metadata is not None:

@@ -34,6 +34,7 @@ from vishwamai_mp.model.transformer_config import transformer_config
 from vishwamai_mp.model.value_head import ValueHead
 from vishwamai_mp.precision import PrecisionPolicy, use_cpu_arithmetic, use_transformer_engine
 from vishwamai_mp.runtime.context import local_positions
+from vishwamai_mp.runtime.megatron_versions import is_marked
 
 
 class VishwamAIModel(GPTModel):
@@ -212,5 +213,5 @@ def _mark_sharded_parameters(model: nn.Module) -> None:
     for module in model.modules():
         for kind, dim in dims.items():
             weight = getattr(module, "weight", None)
-            if isinstance(module, kind) and weight is not None:
+            if isinstance(module, kind) and weight is not None and not is_marked(weight):
                 set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)

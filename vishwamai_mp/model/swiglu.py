@@ -7,17 +7,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class SwiGLU:
-    """silu(gate) · up of a fused projection: (…, 2F) → (…, F). Made as megatron-core makes activations."""
+class SwiGLU(nn.Module):
+    """silu(gate) · up of a fused projection: (…, 2F) → (…, F).
+
+    megatron-core constructs activations with the `TransformerConfig`, which says nothing that is needed here.
+    """
 
     def __init__(self, config: Any) -> None:
-        pass
+        super().__init__()
 
-    def __call__(self, gate_and_up: Tensor) -> Tensor:
+    def forward(self, gate_and_up: Tensor) -> Tensor:
         return _SwiGLU.apply(gate_and_up)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing is kept; megatron-core's MLP asks each of its modules."""
+        return {}
 
 
 class _SwiGLU(torch.autograd.Function):
