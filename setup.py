@@ -43,7 +43,7 @@ setup(
     install_requires=[
         "backports.zstd>=1.0; python_version < '3.14'",  # compression.zstd of Python 3.14
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",  # no model can be built under 0.19.2; 0.17 and 0.18 were not tried
+        "megatron-core>=0.16.1,<0.17",  # later ones were run in part only: docs/support.md
         "jinja2>=3.1",
         "numpy>=1.26",
         "packaging>=24.2",

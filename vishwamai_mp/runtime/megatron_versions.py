@@ -1,7 +1,7 @@
-"""What differs between the versions of megatron-core that this package runs on, 0.16.1 to 0.19.2.
+"""What differs between versions of megatron-core: 0.16.1, and 0.19.2 as far as docs/support.md says.
 
-Import it after `vishwamai_mp.runtime`. Where all versions can be served by one way of writing, that way is written where
-it belongs; here is only what asks for a choice.
+Import it after `vishwamai_mp.runtime`. Where all versions can be served by one way of writing, that way is written
+where it belongs; here is only what asks for a choice.
 """
 
 import inspect
