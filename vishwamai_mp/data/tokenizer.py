@@ -188,7 +188,7 @@ def has_tokenizer(folder: Path) -> bool:
 def kept_files(path: str | os.PathLike[str]) -> dict[str, Path]:
     """What a run keeps of its tokenizer, by the names that it is found by there: its file and `companions`."""
     file = tokenizer_file(path)
-    name = JSON_FILE if Tokenizer(file).proto is None else MODEL_FILE
+    name = JSON_FILE if _is_json(_read_model_file(file)) else MODEL_FILE
     return {**{beside.name: beside for beside in companions(file)}, name: file}
 
 
@@ -222,6 +222,8 @@ def _read_model_file(path: Path) -> bytes:
 
 def _open(path: Path) -> Vocabulary:
     content = _read_model_file(path)
-    if content[:1024].lstrip().startswith(b"{"):
-        return JsonVocabulary(path, content)
-    return SentencePieceVocabulary(path, content)
+    return (JsonVocabulary if _is_json(content) else SentencePieceVocabulary)(path, content)
+
+
+def _is_json(content: bytes) -> bool:
+    return content[:1024].lstrip().startswith(b"{")
