@@ -8,8 +8,11 @@ examples:
 The program that trains runs as it is, with tensors that have shapes but no values. Shown are the memory that the rank
 needs (tensors only: not the allocator's slack, CUDA's libraries or NCCL's buffers) beside what planning predicts, the
 floating point operations and kernels of the step, what it exchanges with which group, and where the host would wait for
-the device. Layers are torch's own, as without Transformer Engine. Sizes are bytes; in text, binary units
-(1 GiB = 2^30 B).
+the device. Sizes are bytes; in text, binary units (1 GiB = 2^30 B).
+
+Layers are Transformer Engine's where its Python is installed; a double stands in for what it compiles:
+  pip install --no-deps --target "$(python -c 'import sys; print(sys.prefix)')/transformer_engine" transformer-engine==2.20.2
+Without it, or with --torch-layers, they are torch's own, and FP8 is simulated as bf16.
 """
 
 import argparse
@@ -25,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the whole job")
     parser.add_argument("--rank", type=int, default=0, metavar="K", help="which of them to run (default 0)")
     parser.add_argument("--all-stages", action="store_true", help="run the first rank of each pipeline stage in turn")
+    parser.add_argument("--torch-layers", action="store_true", help="simulate a GPU without Transformer Engine")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text; sizes in bytes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser.parse_args()
@@ -36,6 +40,10 @@ def main() -> None:
         last = arguments.gpus - 1
         raise UserError(f"--rank {arguments.rank}: a job of --gpus {arguments.gpus} has ranks 0 to {last}")
     config = resolve(load_config(arguments.config, arguments.overrides), arguments.gpus)
+    if not arguments.torch_layers:
+        from vishwamai_mp.runtime.simulated import transformer_engine_double
+
+        transformer_engine_double.install()
     from vishwamai_mp.training.dry_run import dry_run, render  # the stack takes seconds; mistakes are told before
 
     stages = config.parallel.pipeline_model_parallel_size

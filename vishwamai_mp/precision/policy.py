@@ -1,6 +1,5 @@
 """One setting, `precision`, and everything that follows from it."""
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from vishwamai_mp.config import ConfigError, Fp8Config
 from vishwamai_mp.config.fp8 import MULTIPLE
-from vishwamai_mp.runtime import device, is_accelerator
+from vishwamai_mp.runtime import device, has_transformer_engine, is_accelerator
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # megatron-core's names of recipe and formats: "hybrid" is E4M3 forward, E5M2 for gradients.
@@ -102,8 +101,8 @@ class PrecisionPolicy:
 
 
 def use_transformer_engine() -> bool:
-    """Whether the layers are Transformer Engine's: there is a GPU and the package is installed."""
-    return device().type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    """Whether the layers are Transformer Engine's: there is a GPU, real or simulated, and the package."""
+    return has_transformer_engine()
 
 
 def check_fp8_hardware(policy: PrecisionPolicy) -> None:

@@ -22,6 +22,7 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message)
 
 from vishwamai_mp.runtime.device import device, is_accelerator, local_rank, multiplies_natively  # noqa: E402
+from vishwamai_mp.runtime.fused_layers import has_transformer_engine  # noqa: E402
 from vishwamai_mp.runtime.failure import run_distributed_program  # noqa: E402
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "Runtime",
     "device",
     "distributed_session",
+    "has_transformer_engine",
     "initialize",
     "is_accelerator",
     "local_rank",

@@ -23,7 +23,7 @@ from vishwamai_mp.runtime.device import device, is_accelerator
 _RANDOM = "megatron.core.tensor_parallel.random"
 _JIT = "megatron.core.jit"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
-_NAME = "_vishwamai_device"  # what `torch.cuda` is called in a rewritten module
+IN_PLACE_OF_CUDA = "_vishwamai_device"  # what `torch.cuda` is called in a rewritten module
 
 
 def install() -> None:
@@ -34,7 +34,7 @@ def install() -> None:
     sys.meta_path.insert(0, _Finder())
 
 
-class _InPlaceOfCuda(types.ModuleType):
+class InPlaceOfCuda(types.ModuleType):
     """What `torch.cuda` means inside megatron-core: torch.cpu, completed with what megatron-core needs besides.
 
     Random numbers are the host's. The simulated accelerator draws none: there is no state to keep.
@@ -72,21 +72,21 @@ class _InPlaceOfCuda(types.ModuleType):
         """There is no caching allocator to empty."""
 
     @property
-    def random(self) -> "_InPlaceOfCuda":
+    def random(self) -> "InPlaceOfCuda":
         return self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu if hasattr(torch.cpu, name) else torch.cuda, name)
 
 
-_in_place_of_cuda = _InPlaceOfCuda(_NAME)
+_in_place_of_cuda = InPlaceOfCuda(IN_PLACE_OF_CUDA)
 
 
 def _ours(expression: str) -> ast.expr:
-    return ast.parse(f"{_NAME}.{expression}", mode="eval").body
+    return ast.parse(f"{IN_PLACE_OF_CUDA}.{expression}", mode="eval").body
 
 
-class _ToThisDevice(ast.NodeTransformer):
+class ToThisDevice(ast.NodeTransformer):
     """Rewrites the CUDA idioms that megatron-core uses."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
@@ -109,7 +109,7 @@ class _ToThisDevice(ast.NodeTransformer):
         """`torch.cuda` becomes our stand-in."""
         self.generic_visit(node)
         if node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            return ast.copy_location(ast.Name(_NAME, node.ctx), node)
+            return ast.copy_location(ast.Name(IN_PLACE_OF_CUDA, node.ctx), node)
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -127,8 +127,9 @@ class _ToThisDevice(ast.NodeTransformer):
         return node
 
 
-def _rewritten(source: str | bytes, path: str) -> ast.Module:
-    return ast.fix_missing_locations(_ToThisDevice().visit(ast.parse(source, path)))
+def rewritten(source: str | bytes, path: str, transformer: ast.NodeTransformer) -> ast.Module:
+    """The syntax tree of a module, transformed."""
+    return ast.fix_missing_locations(transformer.visit(ast.parse(source, path)))
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -137,10 +138,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
         source = self.get_data(path)
         if torch.cuda.is_available() or (b"cuda" not in source and b"pin_memory" not in source):
             return super().get_code(fullname)
-        return compile(_rewritten(source, path), path, "exec", dont_inherit=True)
+        return compile(rewritten(source, path, ToThisDevice()), path, "exec", dont_inherit=True)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        setattr(module, _NAME, _in_place_of_cuda)
+        setattr(module, IN_PLACE_OF_CUDA, _in_place_of_cuda)
         super().exec_module(module)
         if module.__name__ == _DISTRIBUTED_OPTIMIZER:
             _repair_distributed_optimizer(module.DistributedOptimizer)

@@ -11,8 +11,10 @@ from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
 from vishwamai_mp.data.batches import Batch, DocumentRules, make_batch
 from vishwamai_mp.model import build_model
 from vishwamai_mp.model.fully_sharded import FullySharded
+from vishwamai_mp.model.packing import DocumentBounds
 from vishwamai_mp.planning.out_of_memory import stage_memory
-from vishwamai_mp.precision import PrecisionPolicy
+from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
+from vishwamai_mp.runtime.fused_layers import is_doubled
 from vishwamai_mp.runtime.simulated import Communication, SimulatedJob, simulated_job
 from vishwamai_mp.training.fully_sharded import fill_moments
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
@@ -27,6 +29,7 @@ class DryRun:
         rank: which.
         world_size: of how many.
         place: its place in the layout, in words.
+        layers: whose they were: "Transformer Engine" or "torch".
         parameters: that it holds.
         peak_bytes: most memory in use at once: tensors, without the allocator's slack, libraries and buffers of theirs.
         at_peak: what that consisted of: parameters, gradients, optimizer, activations.
@@ -45,6 +48,7 @@ class DryRun:
     rank: int
     world_size: int
     place: str
+    layers: str
     parameters: int
     peak_bytes: int
     at_peak: dict[str, int]
@@ -73,7 +77,8 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
         device: as `simulated_job` has it.
     """
     notes = []
-    if device != "cpu" and PrecisionPolicy.of(config.precision, config.fp8).fp8 is not None:
+    fp8 = PrecisionPolicy.of(config.precision, config.fp8).fp8 is not None
+    if device != "cpu" and fp8 and not is_doubled():
         notes.append(f"precision={config.precision} is simulated as bf16: FP8 is Transformer Engine's")
         config = replace(config, precision="bf16")
     with simulated_job(config, world_size, rank, device) as job, training_step(config, job) as step:
@@ -87,6 +92,7 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
             rank=rank,
             world_size=world_size,
             place=runtime.describe(),
+            layers="Transformer Engine" if use_transformer_engine() else "torch",
             parameters=sum(_local(parameter).numel() for chunk in step.chunks for parameter in chunk.parameters()),
             peak_bytes=memory.peak,
             at_peak={kind: size for kind, size in memory.at_peak.items() if size},
@@ -124,7 +130,10 @@ def training_step(config: PretrainConfig, job: SimulatedJob) -> Iterator[TrainSt
 
 
 def empty_batches(config: PretrainConfig, job: SimulatedJob) -> list[Batch]:
-    """Micro-batches of a step, of tokens without values: where a size depends on them, it is the largest it can be."""
+    """Micro-batches of a step, of tokens without values: where a size depends on them, it is the largest it can be.
+
+    Each row is one document to attention that asks for their lengths.
+    """
     data, training = config.data, config.training
     rules = DocumentRules(
         reset_attention_mask=data.reset_attention_mask,
@@ -133,11 +142,13 @@ def empty_batches(config: PretrainConfig, job: SimulatedJob) -> list[Batch]:
         marked=data.prepared_rows,
     )
     marks = (2,) if data.prepared_rows else ()
-    shape = (training.micro_batch_size, *marks, training.sequence_length + 1)
-    return [
-        make_batch(torch.zeros(shape, dtype=torch.int64).to(job.runtime.device, non_blocking=True), rules)
-        for _ in range(micro_batches_per_step(config, job.runtime.world_size))
-    ]
+    rows, length, device = training.micro_batch_size, training.sequence_length, job.runtime.device
+    text = torch.zeros((rows, *marks, length + 1), dtype=torch.int64)
+    batch = make_batch(text.to(device, non_blocking=True), rules)
+    if data.reset_attention_mask:
+        places = torch.arange(rows + 1, dtype=torch.int32) * length
+        batch = replace(batch, bounds=DocumentBounds(places.to(device, non_blocking=True), length))
+    return [batch] * micro_batches_per_step(config, job.runtime.world_size)
 
 
 def _local(parameter: Any) -> torch.Tensor:
@@ -147,7 +158,7 @@ def _local(parameter: Any) -> torch.Tensor:
 def render(found: DryRun) -> str:
     """The same as text."""
     lines = [
-        f"{found.place} of {found.world_size}",
+        f"{found.place} of {found.world_size}, {found.layers}'s layers",
         *(f"note: {note}" for note in found.notes),
         f"parameters  {found.parameters:,}",
         f"peak memory {_size(found.peak_bytes)}; predicted {_size(found.predicted_bytes)}",

@@ -9,8 +9,21 @@ The device is registered under torch's key for devices of third parties, Private
 process of its own.
 """
 
-from vishwamai_mp.runtime.simulated.job import SimulatedJob, simulated_job
-from vishwamai_mp.runtime.simulated.memory import Memory
-from vishwamai_mp.runtime.simulated.recorder import Communication, Recorder
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vishwamai_mp.runtime.simulated.job import SimulatedJob, simulated_job
+    from vishwamai_mp.runtime.simulated.memory import Memory
+    from vishwamai_mp.runtime.simulated.recorder import Communication, Recorder
 
 __all__ = ["Communication", "Memory", "Recorder", "SimulatedJob", "simulated_job"]
+_HOMES = {"Communication": "recorder", "Memory": "memory", "Recorder": "recorder"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs megatron-core when it is asked for: Transformer Engine's double comes first."""
+    from importlib import import_module
+
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'job')}"), name)

@@ -31,6 +31,10 @@ class _Module:
         return 1
 
     @staticmethod
+    def get_amp_supported_dtype() -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    @staticmethod
     def _is_in_bad_fork() -> bool:
         return False
 
@@ -54,6 +58,7 @@ class _Module:
 def register() -> None:
     """Make the device known to torch, for the rest of this process."""
     # The example of a backend in Python that torch's own tests use; torch has no other way to a device without C++.
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  (registers the backend)
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())

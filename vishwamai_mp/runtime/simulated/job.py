@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.distributed.device_mesh import DeviceMesh
 
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.runtime import fused_layers
 from vishwamai_mp.runtime.device import compute_on
 from vishwamai_mp.runtime.distributed import Runtime, initialize, shutdown
 from vishwamai_mp.runtime.simulated import device as simulated_device
@@ -50,6 +51,13 @@ def simulated_job(
 
     assert not dist.is_initialized(), "a simulated rank has a world of its own"
     simulated_device.register()
+    if fused_layers.is_doubled():
+        from vishwamai_mp.runtime.simulated.transformer_engine_double.gpu import GPU
+        from vishwamai_mp.runtime.simulated.transformer_engine_double.imports import forget
+
+        assert device != "cpu", "with Transformer Engine's double megatron-core takes its optimizer on any device"
+        GPU.capability = (10, 0) if config.precision == "fp8_mx" else (9, 0)  # the first generation that can
+        forget()
     where = torch.device("cpu") if device == "cpu" else torch.device(device, 0)
     with ExitStack() as stack:
         stack.enter_context(compute_on(where))

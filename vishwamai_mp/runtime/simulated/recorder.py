@@ -44,6 +44,7 @@ _NAMES = {
     "broadcast_": "broadcast",
     "recv_": "receive",
 }
+_PLAIN = {"FakeTensor", "Tensor", "Parameter"}
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -108,6 +109,14 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(cls.__name__ not in _PLAIN for cls in types):
+            return NotImplemented  # of several tensors, which it takes apart: their operators come here
+        if func.namespace == "transformer_engine_double":
+            name, _, workspaces, flops = args
+            self.memory.claim("workspaces", *workspaces)
+            self.launches[name] += 1
+            self.flops.update({name: flops} if flops else {})
+            return None
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs)
         if func in _READS and self._is_here(args[0]):
@@ -183,13 +192,14 @@ def _bytes(tensors: Any) -> int:
 
 
 def _place() -> str:
-    """The innermost line of this package or of megatron-core that is running."""
+    """The innermost line of this package, of megatron-core or of Transformer Engine that is running."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if _PACKAGE in path.parents and Path(__file__).parent not in path.parents:
             return f"{path.relative_to(_PACKAGE.parent)}:{frame.f_lineno}"
-        if "megatron" in path.parts:
-            return f"{'/'.join(path.parts[path.parts.index('megatron') :])}:{frame.f_lineno}"
+        for package in ("megatron", "transformer_engine"):
+            if package in path.parts:
+                return f"{'/'.join(path.parts[path.parts.index(package) :])}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"
