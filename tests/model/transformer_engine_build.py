@@ -1,11 +1,13 @@
-"""A program: builds a small model of Transformer Engine's layers without a GPU and prints, as JSON, what it is.
+"""A program: builds small models of Transformer Engine's layers without a GPU and prints, as JSON, what they are.
 
-usage: transformer_engine_build.py FOLDER WORLD_SIZE [section.key=value ...]
+usage: transformer_engine_build.py FOLDER < CASES > RESULTS
 
-FOLDER holds the package's Python files; what it compiles is stood in for, so the model can be built but not run. This
-process is rank 0 of a job whose peers are not there. The same model of torch's layers is built beside it.
+CASES is a JSON list of [world size, section.key=value ...]. FOLDER holds the package's Python files; what it compiles
+is stood in for, so that models have values but cannot be run. This process is rank 0 of jobs whose peers are not there.
+The same model of torch's layers is built beside each.
 """
 
+import contextlib
 import enum
 import importlib.abc
 import importlib.machinery
@@ -13,6 +15,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,56 +76,72 @@ def import_transformer_engine(folder: str) -> None:
 
 
 def main() -> None:
-    folder, world_size, *overrides = sys.argv[1:]
-    import_transformer_engine(folder)
-    import torch
+    import_transformer_engine(sys.argv[1])
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from vishwamai_mp.runtime import shutdown
+
+    results = []
+    for world_size, *overrides in json.load(sys.stdin):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        results.append(_built(world_size, overrides))
+        shutdown()
+    print(json.dumps(results))
+
+
+def _built(world_size: int, overrides: list[str]) -> dict[str, Any]:
     from tests.model.builds import small_config
     from vishwamai_mp.config import ConfigError
     from vishwamai_mp.model import build_model
     from vishwamai_mp.runtime import initialize
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(world_size))
-    config = small_config(*overrides, world_size=int(world_size))
+    config = small_config(*overrides, world_size=world_size)
     runtime = initialize(config)
     (plain,) = build_model(config, runtime)
+    with _as_if_on_a_gpu():
+        try:
+            (fused,) = build_model(config, runtime)
+        except ConfigError as error:
+            return {"refused": str(error)}
+        return _compared(fused, plain)
+
+
+@contextlib.contextmanager
+def _as_if_on_a_gpu() -> Iterator[None]:
     ours = [f"vishwamai_mp.model.{name}.use_transformer_engine" for name in ("specs", "transformer_config", "model")]
-    as_if = [mock.patch(name, return_value=True) for name in ours]
-    as_if += [
+    patches: list[Any] = [mock.patch(name, return_value=True) for name in ours]
+    patches += [
         mock.patch("torch.cuda.is_available", return_value=True),
         mock.patch("torch.cuda.current_device", return_value="cpu"),
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.cuda.get_device_properties", return_value=types.SimpleNamespace(major=9, minor=0)),
         mock.patch("torch.cuda.Stream"),
     ]
-    for patch in as_if:
-        patch.start()
-    try:
-        (fused,) = build_model(config, runtime)
-    except ConfigError as error:
-        print(json.dumps({"refused": str(error)}))
-        return
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def _compared(fused: Any, plain: Any) -> dict[str, Any]:
+    import torch
+
     theirs, here = fused.sharded_state_dict(), plain.sharded_state_dict()
     layer = fused.decoder.layers[0]
-    print(
-        json.dumps(
-            {
-                "classes": sorted({type(m).__name__ for m in layer.modules() if type(m).__name__.startswith("TE")}),
-                "final_norm": type(fused.decoder.final_layernorm).__module__.split(".")[0],
-                "entries": [sorted(entry.key for entry in entries.values()) for entries in (theirs, here)],
-                "equal": sum(torch.equal(_data(theirs[key]), _data(_under(here, theirs[key].key))) for key in theirs),
-                "places": [sorted(_places(entries)) for entries in (theirs, here)],
-                "fp8": [fused.config.fp8, fused.config.fp8_recipe, plain.config.fp8],
-                "marks": [sorted(_marks(model.sharded_state_dict())) for model in (fused, plain)],
-                "window": layer.self_attention.core_attention.window_size,
-                "rope_fusion": fused.config.apply_rope_fusion,
-                "cp_comm_type": fused.config.cp_comm_type,
-                "without_mask": [fused.attends_without_mask, plain.attends_without_mask],
-            }
-        )
-    )
+    return {
+        "classes": sorted({type(m).__name__ for m in layer.modules() if type(m).__name__.startswith("TE")}),
+        "final_norm": type(fused.decoder.final_layernorm).__module__.split(".")[0],
+        "entries": [sorted(entry.key for entry in entries.values()) for entries in (theirs, here)],
+        "equal": sum(torch.equal(_data(theirs[key]), _data(_under(here, theirs[key].key))) for key in theirs),
+        "places": [sorted(_places(entries)) for entries in (theirs, here)],
+        "fp8": [fused.config.fp8, fused.config.fp8_recipe, plain.config.fp8],
+        "marks": [sorted(_marks(model.sharded_state_dict())) for model in (fused, plain)],
+        "window": layer.self_attention.core_attention.window_size,
+        "rope_fusion": fused.config.apply_rope_fusion,
+        "cp_comm_type": fused.config.cp_comm_type,
+        "without_mask": [fused.attends_without_mask, plain.attends_without_mask],
+    }
 
 
 def _under(entries: dict[str, Any], key: str) -> Any:

@@ -1,8 +1,9 @@
 """A program: simulated training steps, each of any rank of any job, in one process of its own.
 
-usage: simulated_steps.py < CASES > RESULTS
+usage: simulated_steps.py [--transformer-engine] < CASES > RESULTS
 
 CASES is a JSON list of [world size, rank, device, [section.key=value ...]]; RESULTS has for each what `dry_run` found.
+With the option layers are Transformer Engine's.
 """
 
 import json
@@ -13,6 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def main() -> None:
+    if "--transformer-engine" in sys.argv:
+        from vishwamai_mp.runtime.simulated import transformer_engine_double
+
+        assert transformer_engine_double.install()
     import torch
 
     import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)

@@ -17,14 +17,14 @@ from vishwamai_mp.config import load_config, resolve
 _PROGRAM = Path(__file__).with_name("simulated_steps.py")
 _FEW = ["training.global_batch_size=4"]
 
-_MEMORY = [
+MEMORY = [
     "memory.enabled=true",
     "memory.memory_size=32",
     "memory.head_dim=4",
     "memory.chunk_size=8",
     "memory.layers=[1]",
 ]
-_CACHE = [
+CACHE = [
     "cache.enabled=true",
     "cache.num_heads=8",
     "cache.segment_length=8",
@@ -32,10 +32,10 @@ _CACHE = [
     "cache.max_cache_length=8",
     "cache.layers=[1]",
 ]
-_PACKED = ["data.reset_attention_mask=true", "data.reset_position_ids=true"]
-_VALUES = ["tree.enabled=true"]
-_LORA = ["lora.enabled=true"]
-_RECOMPUTE = ["training.recompute=full"]
+PACKED = ["data.reset_attention_mask=true", "data.reset_position_ids=true"]
+VALUES = ["tree.enabled=true"]
+LORA = ["lora.enabled=true"]
+RECOMPUTE = ["training.recompute=full"]
 
 _TENSOR = ["parallel.tensor_model_parallel_size=8", "parallel.sequence_parallel=true", "model.num_key_value_heads=8"]
 _STAGES = ["parallel.pipeline_model_parallel_size=2"]
@@ -52,19 +52,19 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "tensor, memory, cache and values, bf16": (
         8,
         5,
-        [*_TENSOR, *_SHALLOW, *_MEMORY, *_CACHE, *_VALUES, "precision=bf16"],
+        [*_TENSOR, *_SHALLOW, *MEMORY, *CACHE, *VALUES, "precision=bf16"],
     ),
-    "first stage, packed, fp32": (2, 0, [*_STAGES, *_PACKED, *_SHALLOW, "precision=fp32"]),
-    "last stage, packed, values, bf16": (2, 1, [*_STAGES, *_PACKED, *_SHALLOW, *_VALUES, "precision=bf16"]),
-    "chunks, memory, fp32": (2, 0, [*_CHUNKS, *_MEMORY, "precision=fp32"]),
-    "chunks, adapters, fp16": (2, 1, [*_CHUNKS, *_LORA, "precision=fp16"]),
-    "context, cache, fp16": (2, 1, [*_CONTEXT, *_SHALLOW, *_CACHE, "precision=fp16"]),
-    "context, memory, values, bf16": (2, 0, [*_CONTEXT, *_SHALLOW, *_MEMORY, *_VALUES, "precision=bf16"]),
-    "replicas, packed, cache, bf16": (2, 1, [*_REPLICAS, *_SHALLOW, *_PACKED, *_CACHE, "precision=bf16"]),
-    "replicas, adapters, recomputed, bf16": (2, 0, [*_REPLICAS, *_SHALLOW, *_LORA, *_RECOMPUTE, "precision=bf16"]),
+    "first stage, packed, fp32": (2, 0, [*_STAGES, *PACKED, *_SHALLOW, "precision=fp32"]),
+    "last stage, packed, values, bf16": (2, 1, [*_STAGES, *PACKED, *_SHALLOW, *VALUES, "precision=bf16"]),
+    "chunks, memory, fp32": (2, 0, [*_CHUNKS, *MEMORY, "precision=fp32"]),
+    "chunks, adapters, fp16": (2, 1, [*_CHUNKS, *LORA, "precision=fp16"]),
+    "context, cache, fp16": (2, 1, [*_CONTEXT, *_SHALLOW, *CACHE, "precision=fp16"]),
+    "context, memory, values, bf16": (2, 0, [*_CONTEXT, *_SHALLOW, *MEMORY, *VALUES, "precision=bf16"]),
+    "replicas, packed, cache, bf16": (2, 1, [*_REPLICAS, *_SHALLOW, *PACKED, *CACHE, "precision=bf16"]),
+    "replicas, adapters, recomputed, bf16": (2, 0, [*_REPLICAS, *_SHALLOW, *LORA, *RECOMPUTE, "precision=bf16"]),
     "replicas, fp32": (2, 0, [*_REPLICAS, *_SHALLOW, "precision=fp32"]),
     "sharded, bf16": (2, 1, [*_SHARDED, *_SHALLOW, "precision=bf16"]),
-    "sharded, memory and cache, fp32": (2, 0, [*_SHARDED, *_SHALLOW, *_MEMORY, *_CACHE, "precision=fp32"]),
+    "sharded, memory and cache, fp32": (2, 0, [*_SHARDED, *_SHALLOW, *MEMORY, *CACHE, "precision=fp32"]),
     "dropout, bf16": (
         2,
         1,

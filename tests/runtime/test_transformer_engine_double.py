@@ -1,0 +1,103 @@
+"""Training steps of Transformer Engine's layers on the simulated accelerator, where its own Python runs on a double."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.test_simulated import CACHE, LORA, MEMORY, PACKED, RECOMPUTE, VALUES
+from vishwamai_mp.runtime.fused_layers import python_folder
+
+_HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(
+    python_folder() is None, reason="Transformer Engine's Python is not where runtime/fused_layers.py says"
+)
+
+# Widths that every recipe takes, a block of 128 among them, on each of two ranks.
+_WIDE = [
+    "model.num_layers=2",
+    "model.hidden_size=256",
+    "model.intermediate_size=256",
+    "model.num_key_value_heads=8",
+    "training.sequence_length=128",
+    "model.max_position_embeddings=128",
+    "training.global_batch_size=4",
+]
+_TENSOR = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+_STAGES = ["parallel.pipeline_model_parallel_size=2"]
+_CHUNKS = [*_STAGES, "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=4"]
+_CONTEXT = ["parallel.context_parallel_size=2"]
+_REPLICAS = ["parallel.use_distributed_optimizer=true"]
+_DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
+
+# Name: ranks, rank, settings. Each kind of layer, layout and precision is in several.
+_STEPS: dict[str, tuple[int, int, list[str]]] = {
+    "one process, bf16": (1, 0, ["precision=bf16"]),
+    "one process, fp32": (1, 0, ["precision=fp32"]),
+    "tensor, fp16": (2, 1, [*_TENSOR, "precision=fp16"]),
+    "tensor, delayed": (2, 0, [*_TENSOR, "precision=fp8_delayed"]),
+    "tensor, current": (2, 1, [*_TENSOR, "precision=fp8_current"]),
+    "tensor, blockwise": (2, 0, [*_TENSOR, "precision=fp8_blockwise"]),
+    "tensor, mx": (2, 1, [*_TENSOR, "precision=fp8_mx"]),
+    "tensor, memory, cache and values, delayed": (
+        2,
+        1,
+        [*_TENSOR, *MEMORY, *CACHE, *VALUES, "memory.chunk_size=64", "precision=fp8_delayed"],
+    ),
+    "first stage, packed, bf16": (2, 0, [*_STAGES, *PACKED, "precision=bf16"]),
+    "last stage, packed, values, delayed": (2, 1, [*_STAGES, *PACKED, *VALUES, "precision=fp8_delayed"]),
+    "chunks, fp8 in the middle": (2, 0, [*_CHUNKS, "precision=fp8_current", "fp8.bf16_layers_at_start=1"]),
+    "chunks, adapters, fp16": (2, 1, [*_CHUNKS, *LORA, "precision=fp16"]),
+    "context, cache, bf16": (2, 1, [*_CONTEXT, *CACHE, "precision=bf16"]),
+    "context, delayed": (2, 0, [*_CONTEXT, "precision=fp8_delayed"]),
+    "context, window, mx": (2, 0, [*_CONTEXT, "model.sliding_window=16", "precision=fp8_mx"]),
+    "replicas, packed, cache, blockwise": (2, 1, [*_REPLICAS, *PACKED, *CACHE, "precision=fp8_blockwise"]),
+    "replicas, adapters, recomputed, delayed": (2, 0, [*_REPLICAS, *LORA, *RECOMPUTE, "precision=fp8_delayed"]),
+    "replicas, adapters, mx": (2, 0, [*_REPLICAS, *LORA, "precision=fp8_mx"]),
+    "replicas, dropout, recomputed, current": (
+        2,
+        1,
+        [*_REPLICAS, *_DROPOUT, *RECOMPUTE, "precision=fp8_current"],
+    ),
+    "sharded, bf16": (2, 1, ["parallel.fully_sharded=true", "precision=bf16"]),
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, Any]]:
+    """What each step told; all in one process."""
+    cases = [[*place, "simulated", [*_WIDE, *settings]] for *place, settings in _STEPS.values()]
+    command = [sys.executable, str(_HERE / "simulated_steps.py"), "--transformer-engine"]
+    run = subprocess.run(command, input=json.dumps(cases), text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    return dict(zip(_STEPS, json.loads(run.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("name", _STEPS)
+def test_a_step_runs_and_waits_once(found, name):
+    step = found[name]
+    assert "error" not in step, step["error"]
+    assert step["updated"]
+    assert step["layers"] == "Transformer Engine"
+    assert not step["notes"]
+    assert list(step["host_waits"].values()) == [1], step["host_waits"]
+    # The frequencies of positions, and a tensor of nothing that memory is given back with: once in a model's life.
+    assert all("rotary" in place or "pytorch/utils" in place for place in step["host_copies"]), step["host_copies"]
+    assert sum(step["at_peak"].values()) == step["peak_bytes"]
+    assert step["at_peak"]["workspaces"] == 32 * 2**20 + 1024  # cuBLAS's on a Hopper or later
+
+
+def test_fp8_launches_quantizers_for_the_same_products(found):
+    steps = {name: found[f"tensor, {name}"] for name in ("fp16", "delayed", "current", "blockwise", "mx")}
+    assert len({step["flops"] for step in steps.values()}) == 1
+    assert all(steps[name]["launches"] > steps["fp16"]["launches"] for name in steps if name != "fp16")
+
+
+def test_the_rules_of_the_double():
+    run = subprocess.run(
+        [sys.executable, str(_HERE / "transformer_engine_rules.py")], text=True, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stderr

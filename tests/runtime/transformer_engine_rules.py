@@ -1,0 +1,82 @@
+"""A program: what the double of Transformer Engine's compiled part gives and refuses; assertions say which."""
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from vishwamai_mp.runtime.simulated import transformer_engine_double
+
+assert transformer_engine_double.install()
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformer_engine.pytorch as te  # noqa: E402
+import transformer_engine_torch as tex  # noqa: E402
+
+from tests.training.layouts import SMALL  # noqa: E402
+from vishwamai_mp.config import PretrainConfig, load_config, resolve  # noqa: E402
+from vishwamai_mp.precision import use_transformer_engine  # noqa: E402
+from vishwamai_mp.runtime.simulated import SimulatedJob, simulated_job  # noqa: E402
+from vishwamai_mp.training.dry_run import dry_run  # noqa: E402
+
+E4M3 = te.DType.kFloat8E4M3
+
+
+def config(*overrides: str) -> PretrainConfig:
+    wide = ["model.hidden_size=256", "model.num_layers=1", "training.global_batch_size=2", "precision=bf16"]
+    return resolve(load_config(SMALL, [*wide, *overrides]), 1)
+
+
+def products(job: SimulatedJob) -> None:
+    """Shapes as `layout` says, FLOPs of a product, and what does not multiply."""
+    weight, grad = torch.empty(96, 64, device="simulated"), torch.empty(10, 5, 96, device="simulated")
+    before = job.recorder.flops["generic_gemm"]
+    assert te.cpp_extensions.general_gemm(weight, grad, layout="NN")[0].shape == (10, 5, 64)
+    assert te.cpp_extensions.general_gemm(weight[:, :32].contiguous(), grad[..., :32], layout="TN")[0].shape[-1] == 96
+    x = torch.empty(50, 64, device="simulated")
+    assert te.cpp_extensions.general_gemm(x, grad.view(50, 96), layout="NT")[0].shape == (96, 64)
+    assert job.recorder.flops["generic_gemm"] - before == 2 * 50 * 96 * (64 + 32 + 64)
+    with pytest.raises(RuntimeError, match="do not multiply"):
+        te.cpp_extensions.general_gemm(weight, grad, layout="TN")
+
+
+def quantizers(job: SimulatedJob) -> None:
+    """What is kept of a matrix: codes in the directions asked for, and scales padded as the products read them."""
+    x = torch.empty(256, 96, dtype=torch.bfloat16, device="simulated")
+    one = torch.empty(1, device="simulated")
+    delayed = te.Float8Quantizer(one, one, E4M3)(x)
+    assert (delayed._data.shape, delayed._transpose.shape) == ((256, 96), (96, 256))  # a Hopper keeps both
+    blocks = te.Float8BlockQuantizer(E4M3, rowwise=True, columnwise=True, block_scaling_dim=1)(x)
+    assert (blocks._rowwise_scale_inv.shape, blocks._columnwise_scale_inv.shape) == ((1, 256), (2, 96))
+    mx = te.MXFP8Quantizer(E4M3, rowwise=True, columnwise=True)(x)
+    assert (mx._rowwise_scale_inv.shape, mx._columnwise_scale_inv.shape) == ((256, 4), (8, 128))
+    with pytest.raises(RuntimeError, match="divisible by 32"):
+        te.MXFP8Quantizer(E4M3)(x[:, :80])
+    rows_only = te.Float8Quantizer(one, one, E4M3, columnwise=False)(x)
+    with pytest.raises(RuntimeError, match="operand A holds no column-wise FP8 data"):
+        te.cpp_extensions.general_gemm(rows_only, x.new_empty(10, 256), torch.bfloat16, layout="NN")
+
+
+def refusals(job: SimulatedJob) -> None:
+    here, host = torch.empty(4, 8, device="simulated"), torch.empty(4, 8)
+    with pytest.raises(NotImplementedError, match=r"transformer_engine_torch\.gelu is no part of the simulation"):
+        tex.gelu(here, None)
+    with pytest.raises(RuntimeError, match="rmsnorm_fwd: expected tensors of the accelerator, got one of cpu"):
+        tex.rmsnorm_fwd(host, host[0], 1e-5, None, None, te.DType.kFloat32, 0, False)
+    with pytest.raises(RuntimeError, match="multi_tensor_scale: sizes"):
+        tex.multi_tensor_scale(1, here, [[here], [here[0]]], 2.0)
+
+
+assert not use_transformer_engine()  # outside of a job this is a CPU
+with simulated_job(config(), 1, 0) as one_rank:
+    assert use_transformer_engine()
+    for rules in (products, quantizers, refusals):
+        rules(one_rank)
+fused = dry_run(config("model.num_layers=2"), 1, 0)
+with mock.patch("vishwamai_mp.precision.policy.has_transformer_engine", return_value=False):
+    plain = dry_run(config("model.num_layers=2"), 1, 0)
+assert (fused.layers, plain.layers) == ("Transformer Engine", "torch")
+assert fused.flops == plain.flops
+assert fused.parameters == plain.parameters
+assert fused.at_peak["gradients"] == plain.at_peak["gradients"]
