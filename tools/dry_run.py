@@ -10,8 +10,8 @@ needs (tensors only: not the allocator's slack, CUDA's libraries or NCCL's buffe
 floating point operations and kernels of the step, what it exchanges with which group, and where the host would wait for
 the device. Sizes are bytes; in text, binary units (1 GiB = 2^30 B).
 
-Layers are Transformer Engine's where its Python is installed; a double stands in for what it compiles:
-  pip install --no-deps --target "$(python -c 'import sys; print(sys.prefix)')/transformer_engine" transformer-engine==2.20.2
+Layers are Transformer Engine's where its Python is; a double stands in for what it compiles. To put it there:
+  pip install --no-deps --target .venv/transformer_engine transformer-engine==2.20.2  # .venv: the environment's folder
 Without it, or with --torch-layers, they are torch's own, and FP8 is simulated as bf16.
 """
 

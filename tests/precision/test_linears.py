@@ -187,7 +187,7 @@ def test_policies(precision, dtype, scales):
 )
 def test_transformer_engine_needs_a_gpu_and_the_package(device, installed, expected):
     with (
-        mock.patch("vishwamai_mp.precision.policy.device", return_value=torch.device(device)),
+        mock.patch("vishwamai_mp.runtime.fused_layers.device", return_value=torch.device(device)),
         mock.patch("importlib.util.find_spec", return_value=object() if installed else None),
     ):
         assert use_transformer_engine() is expected

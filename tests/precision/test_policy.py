@@ -32,11 +32,11 @@ def fp8_config(precision: str, *overrides: str):
 
 
 def as_if_on_a_gpu(engine: bool = True) -> mock._patch:
-    """`device()` and the search for the package, as the policy sees them."""
+    """`device()` and whether the package is there, as the policy sees them."""
     return mock.patch.multiple(
         "vishwamai_mp.precision.policy",
         device=mock.Mock(return_value=torch.device("cuda")),
-        importlib=mock.Mock(util=mock.Mock(find_spec=mock.Mock(return_value=object() if engine else None))),
+        has_transformer_engine=mock.Mock(return_value=engine),
     )
 
 

@@ -14,8 +14,8 @@ from vishwamai_mp.runtime import megatron_cpu
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adapter does nothing where CUDA exists")
 
 
-def _rewritten(source: str) -> str:
-    return ast.unparse(megatron_cpu._rewritten(source, "<test>"))
+def rewritten(source: str) -> str:
+    return ast.unparse(megatron_cpu.rewritten(source, "<test>", megatron_cpu.ToThisDevice()))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def _rewritten(source: str) -> str:
     ],
 )
 def test_an_idiom_is_rewritten(source, expected):
-    assert _rewritten(source) == expected
+    assert rewritten(source) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,12 @@ def test_an_idiom_is_rewritten(source, expected):
     ],
 )
 def test_what_is_no_idiom_stays(source):
-    assert _rewritten(source) == source
+    assert rewritten(source) == source
 
 
 def test_rewritten_code_runs_on_the_cpu():
     code = compile(
-        megatron_cpu._rewritten("y = torch.ones(2, device=torch.cuda.current_device()).cuda() + 1", "<test>"),
+        rewritten("y = torch.ones(2, device=torch.cuda.current_device()).cuda() + 1"),
         "<test>",
         "exec",
     )

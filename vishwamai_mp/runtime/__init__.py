@@ -22,8 +22,8 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message)
 
 from vishwamai_mp.runtime.device import device, is_accelerator, local_rank, multiplies_natively  # noqa: E402
-from vishwamai_mp.runtime.fused_layers import has_transformer_engine  # noqa: E402
 from vishwamai_mp.runtime.failure import run_distributed_program  # noqa: E402
+from vishwamai_mp.runtime.fused_layers import has_transformer_engine  # noqa: E402
 
 if TYPE_CHECKING:
     from vishwamai_mp.runtime.distributed import Runtime, distributed_session, initialize, shutdown, standing_session

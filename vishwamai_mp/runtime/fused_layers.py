@@ -3,7 +3,7 @@
 Its Python without its compiled part cannot live where Python looks for packages, for others find and import it there.
 It lies in a folder of its own:
 
-    pip install --no-deps --target "$(python -c 'import sys; print(sys.prefix)')/transformer_engine" transformer-engine
+    pip install --no-deps --target .venv/transformer_engine transformer-engine    # .venv: the environment's folder
 """
 
 import importlib.util

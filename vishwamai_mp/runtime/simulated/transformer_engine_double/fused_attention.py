@@ -138,7 +138,7 @@ def fused_rope_forward(
 ) -> Tensor:
     """Queries or keys turned by their positions; `freqs`: (S, 1, 1, K) fp32."""
     if freqs.dim() != 4 or freqs.shape[1:3] != (1, 1) or freqs.dtype != torch.float32:
-        raise RuntimeError(f"fused_rope: frequencies are to be (S, 1, 1, K) fp32, not {list(freqs.shape)} {freqs.dtype}")
+        raise RuntimeError(f"fused_rope: frequencies {list(freqs.shape)} {freqs.dtype}, not (S, 1, 1, K) fp32")
     out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     launch("fused_rope", input, freqs, cu_seqlens, out)
     return out
@@ -159,12 +159,18 @@ def _query_format(layout: Any) -> str:
 
 
 def _matrices(layout: str, queries: int, keys: int, q: Tensor, k: Tensor, v: Tensor) -> list[list[int]]:
-    """Shapes (rows, heads, tokens, width) of what is multiplied, causal or not; documents are as long as the longest."""
-    heads, kept = q.shape[-2], [queries, keys, keys]
+    """Shapes (rows, heads, tokens, width) of queries, keys and values as they are multiplied.
+
+    Nothing is left out for the mask, as torch counts its own. Documents laid end to end are as many as fit, each as
+    long as the longest.
+    """
+    heads = q.shape[-2]
     if layout == "NVTE_THD":
-        return [[1, heads, q.shape[0] * length // max(queries, 1) if i == 0 else length, x.shape[-1]] for i, (x, length) in enumerate(zip((q, k, v), kept, strict=True))]
-    rows, _, tokens = _AXES[layout]
-    return [[x.shape[rows], heads, x.shape[tokens], x.shape[-1]] for x in (q, k, v)]
+        documents = -(-q.shape[0] // queries)
+        tokens = (queries, keys, keys)
+        return [[documents, heads, length, x.shape[-1]] for x, length in zip((q, k, v), tokens, strict=True)]
+    rows, _, at = _AXES[layout]
+    return [[x.shape[rows], heads, x.shape[at], x.shape[-1]] for x in (q, k, v)]
 
 
 def _gradients(layout: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

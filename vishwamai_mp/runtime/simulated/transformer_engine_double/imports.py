@@ -13,8 +13,6 @@ import sys
 import types
 from typing import Any
 
-import torch
-
 from vishwamai_mp.runtime.megatron_cpu import IN_PLACE_OF_CUDA, ToThisDevice, rewritten
 from vishwamai_mp.runtime.simulated.device import NAME
 from vishwamai_mp.runtime.simulated.transformer_engine_double.gpu import GPU
@@ -22,7 +20,7 @@ from vishwamai_mp.runtime.simulated.transformer_engine_double.gpu import GPU
 _ABSENT = ("triton", "einops", "onnxscript", "onnx")
 
 
-class _ToTheGpu(ToThisDevice):
+class _ToTheGpu(ToThisDevice, ast.NodeTransformer):
     """As in megatron-core, and the idioms that only Transformer Engine uses."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
@@ -42,9 +40,7 @@ class _ToTheGpu(ToThisDevice):
         if node.module != "torch.cuda":
             return node
         names = [ast.Name(alias.asname or alias.name, ast.Store()) for alias in node.names]
-        values = [
-            ast.Attribute(ast.Name(IN_PLACE_OF_CUDA, ast.Load()), alias.name, ast.Load()) for alias in node.names
-        ]
+        values = [ast.Attribute(ast.Name(IN_PLACE_OF_CUDA, ast.Load()), alias.name, ast.Load()) for alias in node.names]
         assigned = [ast.Assign([name], value) for name, value in zip(names, values, strict=True)]
         return [ast.copy_location(statement, node) for statement in assigned]
 
@@ -119,6 +115,8 @@ class Absent:
 
 
 class _AbsentModule(types.ModuleType):
+    __version__ = "3.5.0"  # triton's, which is compared
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -135,7 +133,7 @@ class _AbsentFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         module = _AbsentModule(spec.name)
-        module.__path__, module.__version__ = [], "3.5.0"  # triton's, which is compared
+        module.__path__ = []
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -24,7 +24,7 @@ def rmsnorm_fwd(
     shape, dtype = list(input.shape), DTYPES[int(otype)]
     reciprocal = torch.empty(math.prod(shape[:-1]), dtype=torch.float32, device=input.device)
     out = create(quantizer, shape, dtype, input.device) if ln_out is None else ln_out
-    # The kernel writes 16 bits, or codes by the scale that delayed scaling knows beforehand; others need the amax first.
+    # The kernel writes 16 bits, or codes by the scale that delayed scaling knows; the others need the amax first.
     fused = quantizer is None or type(quantizer).__name__ == "Float8Quantizer"
     wide = out if fused else torch.empty(shape, dtype=dtype, device=input.device)
     launch("rmsnorm_fwd", input, weight, wide, reciprocal)
