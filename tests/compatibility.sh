@@ -20,7 +20,7 @@ On Python 3.12 pip may take torch's CUDA build, some 5 GB more for the first suc
 TEXT
 }
 
-FOLDER="$PWD/${FOLDER:-.compatibility}"
+FOLDER="$(realpath -m "${FOLDER:-.compatibility}")"
 MATRIX="${MATRIX:-3.11=0.16.1 3.12=0.16.1 3.12=0.17.1 3.12=0.19.2}"
 ONLY=""
 while (($#)); do

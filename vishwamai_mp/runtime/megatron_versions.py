@@ -37,3 +37,13 @@ def is_marked(weight: Tensor) -> bool:
     From 0.17 on its linear layers do so, whether they fill the parameter in or not.
     """
     return hasattr(weight, "tensor_model_parallel")
+
+
+def gradients_for_norm(optimizer: Any) -> list[Tensor]:
+    """This rank's gradients that the norm over all ranks is made of, each counted on one rank.
+
+    Args:
+        optimizer: one of megatron-core's, not chained.
+    """
+    older = getattr(optimizer, "get_main_grads_for_grad_norm", None)
+    return older() if older else optimizer.get_grads_for_grad_norm()  # its name in 0.19.2

@@ -16,6 +16,7 @@ from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.model.fully_sharded import FullySharded, fully_shards
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime, device
+from vishwamai_mp.runtime.megatron_versions import gradients_for_norm
 from vishwamai_mp.training.fully_sharded import ShardedOptimizer
 from vishwamai_mp.training.own_optimizer import use_own_optimizer
 
@@ -130,7 +131,7 @@ def ready_gradients(optimizer: ChainedOptimizer) -> ReadyGradients:
         if scaler:
             part.grad_scaler = scaler
             overflow = torch.maximum(overflow, _unscale(part, group).squeeze())
-        gradients.setdefault(group, []).extend(part.get_main_grads_for_grad_norm())
+        gradients.setdefault(group, []).extend(gradients_for_norm(part))
     squares = []
     for group, own in gradients.items():
         norms = torch.stack(torch._foreach_norm(own)) if own else torch.zeros(1, device=device())
