@@ -115,7 +115,11 @@ def test_a_table_that_is_none_is_refused(slow_and_fast, tmp_path, content):
         choices.table_of_run(path)
 
 
-def test_an_unknown_way_is_refused_by_name(slow_and_fast):
+def test_an_unknown_way_is_refused_by_name(slow_and_fast, tmp_path, monkeypatch):
+    (tmp_path / "mine.json").write_text('{"walk": "run"}')
+    monkeypatch.setenv("VISHWAMAI_WAYS", str(tmp_path / "mine.json"))
+    with pytest.raises(UserError, match="walk=run is not known"):
+        slow_and_fast()
     with pytest.raises(UserError, match="walk=run is not known; it is one of slow, fast"):
         choices.use({"walk": "run"})
 

@@ -70,7 +70,10 @@ class JsonVocabulary:
         self._added = {i: token.content for i, token in added.items()}
         self._special = {token.content: i for i, token in added.items() if token.special}
         self._bytes = _byte_alphabet() if '"ByteLevel"' in json.dumps(described.get("decoder")) else None
-        self._settings = {**_read(path.with_name(_SPECIAL_TOKENS_FILE)), **_read(path.with_name(SETTINGS_FILE))}
+        self._settings = {
+            **read_settings(path.with_name(_SPECIAL_TOKENS_FILE)),
+            **read_settings(path.with_name(SETTINGS_FILE)),
+        }
         self.unk_id = self._named("unk_token", described.get("model", {}).get("unk_token"))
         self.bos_id = self._named("bos_token")
         self.eod_id = self._named("eos_token")
@@ -124,7 +127,8 @@ class JsonVocabulary:
         return next((self._special[token] for token in _USUAL[name] if token in self._special), -1)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object that may lie beside a tokenizer; empty without one. Raises `UserError` for anything else."""
     if not path.is_file():
         return {}
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE
+from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
 from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, Tokenizer
 
 # Tokenizers of transformers that put BOS first unless they are told not to.
@@ -51,7 +51,7 @@ class PromptTokenizer:
                 f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model {vocab_size}: those"
                 " beyond are never generated"
             )
-        self._settings = _read_settings(tokenizer.path.with_name(SETTINGS_FILE))
+        self._settings = read_settings(tokenizer.path.with_name(SETTINGS_FILE))
         self.first = [self._bos()] if (self._adds_bos() if add_bos is None else add_bos) else []
         ends = [tokenizer.eod_id, self._named("eos_token"), *_end_ids(tokenizer.path.with_name(GENERATION_FILE))]
         known = range(tokenizer.vocab_size)
@@ -164,21 +164,9 @@ class PromptTokenizer:
         return self._said(name) or (self.tokenizer.id_to_token(ids[name]) if ids[name] >= 0 else None)
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_one_line(error)}); mend it or take it away") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is no JSON object; mend it or take it away")
-    return settings
-
-
 def _end_ids(path: Path) -> list[Any]:
     """`eos_token_id` of a generation configuration: a number, or several."""
-    ids = _read_settings(path).get("eos_token_id")
+    ids = read_settings(path).get("eos_token_id")
     return ids if isinstance(ids, list) else [ids]
 
 

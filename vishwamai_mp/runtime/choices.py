@@ -68,8 +68,8 @@ class Choice:
     def _settle(self) -> str:
         if is_in_torch_dispatch_mode():  # nothing is computed there, so nothing can be timed
             return self.first
-        _in_force[self.name] = way = decide([self])[self.name]
-        return way
+        use(decide([self]))
+        return _in_force[self.name]
 
 
 def use(table: Mapping[str, str]) -> None:
