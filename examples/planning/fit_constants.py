@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Fit the constants of `vishwamai_mp/planning/stacks.py` to published throughput, and say how far off other rows are.
 
-    python examples/planning/fit_constants.py published.csv
+    python examples/planning/fit_constants.py published.csv [--memory published_memory.csv]
 
 Of the distinct layouts of a program, GPU and number format, in the order of the table, every other one is fitted to
 (all its rows); the rest is held out. One coordinate at a time is moved while the mean of |log(predicted / measured)|
-falls, each row's share bounded so that outliers do not decide.
+falls, each row's share bounded so that outliers do not decide. With `--memory` the constants of what programs keep are
+fitted likewise, to every other row of a program.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from vishwamai_mp.config.errors import run_program
 from vishwamai_mp.planning import stacks
 from vishwamai_mp.planning.published import PublishedRun, read_published
+from vishwamai_mp.planning.published_memory import peak_bytes
 from vishwamai_mp.planning.step_time import step_time, tokens_per_second_per_gpu
 
 # Constants of a stack that are fitted, and where they may lie.
@@ -41,6 +43,15 @@ _SHARES = {
     "mxfp8": (0.35, 0.56, 0.75),
     "nvfp4": (0.25, 0.42, 0.65),
     "attention": (0.15, 0.45, 0.75),
+}
+# What a layer keeps, and what a program keeps besides.
+_KEPT_RANGES = {
+    "residual": (6.0, 24.0),
+    "mlp": (3.0, 6.0),
+    "logit": (4.0, 16.0),
+    "gradient": (0.0, 4.0),
+    "reserved": (1.0, 1.2),
+    "libraries": (0.5 * 2**30, 4.0 * 2**30),
 }
 _PULL = 0.003  # towards what is usual, where the rows hardly tell
 _WORST = 0.4  # a row's largest share in what is minimised
@@ -105,6 +116,36 @@ def fit(name: str, runs: list[PublishedRun], rounds: int) -> None:
                 break
 
 
+def memory_errors(runs: list[PublishedRun]) -> list[float]:
+    """predicted / measured − 1 of the peaks."""
+    found = []
+    for run in runs:
+        assert run.memory is not None
+        found.append(peak_bytes(run.config, run.world_size, stacks.KEPT[run.machine.stack.name]) / run.memory - 1)
+    return found
+
+
+def fit_memory(names: set[str], runs: list[PublishedRun], rounds: int) -> None:
+    """Move what one program keeps, under all of its names."""
+
+    def loss(kept: stacks.Kept) -> float:
+        stacks.KEPT.update(dict.fromkeys(names, kept))
+        pull = sum(abs(getattr(kept, k) - getattr(usual, k)) / (high - low) for k, (low, high) in _KEPT_RANGES.items())
+        return _PULL * pull + sum(min(abs(math.log(1 + error)), _WORST) for error in memory_errors(runs)) / len(runs)
+
+    usual = best = stacks.KEPT[min(names)]
+    least = loss(usual)
+    for scale in (0.3, 0.1, 0.03, 0.01)[:rounds]:
+        for _ in range(3):
+            for field, (low, high) in _KEPT_RANGES.items():
+                for sign in (1, -1):
+                    value = min(max(getattr(best, field) + sign * scale * (high - low), low), high)
+                    moved = replace(best, **{field: value})
+                    if (now := loss(moved)) < least:
+                        least, best = now, moved
+    stacks.KEPT.update(dict.fromkeys(names, best))
+
+
 def rank_agreement(runs: list[PublishedRun]) -> dict[str, float]:
     """Kendall's tau-b of predicted and measured rates, of sources that have four or more layouts of a model."""
     groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -126,8 +167,8 @@ def _sign(number: float) -> int:
     return (number > 0) - (number < 0)
 
 
-def report(title: str, runs: list[PublishedRun]) -> None:
-    sizes = sorted(map(abs, errors(runs)))
+def report(title: str, found: list[float]) -> None:
+    sizes = sorted(map(abs, found))
     median, ninth = sizes[len(sizes) // 2], sizes[int(0.9 * len(sizes))]
     print(f"{title}: {len(sizes)} rows, median {median:.1%}, 90th percentile {ninth:.1%}")
 
@@ -136,16 +177,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     parser.add_argument("--rounds", type=int, default=4, help="of ever finer moves; 0 only reports (default 4)")
+    parser.add_argument("--memory", type=Path, metavar="TABLE", help="of published peaks")
     options = parser.parse_args()
     runs = [run for run in read_published(options.table)[0] if run.measured]
     fitted, held_out = split(runs)
     for name in {run.machine.stack.name for run in fitted}:
         fit(name, [run for run in fitted if run.machine.stack.name == name], options.rounds)
         print(stacks.STACKS[name], stacks.REACHED[name], sep="\n")
-    report("fitted to", fitted)
-    report("held out", held_out)
+    report("fitted to", errors(fitted))
+    report("held out", errors(held_out))
     for key, tau in rank_agreement(runs).items():
         print(f"tau {tau:+.2f}  {key}")
+    if options.memory:
+        of_memory(options.memory, options.rounds)
+
+
+def of_memory(table: Path, rounds: int) -> None:
+    """Fit what programs keep to every other row of each, and say how far off the rows are."""
+    runs = [run for run in read_published(table)[0] if run.memory and run.machine.stack.name in stacks.KEPT]
+    programs: dict[str, list[PublishedRun]] = defaultdict(list)
+    for run in runs:
+        programs[run.machine.stack.name.removesuffix("-eager")].append(run)
+    fitted, held_out = [], []
+    for program, rows in programs.items():
+        fit_memory({name for name in stacks.KEPT if name.startswith(program)}, rows[::2], rounds)
+        print(stacks.KEPT[program])
+        fitted += rows[::2]
+        held_out += rows[1::2]
+    report("memory, fitted to", memory_errors(fitted))
+    report("memory, held out", memory_errors(held_out))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,15 @@ _ROWS = [
     "NeMo Megatron-Bridge 26.04,Llama3.1-405B,8192,GB300,256,4,8,1,4,1,1536,NVFP4,,1424,",
 ]
 
+_PEAKS = [  # of the two programs that tell theirs
+    "torchtitan Table 2; FSDP=1 + CP + torch.compile,Llama3-8B,262144,H100-96GB-HBM2e-500W,8,1,1,8,1,,FP8,full,84.5",
+    "torchtitan Table 1; FSDP=8,Llama3-8B,8192,H100-96GB-HBM2e-500W,8,1,1,1,2,16,BF16,selective,82.4",
+    "torchtitan; FSDP=8; AsyncTP; local batch 8,Llama3.1-405B,32768,H100-96GB-HBM2e-500W,512,8,8,1,,,FP8,full,75.3",
+    "nanotron; ZeRO-1,nanotron-3.57B,4096,H100,32,1,2,1,2,256,BF16,,53.33",
+    "nanotron; ZeRO-0,nanotron-80.0B,4096,H100,32,8,4,1,1,256,BF16,,65.97",
+    "nanotron; ZeRO-0,nanotron-1.34B,4096,H100,256,4,1,1,4,256,BF16,,19.57",
+]
+
 # Of a step, not of a micro-batch.
 _ONCE = {"pipeline bubble", "data parallel traffic", "optimizer", "host", "waiting for the slowest"}
 
@@ -53,6 +62,16 @@ def test_published_runs_are_met(table):
     assert len(rows) == len(_ROWS)
     assert summary(rows)["median"] < 0.08
     assert max(abs(row["error"]) for row in rows) < 0.15
+
+
+def test_published_peaks_are_met(tmp_path):
+    path = tmp_path / "peaks.csv"
+    path.write_text(
+        "\n".join(["source,model,seq,gpu,n_gpus,tp,pp,cp,mbs,gbs,precision,recompute,peak_mem_gib", *_PEAKS])
+    )
+    rows = check_rows(read_published(path)[0])
+    assert [row["unit"] for row in rows] == ["bytes"] * len(_PEAKS)
+    assert max(abs(row["error"]) for row in rows) < 0.06
 
 
 def test_the_parts_of_a_table_may_be_blank_and_what_is_wrong_is_a_note(table):

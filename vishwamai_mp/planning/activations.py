@@ -34,7 +34,7 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
         config: resolved.
         on_gpu: Transformer Engine's attention keeps no weights; a CPU's keeps them of short sequences.
     """
-    tokens, size = _tokens(config), number_bytes(config)
+    tokens, size = tokens_of_micro_batch(config), number_bytes(config)
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     assert model.intermediate_size is not None
     width = model.hidden_size / _sequence_shards(config)
@@ -61,14 +61,12 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
         micro_batches: of a step. A stage keeps those that are on their way through the later stages (1F1B).
         on_gpu: as `layer_activations` has it.
     """
-    parallel, layer = config.parallel, layer_activations(config, on_gpu)
-    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    underway: float = min(stages - stage, micro_batches)
-    if chunks:  # the interleaved schedule starts more of them (section 4.2.3), in passes through single chunks
-        underway = min((2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks, micro_batches)
+    layer = layer_activations(config, on_gpu)
+    stages = config.parallel.pipeline_model_parallel_size
+    chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     per_stage = stage_layers(config)
-    kept = per_stage[stage] * layer.kept + (chunks or 1) * _between_layers(config, stages)
-    again, tokens = layer.again, _tokens(config)
+    kept = per_stage[stage] * layer.kept + chunks * _between_layers(config, stages)
+    again, tokens = layer.again, tokens_of_micro_batch(config)
     for section in ("memory", "cache"):
         options = getattr(config, section)
         here = components_on_stage(config, options.layers, per_stage, stage) if options.enabled else 0
@@ -78,12 +76,27 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
         else:
             kept += here * one
     head = _head(config, on_gpu) if stage == stages - 1 else 0.0
-    return underway * kept + max(again, head)
+    return micro_batches_underway(config, stage, micro_batches) * kept + max(again, head)
+
+
+def micro_batches_underway(config: PretrainConfig, stage: int, micro_batches: int) -> float:
+    """Forward passes through a whole stage that wait for their backward pass, at the most.
+
+    Args:
+        config: resolved.
+        stage: from 0.
+        micro_batches: of a step.
+    """
+    stages = config.parallel.pipeline_model_parallel_size
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    if chunks:  # the interleaved schedule starts more of them (section 4.2.3), in passes through single chunks
+        return min((2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks, micro_batches)
+    return min(stages - stage, micro_batches)
 
 
 def _between_layers(config: PretrainConfig, stages: int) -> float:
     """Of a micro-batch in a chunk: what went to the next stage, and the angles that recomputed layers share (fp32)."""
-    sent = _tokens(config) * number_bytes(config) * config.model.hidden_size / _sequence_shards(config)
+    sent = tokens_of_micro_batch(config) * number_bytes(config) * config.model.hidden_size / _sequence_shards(config)
     assert config.model.head_dim is not None
     own = config.training.sequence_length // config.parallel.context_parallel_size
     angles = 4 * own * config.model.head_dim if config.training.recompute == "full" else 0
@@ -107,7 +120,8 @@ def number_bytes(config: PretrainConfig) -> int:
     return 4 if config.precision == "fp32" else 2
 
 
-def _tokens(config: PretrainConfig) -> int:
+def tokens_of_micro_batch(config: PretrainConfig) -> int:
+    """On one context parallel rank."""
     training = config.training
     return training.micro_batch_size * training.sequence_length // config.parallel.context_parallel_size
 
@@ -132,14 +146,14 @@ def key_width(config: PretrainConfig) -> int:
 
 def _inputs(config: PretrainConfig) -> float:
     """Queries and keys, turned by position, and all of the fused projection, for values are a part of it."""
-    numbers = _tokens(config) * (2 * query_width(config) + 3 * key_width(config))
+    numbers = tokens_of_micro_batch(config) * (2 * query_width(config) + 3 * key_width(config))
     return numbers * number_bytes(config) / config.parallel.tensor_model_parallel_size
 
 
 def _attention(config: PretrainConfig, on_gpu: bool) -> float:
     """What attention keeps beside its output. Keys and values are those of all context parallel ranks."""
     model, length, context = config.model, config.training.sequence_length, config.parallel.context_parallel_size
-    queries, keys, tokens = query_width(config), key_width(config), _tokens(config)
+    queries, keys, tokens = query_width(config), key_width(config), tokens_of_micro_batch(config)
     share = number_bytes(config) / config.parallel.tensor_model_parallel_size
     if on_gpu or length // context > _LONGEST or model.attention_dropout:
         inputs = _inputs(config) if context == 1 else tokens * (queries + 2 * keys * context) * share
@@ -161,4 +175,4 @@ def _head(config: PretrainConfig, on_gpu: bool) -> float:
     width = 2 * config.model.hidden_size / _sequence_shards(config)
     copies = 4 if on_gpu and number_bytes(config) == 2 else 2
     logits = copies * padded_vocab_size(config) / config.parallel.tensor_model_parallel_size
-    return _tokens(config) * number_bytes(config) * (width + logits)
+    return tokens_of_micro_batch(config) * number_bytes(config) * (width + logits)

@@ -4,6 +4,8 @@ from typing import Any
 
 from vishwamai_mp.planning.footprint import job_footprint
 from vishwamai_mp.planning.published import PublishedRun
+from vishwamai_mp.planning.published_memory import peak_bytes
+from vishwamai_mp.planning.stacks import KEPT
 
 
 def check_rows(runs: list[PublishedRun]) -> list[dict[str, Any]]:
@@ -16,7 +18,12 @@ def check_rows(runs: list[PublishedRun]) -> list[dict[str, Any]]:
             rate = run.predicted_rate
             row |= {"published": run.measured, "predicted": rate, "error": rate / run.measured - 1}
         elif run.memory:
-            need = job_footprint(run.config, run.world_size).total
+            kept = KEPT.get(run.machine.stack.name)
+            need = (
+                peak_bytes(run.config, run.world_size, kept)
+                if kept
+                else job_footprint(run.config, run.world_size).total
+            )
             row |= {"published": run.memory, "predicted": need, "error": need / run.memory - 1, "unit": "bytes"}
         else:
             continue

@@ -248,6 +248,10 @@ def _layouts(
     recompute = row.get("recompute", "").lower()
     text = source.lower()
     micros = [given["mbs"]] if "mbs" in given else [1, 2, 4, 8, 16]
+    # torchtitan tells what a replica takes in a step, and cuts it into as many micro-batches as there are stages.
+    if (local := re.search(r"local batch (\d+)", source)) and "mbs" not in given and given.get("pp", 1) > 1:
+        micros = [max(1, int(local[1]) // given["pp"])]
+    each = 1 if local else 4
     # Only these sources interleave chunks without saying how many.
     open_chunks = [1, 2, 5] if interleaves and "vpp" not in given else [given.get("vpp", 1)]
     for (tensor, stages), micro, chunks in product(pairs, micros, open_chunks):
@@ -273,7 +277,7 @@ def _layouts(
             training=TrainingConfig(
                 sequence_length=given.get("seq", 4096),
                 micro_batch_size=micro,
-                global_batch_size=given.get("gbs", micro * replicas * (4 * stages if stages > 1 else 1)),
+                global_batch_size=given.get("gbs", micro * replicas * (each * stages if stages > 1 else 1)),
                 recompute="full" if "full" in recompute else "selective" if "selective" in recompute else "none",
             ),
         )

@@ -57,6 +57,27 @@ class Stack:
     flash: bool = True
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a program keeps in memory, where it is not this one.
+
+    Attributes:
+        residual: numbers of 16 bits that a layer keeps of each token, over the residual stream's width.
+        mlp: the same over the MLP's width.
+        logit: bytes of a logit at the peak, its gradient and copies in other types included.
+        gradient: bytes of a gradient beside its fp32 sum, where replicas sum theirs.
+        reserved: bytes that the allocator has taken from the device, over those in tensors.
+        libraries: bytes besides.
+    """
+
+    residual: float
+    mlp: float
+    logit: float
+    gradient: float
+    reserved: float
+    libraries: float
+
+
 # Shares of the peak by (stack, GPU): matrix products in a format, "attention" of the 16-bit peak.
 REACHED: dict[str, dict[str, dict[str, float]]] = {
     "megatron": {
@@ -141,6 +162,13 @@ _STACKS = [
     Stack("deepspeed", elementwise=3.656, data_overlap=0.318, link=0.48, jitter=0.0284, flash=False),
 ]
 STACKS = {stack.name: stack for stack in _STACKS}
+
+# By stack; a program that is not here is taken to keep what this one keeps.
+KEPT = {
+    "nanotron": Kept(residual=16.3, mlp=3.9, logit=7.9, gradient=2.0, reserved=1.0, libraries=2.0 * 2**30),
+    "torchtitan": Kept(residual=12.0, mlp=4.0, logit=11.9, gradient=0.0, reserved=1.08, libraries=1.2 * 2**30),
+}
+KEPT["torchtitan-eager"] = KEPT["torchtitan"]
 
 
 def find_stack(name: str) -> Stack:
