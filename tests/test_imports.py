@@ -1,7 +1,8 @@
-"""A room of the package imports only the rooms above it; `_ORDER` is that order."""
+"""A room imports only the rooms above it (`_ORDER` is that order), and a file's name says what it alone does."""
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,9 @@ _ORDER = [
 _LEVEL = {room: level for level, rooms in enumerate(_ORDER) for room in rooms}
 _WITHOUT_TORCH = ("config", "planning", "diagnosis")
 _FILES = sorted(_PACKAGE.rglob("*.py"))
+# Two files have one name where they do the same for two things: the device and its simulation, a tokenizer as it is
+# read and as Hugging Face's folders hold it.
+_SHARED_NAMES = {"__init__.py", "__main__.py", "device.py", "tokenizer.py"}
 
 
 def imported_modules(source: str, package: str) -> Iterator[str]:
@@ -84,6 +88,11 @@ def test_a_file_imports_only_rooms_above_its_own(path):
 
 def test_every_folder_of_the_package_is_a_known_room():
     assert {_room(path) for path in _FILES} - {"__init__"} <= set(_LEVEL)
+
+
+def test_no_two_files_have_one_name():
+    names = Counter(path.name for path in _FILES)
+    assert {name for name, times in names.items() if times > 1} - _SHARED_NAMES == set()
 
 
 def test_tools_and_examples_import_no_tests():

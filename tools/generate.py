@@ -80,7 +80,7 @@ def sample(options: argparse.Namespace, model: "LaidOutModel") -> Iterator[dict[
 def beam(options: argparse.Namespace, model: "LaidOutModel") -> Iterator[dict[str, Any]]:
     """The best text of a beam search, prompt by prompt."""
     from vishwamai_mp.inference import BeamOptions, beam_search
-    from vishwamai_mp.inference.text import added_text
+    from vishwamai_mp.inference.added_text import added_text
 
     chosen = given(options, "num_beams", "length_penalty", "max_new_tokens")
     if options.early_stopping:

@@ -24,9 +24,9 @@ from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.config.schema import Precision
 from vishwamai_mp.planning.check import check_rows, check_text, summary
 from vishwamai_mp.planning.hardware import GPUS, find_gpu
+from vishwamai_mp.planning.layout_search import nearest_that_fits, search
 from vishwamai_mp.planning.plan_text import explanation, plan_dict, plan_text, recipe
 from vishwamai_mp.planning.published import read_published
-from vishwamai_mp.planning.search import nearest_that_fits, search
 from vishwamai_mp.planning.stacks import STACKS, find_stack
 from vishwamai_mp.planning.step_time import Machine
 

@@ -17,8 +17,8 @@ when complete; after an error nothing is left behind.
 import argparse
 
 from vishwamai_mp.config.errors import run_program
+from vishwamai_mp.data.corpus_progress import CorpusProgress, stop_on_sigterm
 from vishwamai_mp.data.prepare import PrepareReport, prepare
-from vishwamai_mp.data.progress import CorpusProgress, stop_on_sigterm
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,8 +14,8 @@ import argparse
 import sys
 
 from vishwamai_mp.config.errors import run_program
+from vishwamai_mp.data.corpus_progress import CorpusProgress, stop_on_sigterm
 from vishwamai_mp.data.preprocess import PreprocessReport, preprocess
-from vishwamai_mp.data.progress import CorpusProgress, stop_on_sigterm
 
 
 def parse_arguments() -> argparse.Namespace:

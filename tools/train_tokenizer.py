@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from vishwamai_mp.config.errors import UserError, run_program
 from vishwamai_mp.data.byte_level_training import train_byte_level
 from vishwamai_mp.data.corpus import CorpusReader, Malformed, read_block
-from vishwamai_mp.data.progress import CorpusProgress, stop_on_sigterm
+from vishwamai_mp.data.corpus_progress import CorpusProgress, stop_on_sigterm
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 

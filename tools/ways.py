@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from vishwamai_mp.model import attention  # noqa: F401  (modules with choices make them known when imported)
+    from vishwamai_mp.model import core_attention  # noqa: F401  (modules with choices make them known when imported)
     from vishwamai_mp.runtime.choices import decide, machine, measured
 
     seconds, ways = measured(), decide()

@@ -30,7 +30,7 @@ sys.path.insert(0, str(_FOLDER))
 import tasks  # noqa: E402
 
 from vishwamai_mp.planning import training_flops_per_token  # noqa: E402
-from vishwamai_mp.planning.memory import rule_flops_per_token  # noqa: E402
+from vishwamai_mp.planning.neural_memory_costs import rule_flops_per_token  # noqa: E402
 from vishwamai_mp.runtime import Runtime, distributed_session  # noqa: E402
 
 MEMORY = [
@@ -51,7 +51,7 @@ def _values_only(projected: Sequence[Any], *_: Any) -> tuple[list[Any], list[Any
 
 
 def _without_memory() -> AbstractContextManager:
-    return mock.patch("vishwamai_mp.neural_memory.module.run_levels", _values_only)
+    return mock.patch("vishwamai_mp.neural_memory.memory_module.run_levels", _values_only)
 
 
 @dataclass(frozen=True)

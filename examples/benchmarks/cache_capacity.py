@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.config import load_config, resolve
-from vishwamai_mp.planning.cache import cache_state_bytes
+from vishwamai_mp.planning.cache_costs import cache_state_bytes
 from vishwamai_mp.runtime import Runtime, distributed_session
 
 # isort: split
 from vishwamai_mp.cache_augmentation import DifferentiableCacheAugmentation
-from vishwamai_mp.cache_augmentation.decoding import CacheState
+from vishwamai_mp.cache_augmentation.cache_state import CacheState
 from vishwamai_mp.model import build_model
 
 WIDTH, HEADS = 64, 2

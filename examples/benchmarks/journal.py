@@ -24,7 +24,7 @@ from vishwamai_mp.data.batches import DocumentRules, make_batch
 from vishwamai_mp.diagnosis.shared import Kind, Operation, Phase, Word, events
 from vishwamai_mp.model import build_model
 from vishwamai_mp.runtime import initialize
-from vishwamai_mp.runtime.journal import Journal, journal_open, phase, step
+from vishwamai_mp.runtime.step_journal import Journal, journal_open, phase, step
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.step import TrainStep
 

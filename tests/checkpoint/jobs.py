@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from vishwamai_mp.checkpoint import CheckpointManager, Found, guard, manager, manifest, writer
+from vishwamai_mp.checkpoint import CheckpointManager, Found, manager, manifest, restricted_reading, writer
 from vishwamai_mp.config import (
     CheckpointConfig,
     ModelConfig,
@@ -271,7 +271,7 @@ def _die(*_: Any, **__: Any) -> None:
 
 def tensors_of(path: Path, vocab_size: int = MODEL.vocab_size) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, whole, without the padding of the vocabulary."""
-    metadata = guard.read_metadata(path).state_dict_metadata
+    metadata = restricted_reading.read_metadata(path).state_dict_metadata
     flat = {
         name: torch.empty(record.size, dtype=record.properties.dtype)
         for name, record in metadata.items()

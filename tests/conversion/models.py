@@ -19,7 +19,7 @@ from tests.checkpoint import jobs
 from tests.training.layouts import SMALL
 from vishwamai_mp.checkpoint import CheckpointManager
 from vishwamai_mp.config import PretrainConfig, load_config, resolve, to_yaml
-from vishwamai_mp.config.fp8 import SCALING_STATE
+from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 from vishwamai_mp.conversion.folder import open_folder
 from vishwamai_mp.conversion.from_hf import import_folder
 from vishwamai_mp.conversion.source import open_source

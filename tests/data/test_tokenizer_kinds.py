@@ -19,7 +19,7 @@ from vishwamai_mp.data.byte_level_training import train_byte_level
 from vishwamai_mp.data.piece_cache import DocumentEncoder
 from vishwamai_mp.data.tokenizer import SPECIAL_TOKENS, Tokenizer, kept_files
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
-from vishwamai_mp.inference.text import AddedText
+from vishwamai_mp.inference.added_text import AddedText
 from vishwamai_mp.opening.prompts import PromptTokenizer
 
 TEXTS = [f"The quick brown fox, number {i}, jumps over {i * 7} lazy dogs; naïve café 東京.\n" for i in range(60)]

@@ -168,7 +168,7 @@ def test_stacks_begin_with_the_main_thread():
         '  File "/usr/lib/python3/threading.py", line 5 in wait\n'
         '  File "/usr/lib/python3/threading.py", line 9 in _bootstrap\n\n'
         "Current thread 0x02 (most recent call first):\n"
-        '  File "/x/vishwamai_mp/runtime/journal.py", line 1 in waiting\n'
+        '  File "/x/vishwamai_mp/runtime/step_journal.py", line 1 in waiting\n'
         '  File "/x/site-packages/torch/nn/modules/module.py", line 2 in inner\n'
         '  File "/x/vishwamai_mp/training/loop.py", line 3 in _step\n'
         '  File "<string>", line 4 in <module>\n'

@@ -15,13 +15,13 @@ from vishwamai_mp.config import PretrainConfig, TreeConfig, load_config, preset_
 from vishwamai_mp.data.indexed import IndexedWriter, check_indexed
 from vishwamai_mp.data.lines import json_records
 from vishwamai_mp.data.marks import BEGINS, LEARNT
-from vishwamai_mp.data.rows import IndexedDataset, PreparedRows, check_rows
+from vishwamai_mp.data.prepared_rows import IndexedDataset, PreparedRows, check_rows
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.observability.report import render_report
 from vishwamai_mp.observability.run_folder import Run, read_run
 from vishwamai_mp.observability.writers import JsonLines
-from vishwamai_mp.training.callbacks.search import Search, search_callbacks
+from vishwamai_mp.training.callbacks.search_samples import Search, search_callbacks
 
 PRESETS = resources.files("vishwamai_mp.config") / "presets"
 METRICS = [{"step": step, "lm_loss": 8 / step, "consumed_tokens": step * 512, "mfu": None} for step in range(1, 40)]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vishwamai_mp.data.batches import context_shard
 from vishwamai_mp.model.masks import attention_mask
-from vishwamai_mp.runtime.context import local_positions
+from vishwamai_mp.runtime.zigzag import local_positions
 
 
 def naive(query: int, key: int, window: int | None, documents: list[int] | None) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.model import attention  # noqa: F401  (makes its choices known)
+from vishwamai_mp.model import core_attention  # noqa: F401  (makes its choices known)
 from vishwamai_mp.runtime import choices, products  # noqa: F401
 from vishwamai_mp.runtime.choices import Choice
 

@@ -121,8 +121,8 @@ def _real(settings: list[str]) -> dict[str, Any]:
     from vishwamai_mp.model import build_model
     from vishwamai_mp.runtime import initialize
     from vishwamai_mp.runtime.simulated import Recorder
-    from vishwamai_mp.training.fully_sharded import fill_moments
     from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
+    from vishwamai_mp.training.sharded_optimizer import fill_moments
     from vishwamai_mp.training.step import TrainStep
 
     config = resolve(load_config(SMALL, [*_FEW, *settings]), dist.get_world_size())

@@ -9,7 +9,7 @@ import pytest
 
 from tests.training.layouts import SMALL
 from vishwamai_mp.config import load_config, resolve
-from vishwamai_mp.planning.out_of_memory import stage_memory
+from vishwamai_mp.planning.footprint_advice import stage_memory
 from vishwamai_mp.runtime.fused_layers import python_folder
 
 _TOOL = Path(__file__).resolve().parents[2] / "tools" / "dry_run.py"

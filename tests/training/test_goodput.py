@@ -9,7 +9,7 @@ import pytest
 from tests.synthetic import tiny_corpus
 from tests.training.runs import VOCAB, train
 from tests.workers import WorkerPool
-from vishwamai_mp.observability.goodput import read_ledger
+from vishwamai_mp.observability.goodput_ledger import read_ledger
 from vishwamai_mp.training.callbacks import goodput
 from vishwamai_mp.training.loop import Trainer
 

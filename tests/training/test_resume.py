@@ -9,7 +9,7 @@ import pytest
 from tests.synthetic import tiny_corpus
 from tests.training.runs import VOCAB, Outcome, train
 from tests.workers import WorkerPool
-from vishwamai_mp.model import attention  # noqa: F401  (makes its choices known)
+from vishwamai_mp.model import core_attention  # noqa: F401  (makes its choices known)
 from vishwamai_mp.runtime.choices import _choices
 
 _TENSOR = "parallel.tensor_model_parallel_size=2"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vishwamai_mp.config import load_config, resolve
-from vishwamai_mp.observability.goodput import Attempt, Ledger
+from vishwamai_mp.observability.goodput_ledger import Attempt, Ledger
 from vishwamai_mp.training.summary import closing_lines, count_text, duration, loss_text, losses_of, planned_text
 
 

@@ -21,9 +21,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
-from vishwamai_mp.checkpoint import guard, manifest, sharded, store
+from vishwamai_mp.checkpoint import manifest, restricted_reading, sharded, store
+from vishwamai_mp.checkpoint.agreement import check_adapters, check_components, check_value_head
 from vishwamai_mp.checkpoint.collective import Failure, on_all_ranks, on_first_rank
-from vishwamai_mp.checkpoint.components import check_adapters, check_components, check_value_head
 from vishwamai_mp.checkpoint.lock import RunLock
 from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.checkpoint.record import manifest_of
@@ -293,7 +293,7 @@ class CheckpointManager:
             raise UserError(
                 f"{path} has no optimizer state; set checkpoint.load_optimizer=false to start from its weights"
             )
-        guard.check(path, found)
+        restricted_reading.check(path, found)
         return found, trainer
 
     def _read(self, path: Path, found: Manifest, state: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.config.fp8 import SCALING_STATE
+from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 
 NAME = "manifest.json"
 FORMAT_VERSION = 1

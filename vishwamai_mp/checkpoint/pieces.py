@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from vishwamai_mp.checkpoint import guard
+from vishwamai_mp.checkpoint import restricted_reading
 from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.config import UserError
 
@@ -60,7 +60,7 @@ class PieceReader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
-        metadata = guard.read_metadata(folder)
+        metadata = restricted_reading.read_metadata(folder)
         self._pieces: dict[str, list[_Piece]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from vishwamai_mp.checkpoint.manifest import is_optimizer
 from vishwamai_mp.config.finetuning import ADAPTER_STATE, VALUE_HEAD_STATE
-from vishwamai_mp.config.fp8 import SCALING_STATE
+from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 from vishwamai_mp.runtime import Runtime  # before megatron.core
 
 # isort: split

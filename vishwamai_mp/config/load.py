@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vishwamai_mp.config.errors import ConfigError
-from vishwamai_mp.config.schedule import shortened_schedule
+from vishwamai_mp.config.resolve_schedule import shortened_schedule
 from vishwamai_mp.config.schema import Blend, PretrainConfig
 from vishwamai_mp.config.yaml_text import read_yaml
 

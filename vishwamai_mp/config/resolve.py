@@ -3,17 +3,17 @@
 import math
 from dataclasses import replace
 
-from vishwamai_mp.config.cache import resolve_cache
+from vishwamai_mp.config.check_fully_sharded import check_fully_sharded
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.extensions import check_combinations
 from vishwamai_mp.config.finetuning import check_trained_parts, check_verdicts, resolve_rows
-from vishwamai_mp.config.fp8 import resolve_fp8
-from vishwamai_mp.config.fully_sharded import check_fully_sharded
 from vishwamai_mp.config.logging import check_logging
-from vishwamai_mp.config.memory import resolve_memory
-from vishwamai_mp.config.schedule import resolve_schedule
+from vishwamai_mp.config.resolve_cache import resolve_cache
+from vishwamai_mp.config.resolve_fp8 import resolve_fp8
+from vishwamai_mp.config.resolve_memory import resolve_memory
+from vishwamai_mp.config.resolve_schedule import resolve_schedule
+from vishwamai_mp.config.resolve_tree import resolve_tree
 from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig
-from vishwamai_mp.config.tree import resolve_tree
 
 
 def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainConfig:

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from vishwamai_mp.config import CacheConfig, MemoryConfig, PretrainConfig, UserError
-from vishwamai_mp.config.components import CONVOLUTION_TAPS, IMPORTANCE_WIDTH, cache_heads, memory_widths
+from vishwamai_mp.config.component_shapes import CONVOLUTION_TAPS, IMPORTANCE_WIDTH, cache_heads, memory_widths
 from vishwamai_mp.conversion.mapping import Mapped, whole
 
 ARCHITECTURE = "VishwamaiForCausalLM"

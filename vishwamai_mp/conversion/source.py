@@ -10,7 +10,7 @@ from vishwamai_mp.checkpoint.store import locate
 from vishwamai_mp.config import LoraConfig, PretrainConfig, UserError, load_config, resolve
 from vishwamai_mp.config.extensions import is_own
 from vishwamai_mp.config.finetuning import ADAPTER_STATE
-from vishwamai_mp.config.fp8 import SCALING_STATE
+from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 from vishwamai_mp.conversion import components
 from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
 

@@ -19,9 +19,9 @@ from vishwamai_mp.data.blends import Source, SourceIdentity, identify, parse_ble
 from vishwamai_mp.data.consecutive import ConsecutiveSegments
 from vishwamai_mp.data.indexed import check_indexed
 from vishwamai_mp.data.order import Interleaving, permute
-from vishwamai_mp.data.packing import PackedDocuments
+from vishwamai_mp.data.packed_documents import PackedDocuments
 from vishwamai_mp.data.position import DataFingerprint
-from vishwamai_mp.data.rows import PreparedRows, check_rows, check_verdicts
+from vishwamai_mp.data.prepared_rows import PreparedRows, check_rows, check_verdicts
 from vishwamai_mp.runtime import Runtime, local_rank
 
 # isort: split

@@ -21,7 +21,7 @@ from vishwamai_mp.diagnosis.state import DEAD, STOPPED, TRACED, Membership, Rank
 
 STACK_SIGNAL = signal.SIGRTMIN + 10 if hasattr(signal, "SIGRTMIN") else None  # a rank then writes its stacks
 _STACK_SECONDS = 1.0  # that a rank has to do so
-_JOURNAL = "vishwamai_mp/runtime/journal.py"
+_JOURNAL = "vishwamai_mp/runtime/step_journal.py"
 _RECENT = 512  # collectives of a group that are compared: a rank may run ahead of others by micro-batches
 _STATES = {psutil.STATUS_STOPPED: STOPPED, psutil.STATUS_TRACING_STOP: TRACED, psutil.STATUS_ZOMBIE: DEAD}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vishwamai_mp.inference.batch import Batch
 from vishwamai_mp.model import VishwamAILayer, VishwamAIModel
-from vishwamai_mp.model.attention import CoreAttention
+from vishwamai_mp.model.core_attention import CoreAttention
 from vishwamai_mp.model.key_values import CachedSelfAttention
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.swiglu import SwiGLU

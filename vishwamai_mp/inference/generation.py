@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.inference.added_text import AddedText, Decode, find_stop
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS, CachedSequence
 from vishwamai_mp.inference.engine import Engine, check_fits
 from vishwamai_mp.inference.noise import NoiseNames
 from vishwamai_mp.inference.options import SamplingOptions
-from vishwamai_mp.inference.text import AddedText, Decode, find_stop
 from vishwamai_mp.inference.vocabulary import Shard, penalise_repetition, sample, sample_among
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.runtime import Runtime

@@ -16,10 +16,10 @@ from torch import nn
 from vishwamai_mp.components.head_sharded import Linears
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.config.extensions import find_extension, is_own
-from vishwamai_mp.model.attention import CoreAttention
-from vishwamai_mp.model.components import layer_components
+from vishwamai_mp.model.core_attention import CoreAttention
 from vishwamai_mp.model.key_values import CachedSelfAttention
 from vishwamai_mp.model.layer import VishwamAILayer
+from vishwamai_mp.model.layer_components import layer_components
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.swiglu import SwiGLU
 from vishwamai_mp.precision import use_transformer_engine

@@ -13,8 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from vishwamai_mp.config import TreeConfig
-from vishwamai_mp.runtime.context import local_positions
 from vishwamai_mp.runtime.measures import Measures, attach_loss
+from vishwamai_mp.runtime.zigzag import local_positions
 
 _PAIRED = 1024  # marked tokens of a micro-batch, at most, whose pairs `value_auc` compares
 

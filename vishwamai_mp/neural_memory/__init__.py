@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vishwamai_mp.config import MemoryConfig
 
 if TYPE_CHECKING:
-    from vishwamai_mp.neural_memory.module import MemoryState, ReasoningMemoryTransformer
+    from vishwamai_mp.neural_memory.memory_module import MemoryState, ReasoningMemoryTransformer
 
 __all__ = ["MemoryConfig", "MemoryState", "ReasoningMemoryTransformer"]
 
@@ -16,4 +16,4 @@ def __getattr__(name: str) -> Any:
 
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.module"), name)
+    return getattr(import_module(f"{__name__}.memory_module"), name)

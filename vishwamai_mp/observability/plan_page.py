@@ -5,9 +5,9 @@ from typing import Any
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.observability.page import page, render
 from vishwamai_mp.planning.footprint import Footprint, stage_footprint
-from vishwamai_mp.planning.out_of_memory import size_text
+from vishwamai_mp.planning.footprint_advice import size_text
+from vishwamai_mp.planning.layout_search import Candidate, Plan, search
 from vishwamai_mp.planning.plan_text import budget, mfu
-from vishwamai_mp.planning.search import Candidate, Plan, search
 
 _ROWS, _REJECTED, _STAGES, _PASSES = 12, 40, 16, 8  # shown at most
 _STYLE = """

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from vishwamai_mp.observability.chart import FEW, Line, legend, line_chart
 from vishwamai_mp.observability.curves import STRETCHES
-from vishwamai_mp.observability.goodput import NOTE
+from vishwamai_mp.observability.goodput_ledger import NOTE
 from vishwamai_mp.observability.page import page, render
 from vishwamai_mp.observability.panels import Panel, panels_of
 from vishwamai_mp.observability.report_style import SCRIPT, STYLE

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from vishwamai_mp.observability.chart import short
 from vishwamai_mp.observability.gantt import gantt
-from vishwamai_mp.observability.goodput import PARTS
+from vishwamai_mp.observability.goodput_ledger import PARTS
 from vishwamai_mp.observability.run_folder import Run
 from vishwamai_mp.observability.timeline import WAITING, Timeline, stragglers
 

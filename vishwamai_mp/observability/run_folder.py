@@ -15,7 +15,7 @@ from vishwamai_mp.checkpoint import Manifest, check_files
 from vishwamai_mp.checkpoint.store import candidates, step_of
 from vishwamai_mp.config import UserError
 from vishwamai_mp.data.lines import text_lines
-from vishwamai_mp.observability.goodput import Ledger, read_ledger
+from vishwamai_mp.observability.goodput_ledger import Ledger, read_ledger
 from vishwamai_mp.observability.timeline import Timeline, read_timeline
 
 

@@ -6,8 +6,8 @@ heads, levels, latents and segments: what autograd keeps of projections, convolu
 """
 
 from vishwamai_mp.config import PretrainConfig
-from vishwamai_mp.config.components import cache_heads
-from vishwamai_mp.planning.memory import heads as memory_heads
+from vishwamai_mp.config.component_shapes import cache_heads
+from vishwamai_mp.planning.neural_memory_costs import heads as memory_heads
 
 
 def component_activations(config: PretrainConfig, section: str) -> float:

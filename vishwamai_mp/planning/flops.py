@@ -1,8 +1,8 @@
 """Floating point operations that the model needs, whatever the implementation does beyond them."""
 
 from vishwamai_mp.config import ModelConfig, PretrainConfig, frozen_parts
-from vishwamai_mp.planning.cache import cache_forward_flops_per_token
-from vishwamai_mp.planning.memory import memory_forward_flops_per_token
+from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token
+from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token
 from vishwamai_mp.planning.parameters import adapter_parameters, attention_matrices, mlp_matrices
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step
 from vishwamai_mp.planning.activations import number_bytes, stage_activations
-from vishwamai_mp.planning.cache import cache_state_bytes
-from vishwamai_mp.planning.memory import memory_state_bytes
+from vishwamai_mp.planning.cache_costs import cache_state_bytes
+from vishwamai_mp.planning.neural_memory_costs import memory_state_bytes
 from vishwamai_mp.planning.parameters import total_parameters
 from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, gathered_parameters, stage_parameters
 

@@ -1,8 +1,8 @@
 """How many parameters a model has. A test holds these formulae against the built model."""
 
 from vishwamai_mp.config import ModelConfig, PretrainConfig
-from vishwamai_mp.planning.cache import cache_parameters
-from vishwamai_mp.planning.memory import memory_parameters
+from vishwamai_mp.planning.cache_costs import cache_parameters
+from vishwamai_mp.planning.neural_memory_costs import memory_parameters
 
 
 def layer_parameters(model: ModelConfig) -> int:

@@ -9,9 +9,9 @@ import yaml
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.planning.flops import training_flops_per_token
 from vishwamai_mp.planning.footprint import inference_bytes, saving_host_bytes, tree_bytes
-from vishwamai_mp.planning.out_of_memory import size_text
+from vishwamai_mp.planning.footprint_advice import size_text
+from vishwamai_mp.planning.layout_search import Candidate, Plan
 from vishwamai_mp.planning.parameters import total_parameters
-from vishwamai_mp.planning.search import Candidate, Plan
 
 _REJECTED_SHOWN = 50  # of those that lack memory, the nearest
 

@@ -23,8 +23,8 @@ from vishwamai_mp.config import (
     micro_batches_per_step,
 )
 from vishwamai_mp.config.schema import LoraConfig
+from vishwamai_mp.planning.footprint_advice import rank_memory
 from vishwamai_mp.planning.hardware import find_gpu
-from vishwamai_mp.planning.out_of_memory import rank_memory
 from vishwamai_mp.planning.stacks import find_stack
 from vishwamai_mp.planning.step_time import Machine, StepTime, step_time, tokens_per_second_per_gpu
 

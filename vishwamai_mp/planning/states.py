@@ -2,9 +2,9 @@
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, padded_vocab_size
 from vishwamai_mp.planning.activations import number_bytes, stage_layers
-from vishwamai_mp.planning.cache import cache_parameters
+from vishwamai_mp.planning.cache_costs import cache_parameters
 from vishwamai_mp.planning.component_activations import components_on_stage
-from vishwamai_mp.planning.memory import memory_parameters
+from vishwamai_mp.planning.neural_memory_costs import memory_parameters
 from vishwamai_mp.planning.parameters import adapter_parameters, embedding_parameters, layer_parameters
 
 # Bytes per parameter: gradients are summed in fp32; fp32 copies of 16-bit parameters; AdamW's two.

@@ -19,10 +19,10 @@ from vishwamai_mp.config import (
     padded_vocab_size,
 )
 from vishwamai_mp.planning.activations import key_width, query_width, stage_layers
-from vishwamai_mp.planning.cache import cache_forward_flops_per_token
+from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token
 from vishwamai_mp.planning.flops import mean_keys
 from vishwamai_mp.planning.hardware import Gpu
-from vishwamai_mp.planning.memory import memory_forward_flops_per_token
+from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token
 from vishwamai_mp.planning.parameters import mlp_matrices
 from vishwamai_mp.planning.stacks import Stack, reached
 from vishwamai_mp.planning.states import stage_parameters

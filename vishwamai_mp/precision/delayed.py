@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vishwamai_mp.config.fp8 import SCALING_STATE
+from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 from vishwamai_mp.precision.formats import hybrid_format
 from vishwamai_mp.precision.scaling import largest_absolute
 

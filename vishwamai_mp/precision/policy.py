@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vishwamai_mp.config import ConfigError, Fp8Config
-from vishwamai_mp.config.fp8 import MULTIPLE
+from vishwamai_mp.config.resolve_fp8 import MULTIPLE
 from vishwamai_mp.runtime import device, has_transformer_engine, is_accelerator
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,7 +14,7 @@ from pathlib import Path
 from vishwamai_mp.config import UserError, run_program
 from vishwamai_mp.config.errors import USER_ERROR_STATUS
 
-_ONLY_PASSED = (__file__, str(Path(__file__).with_name("journal.py")))  # files that a failing call comes through
+_ONLY_PASSED = (__file__, str(Path(__file__).with_name("step_journal.py")))  # files that a failing call comes through
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WORD, _WORD_SECONDS = "vishwamai_mp/waits_in_vain/", 3.0
 # Of gloo, NCCL and torch's store, when a peer is gone, or silent for longer than `parallel.timeout_minutes`.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from vishwamai_mp.config import PretrainConfig, UserError
-from vishwamai_mp.planning.out_of_memory import advice
+from vishwamai_mp.planning.footprint_advice import advice
 from vishwamai_mp.runtime.device import device, is_accelerator
 
 # Of torch's CPU allocator, CUDA, NCCL, oneDNN and the C++ library; the name of an error that crossed processes as text.

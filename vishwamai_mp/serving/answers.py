@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vishwamai_mp.inference.text import AddedText
+from vishwamai_mp.inference.added_text import AddedText
 from vishwamai_mp.serving.limits import Limits
 from vishwamai_mp.serving.requests import ChatRequest, CompletionRequest, messages_of, prompts_of
 from vishwamai_mp.serving.service import Job, Piece, Prompts, Service, TokenScore

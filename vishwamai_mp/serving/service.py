@@ -19,8 +19,8 @@ import torch
 
 from vishwamai_mp.config import TreeConfig, UserError
 from vishwamai_mp.inference import Completion, Generator, SamplingOptions
+from vishwamai_mp.inference.added_text import without_begun_stop
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS
-from vishwamai_mp.inference.text import without_begun_stop
 from vishwamai_mp.serving.limits import Limits, Refusal
 from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts
 

@@ -23,10 +23,10 @@ from vishwamai_mp.runtime import Runtime, is_accelerator
 from vishwamai_mp.runtime.choices import table_of_run
 from vishwamai_mp.runtime.choices import use as use_ways
 from vishwamai_mp.runtime.device import peak_flops
-from vishwamai_mp.runtime.journal import phase, step
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
+from vishwamai_mp.runtime.step_journal import phase, step
 from vishwamai_mp.training.callbacks.base import Callback
-from vishwamai_mp.training.guard import LossGuard, explain
+from vishwamai_mp.training.loss_guard import LossGuard, explain
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.schedule import learning_rate
 from vishwamai_mp.training.step import StepResult, TrainStep

@@ -17,8 +17,8 @@ from vishwamai_mp.model.fully_sharded import FullySharded, fully_shards
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime, device
 from vishwamai_mp.runtime.megatron_versions import gradients_for_norm
-from vishwamai_mp.training.fully_sharded import ShardedOptimizer
 from vishwamai_mp.training.own_optimizer import use_own_optimizer
+from vishwamai_mp.training.sharded_optimizer import ShardedOptimizer
 
 
 def wrap_data_parallel(

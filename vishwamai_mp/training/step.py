@@ -22,7 +22,6 @@ from vishwamai_mp.data.batches import Batch, context_shard
 from vishwamai_mp.diagnosis.shared import Phase
 from vishwamai_mp.model.fully_sharded import FullySharded
 from vishwamai_mp.runtime import Runtime, seed_step
-from vishwamai_mp.runtime.journal import phase
 from vishwamai_mp.runtime.measures import (
     all_names,
     mean_measures,
@@ -30,6 +29,7 @@ from vishwamai_mp.runtime.measures import (
     scale_attached_losses,
     summed_measures,
 )
+from vishwamai_mp.runtime.step_journal import phase
 from vishwamai_mp.training.optimizer import clip_and_step, ready_gradients, set_learning_rate, update_loss_scale
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
-from vishwamai_mp.observability.goodput import Ledger
+from vishwamai_mp.observability.goodput_ledger import Ledger
 from vishwamai_mp.planning import total_parameters, training_flops_per_token
-from vishwamai_mp.planning.cache import cache_forward_flops_per_token, cache_parameters
+from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token, cache_parameters
+from vishwamai_mp.planning.footprint_advice import rank_memory, size_text
 from vishwamai_mp.planning.hardware import known_gpu
-from vishwamai_mp.planning.memory import memory_forward_flops_per_token, memory_parameters
-from vishwamai_mp.planning.out_of_memory import rank_memory, size_text
+from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token, memory_parameters
 from vishwamai_mp.planning.stacks import find_stack
 from vishwamai_mp.planning.step_time import Machine, step_time, tokens_per_second_per_gpu
 from vishwamai_mp.runtime import Runtime

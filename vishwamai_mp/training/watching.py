@@ -16,7 +16,7 @@ from vishwamai_mp.checkpoint.collective import Failure, on_first_rank
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.runtime import Runtime, local_rank
 from vishwamai_mp.runtime.failure import is_launched
-from vishwamai_mp.runtime.journal import Journal, journal_open
+from vishwamai_mp.runtime.step_journal import Journal, journal_open
 
 
 @contextmanager

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from vishwamai_mp.config import TreeConfig, UserError
-from vishwamai_mp.config.tree import resolve_tree
+from vishwamai_mp.config.resolve_tree import resolve_tree
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
+from vishwamai_mp.inference.added_text import AddedText, Decode, added_text
 from vishwamai_mp.inference.blocks import CachedSequence
 from vishwamai_mp.inference.engine import check_fits
-from vishwamai_mp.inference.text import AddedText, Decode, added_text
 from vishwamai_mp.tree_of_thoughts.endings import ending_of_thoughts
 from vishwamai_mp.tree_of_thoughts.growth import Grower, GrowingNode
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult

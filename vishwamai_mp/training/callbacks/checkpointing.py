@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.diagnosis.shared import Phase
-from vishwamai_mp.runtime.journal import phase
+from vishwamai_mp.runtime.step_journal import phase
 from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from vishwamai_mp.diagnosis import shared
 from vishwamai_mp.diagnosis.shared import Phase, Word
-from vishwamai_mp.observability.goodput import Attempt, Ledger, read_ledger
-from vishwamai_mp.runtime.journal import Journal, current_journal
+from vishwamai_mp.observability.goodput_ledger import Attempt, Ledger, read_ledger
+from vishwamai_mp.runtime.step_journal import Journal, current_journal
 from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:

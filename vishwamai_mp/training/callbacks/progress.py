@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from vishwamai_mp.observability.goodput import read_ledger
+from vishwamai_mp.observability.goodput_ledger import read_ledger
 from vishwamai_mp.training.callbacks.base import Callback, Order, is_logged
 from vishwamai_mp.training.summary import closing_lines, duration, loss_text, losses_of, opening_lines, planned_text
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from vishwamai_mp.observability.timeline import RankTimes, counters, rank_times, stragglers, timeline_of
-from vishwamai_mp.runtime.journal import current_journal
+from vishwamai_mp.runtime.step_journal import current_journal
 from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:

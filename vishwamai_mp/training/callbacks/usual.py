@@ -10,13 +10,13 @@ from vishwamai_mp.training.callbacks.best_model import BestModel
 from vishwamai_mp.training.callbacks.checkpointing import Checkpointing
 from vishwamai_mp.training.callbacks.early_stopping import EarlyStopping
 from vishwamai_mp.training.callbacks.evaluation import Evaluation
-from vishwamai_mp.training.callbacks.fp8 import Fp8Report
+from vishwamai_mp.training.callbacks.fp8_statistics import Fp8Report
 from vishwamai_mp.training.callbacks.goodput import Goodput
 from vishwamai_mp.training.callbacks.memory_snapshot import MemorySnapshot
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.training.callbacks.profiler import Profiler
 from vishwamai_mp.training.callbacks.progress import Progress
-from vishwamai_mp.training.callbacks.search import search_callbacks
+from vishwamai_mp.training.callbacks.search_samples import search_callbacks
 from vishwamai_mp.training.callbacks.stopping import Stopping
 from vishwamai_mp.training.callbacks.stragglers import Stragglers
 

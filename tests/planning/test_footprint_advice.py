@@ -8,7 +8,7 @@ from vishwamai_mp.config import load_config, padded_vocab_size, resolve
 from vishwamai_mp.planning import total_parameters
 from vishwamai_mp.planning.activations import stage_activations
 from vishwamai_mp.planning.component_activations import component_activations
-from vishwamai_mp.planning.out_of_memory import advice, rank_memory, stage_memory
+from vishwamai_mp.planning.footprint_advice import advice, rank_memory, stage_memory
 from vishwamai_mp.planning.states import stage_parameters, stage_states
 
 _UNITS = {"MiB": 2**20, "GiB": 2**30}

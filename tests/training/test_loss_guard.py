@@ -14,8 +14,8 @@ from tests.training.runs import VOCAB, hashes, train
 from tests.workers import WorkerPool
 from vishwamai_mp.checkpoint.sharded import gather_parameters
 from vishwamai_mp.config import TrainingConfig, UserError
-from vishwamai_mp.training.guard import LossGuard
 from vishwamai_mp.training.loop import Trainer
+from vishwamai_mp.training.loss_guard import LossGuard
 from vishwamai_mp.training.step import StepResult
 
 NAN, INF = math.nan, math.inf

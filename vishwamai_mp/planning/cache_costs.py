@@ -1,7 +1,7 @@
 """Parameters, FLOPs and memory of the cache. A test holds these formulae against the built module."""
 
 from vishwamai_mp.config import CacheConfig
-from vishwamai_mp.config.components import IMPORTANCE_WIDTH, cache_heads
+from vishwamai_mp.config.component_shapes import IMPORTANCE_WIDTH, cache_heads
 
 
 def cache_parameters(cache: CacheConfig) -> int:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from tests.checkpoint import jobs
 from tests.workers import WorkerPool
-from vishwamai_mp.checkpoint import guard, read_manifest
+from vishwamai_mp.checkpoint import read_manifest, restricted_reading
 from vishwamai_mp.config import UserError
 
 
@@ -40,13 +40,13 @@ def checkpoint(original: Path, tmp_path: Path) -> Path:
 
 def refused(folder: Path) -> str:
     with pytest.raises(UserError, match=r"refused|refers to") as caught:
-        guard.check(folder, read_manifest(folder))
+        restricted_reading.check(folder, read_manifest(folder))
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
 def test_a_checkpoint_of_ours_passes(original: Path) -> None:
-    guard.check(original, read_manifest(original))
+    restricted_reading.check(original, read_manifest(original))
 
 
 def test_code_in_the_metadata_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_code_in_the_common_file_is_refused(checkpoint: Path, tmp_path: Path) ->
 
 
 def test_code_in_an_object_among_the_tensors_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    metadata = guard.read_metadata(checkpoint)
+    metadata = restricted_reading.read_metadata(checkpoint)
     buffer = io.BytesIO()
     torch.save([Attack(tmp_path / "owned")], buffer)
     info = next(iter(metadata.storage_data.values()))
@@ -83,7 +83,7 @@ def test_code_in_an_object_among_the_tensors_is_refused(checkpoint: Path, tmp_pa
 
 
 def test_files_outside_the_folder_are_not_read(checkpoint: Path) -> None:
-    metadata = guard.read_metadata(checkpoint)
+    metadata = restricted_reading.read_metadata(checkpoint)
     next(iter(metadata.storage_data.values())).relative_path = "../../secret"
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     assert "'../../secret', which is not in the manifest" in refused(checkpoint)

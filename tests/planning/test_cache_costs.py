@@ -7,7 +7,7 @@ from tests.cache_augmentation.builds import SETTINGS, cache_module, hidden_state
 from tests.model.builds import build, small_config
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.planning import flops_per_token, parameter_count, total_parameters, training_flops_per_token
-from vishwamai_mp.planning.cache import cache_forward_flops_per_token, cache_parameters, cache_state_bytes
+from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token, cache_parameters, cache_state_bytes
 
 
 def flagship(*overrides: str):

@@ -15,13 +15,13 @@ import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from vishwamai_mp.model import attention, blocked_attention
+from vishwamai_mp.model import blocked_attention, core_attention
 from vishwamai_mp.model.masks import attention_mask
 
 _HEADS, _WIDTH = 4, 8
 
 
-def core_attention(groups: int = _HEADS, dropout: float = 0.0, **arguments: Any) -> attention.CoreAttention:
+def attention(groups: int = _HEADS, dropout: float = 0.0, **arguments: Any) -> core_attention.CoreAttention:
     config = TransformerConfig(
         num_layers=1,
         hidden_size=_HEADS * _WIDTH,
@@ -30,7 +30,7 @@ def core_attention(groups: int = _HEADS, dropout: float = 0.0, **arguments: Any)
         attention_dropout=dropout,
     )
     alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
-    return attention.CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=alone, **arguments)
+    return core_attention.CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=alone, **arguments)
 
 
 def inputs(queries: int, keys: int, groups: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -68,7 +68,7 @@ def masks(queries: int, keys: int) -> dict[str, Tensor | None]:
 @pytest.fixture(params=["fused", "blocked"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernel is taken. Blocks are small, so that there are several."""
-    monkeypatch.setattr(attention, "_LONGEST", 0 if request.param == "fused" else 2048)
+    monkeypatch.setattr(core_attention, "_LONGEST", 0 if request.param == "fused" else 2048)
     monkeypatch.setattr(blocked_attention, "_BLOCK", 4)
     return request.param
 
@@ -79,7 +79,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def test_both_kernels_are_softmax_attention(kernel, name, groups, queries, keys):
     mask = masks(queries, keys)[name]
     tensors = inputs(queries, keys, groups, torch.float32)
-    ours = core_attention(groups)(*tensors, mask)
+    ours = attention(groups)(*tensors, mask)
     theirs = naive(tensors, mask, 1 / math.sqrt(_WIDTH))
     assert ours.shape == (queries, 2, _HEADS * _WIDTH)
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6)
@@ -97,12 +97,12 @@ def test_both_kernels_are_softmax_attention(kernel, name, groups, queries, keys)
 @pytest.mark.parametrize("name", ["causal", "window", "documents"])
 def test_16_bit_inputs(monkeypatch, kernel, name, dtype, native):
     """Widened, the kernels round once; with 16-bit hardware they round their weights too."""
-    if native and not attention.multiplies_natively(dtype):
+    if native and not core_attention.multiplies_natively(dtype):
         pytest.skip(f"this CPU has no {dtype} matrix product")
-    monkeypatch.setattr(attention, "multiplies_natively", lambda dtype: native)
+    monkeypatch.setattr(core_attention, "multiplies_natively", lambda dtype: native)
     mask = masks(11, 11)[name]
     tensors = inputs(11, 11, 2, dtype)
-    ours = core_attention(2)(*tensors, mask)
+    ours = attention(2)(*tensors, mask)
     theirs = naive(tensors, mask, 1 / math.sqrt(_WIDTH))
     assert ours.dtype == dtype
     epsilon = torch.finfo(dtype).eps
@@ -115,11 +115,11 @@ def test_length_and_dropout_decide_the_kernel(monkeypatch):
 
     tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True, tp_rank=0, ep_rank=0, etp_rank=0)
     blocked = mock.Mock(side_effect=blocked_attention.blocked_attention)
-    for choice in attention._ATTENTION.values():
+    for choice in core_attention._ATTENTION.values():
         monkeypatch.setitem(choice.ways, "blocked", blocked)
-    monkeypatch.setattr(attention, "_LONGEST", 8)
+    monkeypatch.setattr(core_attention, "_LONGEST", 8)
     for length, dropout, calls in [(8, 0.0, 1), (9, 0.0, 1), (1, 0.0, 1), (8, 0.1, 1)]:
-        core_attention(dropout=dropout)(*inputs(length, length, 4, torch.float32), None)
+        attention(dropout=dropout)(*inputs(length, length, 4, torch.float32), None)
         assert blocked.call_count == calls
 
 
@@ -127,7 +127,7 @@ def test_dropout_keeps_the_mean_and_ends_with_evaluation(kernel):
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True, tp_rank=0, ep_rank=0, etp_rank=0)
-    core = core_attention(dropout=0.25)
+    core = attention(dropout=0.25)
     query, key, value = inputs(200, 200, 4, torch.float32)
     ones = torch.ones_like(value)
     once, again = core(query, key, ones, None), core(query, key, ones, None)
@@ -140,5 +140,5 @@ def test_dropout_keeps_the_mean_and_ends_with_evaluation(kernel):
 
 def test_scale_can_be_given():
     tensors = inputs(5, 5, 4, torch.float32)
-    ours = core_attention(softmax_scale=0.3)(*tensors, None)
+    ours = attention(softmax_scale=0.3)(*tensors, None)
     torch.testing.assert_close(ours.double(), naive(tensors, None, 0.3), rtol=0, atol=2e-6)

@@ -13,17 +13,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from vishwamai_mp.cache_augmentation.attention import ChunkReading, Reader
-from vishwamai_mp.cache_augmentation.carry import CarriedCache, belonging
-from vishwamai_mp.cache_augmentation.context import chunk_starts, gather_pooled
-from vishwamai_mp.cache_augmentation.decoding import CacheState, Decoder
+from vishwamai_mp.cache_augmentation.cache_state import CacheState, Decoder
+from vishwamai_mp.cache_augmentation.carried_cache import CarriedCache, belonging
+from vishwamai_mp.cache_augmentation.chunk_reading import ChunkReading, Reader
+from vishwamai_mp.cache_augmentation.pooled_latents import chunk_starts, gather_pooled
 from vishwamai_mp.cache_augmentation.read import Latents, with_null
 from vishwamai_mp.cache_augmentation.segments import Segments, locate
 from vishwamai_mp.cache_augmentation.write import Widths, initial_positions, latents_of, pool_whole_rows
 from vishwamai_mp.components.head_sharded import HeadShardedModule, Linears
 from vishwamai_mp.components.standalone import Standalone, alone
 from vishwamai_mp.config import CacheConfig
-from vishwamai_mp.config.components import IMPORTANCE_WIDTH, cache_heads
+from vishwamai_mp.config.component_shapes import IMPORTANCE_WIDTH, cache_heads
 from vishwamai_mp.runtime.measures import Measures
 
 _MEASURES = (

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from vishwamai_mp.config.components import check_component, memory_widths, placed
+from vishwamai_mp.config.component_shapes import check_component, memory_widths, placed
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.schema import MemoryConfig, PretrainConfig
 

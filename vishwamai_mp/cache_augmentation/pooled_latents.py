@@ -1,6 +1,6 @@
 """Context parallelism: each rank pools its own tokens and gathers latents, an eighth of keys and values.
 
-The row is cut into 2·R chunks for R ranks, two of them on each (`runtime.context.local_positions`). A segment that lies
+The row is cut into 2·R chunks for R ranks, two of them on each (`runtime.zigzag.local_positions`). A segment that lies
 on both sides of a cut is pooled in parts, and the parts are joined by their softmax denominators.
 
 Shapes: C tokens on this rank, P segments that touch a chunk, H heads (local), L latents, N segments of the row, W width

@@ -4,7 +4,7 @@ import pytest
 
 from tests.model.builds import small_config
 from vishwamai_mp.config import ConfigError
-from vishwamai_mp.config.fp8 import MULTIPLE
+from vishwamai_mp.config.resolve_fp8 import MULTIPLE
 
 _FITTING = [
     "model.hidden_size=256",

@@ -6,7 +6,7 @@ import pytest
 
 from vishwamai_mp.config import load_config, padded_vocab_size, resolve
 from vishwamai_mp.planning import parameter_count, total_parameters, training_flops_per_token
-from vishwamai_mp.planning.memory import (
+from vishwamai_mp.planning.neural_memory_costs import (
     heads,
     memory_forward_flops_per_token,
     memory_parameters,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.observability.run_folders import make_run
-from vishwamai_mp.observability.goodput import Attempt, Ledger, read_ledger
+from vishwamai_mp.observability.goodput_ledger import Attempt, Ledger, read_ledger
 from vishwamai_mp.observability.report import render_report
 from vishwamai_mp.observability.run_folder import read_run
 

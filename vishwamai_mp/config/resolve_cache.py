@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from vishwamai_mp.config.components import cache_heads, check_component, placed
+from vishwamai_mp.config.component_shapes import cache_heads, check_component, placed
 from vishwamai_mp.config.errors import ConfigError
 from vishwamai_mp.config.schema import CacheConfig, PretrainConfig
 

@@ -8,7 +8,7 @@ import pytest
 from tests.workers import WorkerPool
 from vishwamai_mp.diagnosis import shared
 from vishwamai_mp.diagnosis.shared import Ending, Event, Kind, Operation, Phase, Word
-from vishwamai_mp.runtime.journal import Journal, journal_open, phase, step
+from vishwamai_mp.runtime.step_journal import Journal, journal_open, phase, step
 
 
 def begun(journal: Journal) -> list[Event]:

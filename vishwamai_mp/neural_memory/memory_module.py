@@ -19,13 +19,13 @@ from torch import Tensor
 from vishwamai_mp.components.head_sharded import HeadShardedModule, Linears
 from vishwamai_mp.components.standalone import Standalone, alone
 from vishwamai_mp.config import MemoryConfig
-from vishwamai_mp.config.components import CONVOLUTION_TAPS as TAPS
-from vishwamai_mp.config.components import memory_widths
-from vishwamai_mp.neural_memory.carry import CarriedState
-from vishwamai_mp.neural_memory.context import gather_tokens, scatter_tokens
+from vishwamai_mp.config.component_shapes import CONVOLUTION_TAPS as TAPS
+from vishwamai_mp.config.component_shapes import memory_widths
+from vishwamai_mp.neural_memory.carried_state import CarriedState
 from vishwamai_mp.neural_memory.convolution import causal_convolution
 from vishwamai_mp.neural_memory.gates import gate_count, initial_biases
 from vishwamai_mp.neural_memory.levels import LevelReport, LevelState, run_levels
+from vishwamai_mp.neural_memory.token_exchange import gather_tokens, scatter_tokens
 from vishwamai_mp.runtime.measures import Measures, attach_loss
 
 

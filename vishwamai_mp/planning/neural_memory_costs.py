@@ -1,7 +1,7 @@
 """Parameters and FLOPs of the neural memory. A test holds these formulae against the built module."""
 
 from vishwamai_mp.config import MemoryConfig
-from vishwamai_mp.config.components import CONVOLUTION_TAPS, memory_widths
+from vishwamai_mp.config.component_shapes import CONVOLUTION_TAPS, memory_widths
 
 
 def memory_parameters(memory: MemoryConfig) -> int:

@@ -11,7 +11,7 @@ from vishwamai_mp.diagnosis.shared import Phase
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.observability.tree_page import to_html
 from vishwamai_mp.observability.writers import TensorBoard
-from vishwamai_mp.runtime.journal import phase
+from vishwamai_mp.runtime.step_journal import phase
 from vishwamai_mp.training.callbacks.base import Callback, Order
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts, ending_of_thoughts

@@ -12,7 +12,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
-from vishwamai_mp.runtime.context import local_positions
+from vishwamai_mp.runtime.zigzag import local_positions
 
 
 def gather_tokens(x: Tensor, group: Any) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from vishwamai_mp.data.tokenizer import Tokenizer
-from vishwamai_mp.inference.text import AddedText, added_text, find_stop, without_begun_stop
+from vishwamai_mp.inference.added_text import AddedText, added_text, find_stop, without_begun_stop
 
 _TEXTS = ["The quick brown fox jumps over the lazy dog. Once upon a time there was a house by the sea."] * 20
 

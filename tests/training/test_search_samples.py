@@ -12,7 +12,7 @@ from tests.workers import WorkerPool
 from vishwamai_mp.config import ConfigError
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
-from vishwamai_mp.training.callbacks.search import Search
+from vishwamai_mp.training.callbacks.search_samples import Search
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
 
 _TEXT = "1 + 1 = 2[STEP]2 + 2 = 4[STEP]so 4"
