@@ -7,10 +7,12 @@ disk, makes the checkpoints read-only, takes their folder away, flips bits in a 
 times of files by days. After each the job must go on from the newest checkpoint that was whole, or a later one: by
 itself where the launcher lives, else by the same command. At the end all must be as in peace, bit for bit. Needs Linux.
 As root it mounts a small tmpfs for a disk that is truly full, and a read-only mount; otherwise it limits the size of
-files (RLIMIT_FSIZE) and takes permissions away. About 10 s per event on two idle cores.
+files (RLIMIT_FSIZE) and takes permissions away. About 10 s per event on two idle cores, most of it for importing torch
+and megatron-core anew; with --forked, in which processes begin as forks of one that has imported them, about 4 s.
 
 example:
   python examples/fault_tolerance/chaos.py --kills 100 --output chaos
+  python examples/fault_tolerance/chaos.py --kills 200 --only rank agent launcher --forked --output chaos
   python examples/fault_tolerance/chaos.py --kills 20 --only rank agent launcher --async-save --layout tp
 """
 
@@ -30,16 +32,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked_programs  # beside this file, as the next two
 import psutil
 from kill_and_resume import compare, leftovers
-from killable_job import LAYOUTS, Job, command, digest, losses, newest_whole, write_corpus  # beside this file
+from killable_job import LAYOUTS, Job, command, digest, losses, newest_whole, write_corpus
 
 from vishwamai_mp.checkpoint.store import LATEST, step_of
 from vishwamai_mp.config import UserError, run_program
 from vishwamai_mp.config.files import write_whole
 
 _SAVE_EVERY = 2  # steps
-_STEPS_PER_EVENT = 16  # about
+_MODEL = ["model.hidden_size=64", "model.num_layers=2", "training.micro_batch_size=1", "training.global_batch_size=4"]
 _DISK_MIB = 96
 _DAY = 86400.0
 
@@ -57,12 +60,14 @@ class Chaos:
         folder: for logs; has `data`, `peace` and `chaos`.
         random: decides on moments and victims.
         mounts: whether file systems may be mounted here.
+        step_seconds: what a step and its part of a save took in peace.
     """
 
     run: list[str]
     folder: Path
     random: random.Random
     mounts: bool
+    step_seconds: float
     job: Job | None = None
     launches: int = 0
 
@@ -111,9 +116,9 @@ class Chaos:
         if self.random.random() < 0.5:
             before = leftovers(self.checkpoints)
             self.wait_for(lambda: bool(leftovers(self.checkpoints) - before))
-            time.sleep(self.random.uniform(0, 0.05))
+            time.sleep(self.random.uniform(0, self.step_seconds))
         else:
-            time.sleep(self.random.uniform(0, 0.5))
+            time.sleep(self.random.uniform(0, 4 * self.step_seconds))
 
     def processes(self, layer: int) -> list[psutil.Process]:
         """Living ones: 0 the launcher, 1 its agent, 2 the ranks."""
@@ -297,11 +302,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of moments, victims and data (%(default)s)")
     parser.add_argument("--layout", choices=list(LAYOUTS), default="dp", help="of the two processes (%(default)s)")
     parser.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
+    parser.add_argument("--forked", action="store_true", help="begin processes as forks; see above")
+    parser.add_argument("--steps-per-event", type=int, default=16, help="the length of the run (%(default)s)")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no event after so many (no limit)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.txt")
     options = parser.parse_args()
     if options.kills < 1:
         parser.error("--kills: at least 1")
+    if options.steps_per_event < 1:
+        parser.error("--steps-per-event: at least 1")
     return options
 
 
@@ -320,22 +329,32 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 def suite(folder: Path, options: argparse.Namespace) -> int:
     """Run both jobs; returns 0 where nothing was lost and they are equal."""
+    if options.forked:
+        forked_programs.begin()
     begun = time.monotonic()
     data = folder / "data/chain"
     data.parent.mkdir()
     write_corpus(data, options.seed)
-    steps = _STEPS_PER_EVENT * options.kills + 10
+    steps = options.steps_per_event * options.kills + 10
     settings = [
+        *_MODEL,
         *LAYOUTS[options.layout],
         f"training.max_steps={steps}",
         f"checkpoint.save_every={_SAVE_EVERY}",
         f"checkpoint.async_save={str(options.async_save).lower()}",
     ]
-    Job.start(command(folder / "peace", data, settings), folder / "peace.log").wait()
-    print(f"in peace: {steps} steps, a save every {_SAVE_EVERY}; now with {options.kills} events", flush=True)
+    job = Job.start(command(folder / "peace", data, settings), folder / "peace.log")
+    starting = job.wait_for(lambda: job.steps() > 0)
+    job.wait()
+    step_seconds = (job.seconds() - starting) / steps
+    print(
+        f"in peace: {steps} steps of {1000 * step_seconds:.0f} ms, a save every {_SAVE_EVERY}, "
+        f"{starting:.0f} s to start; now with {options.kills} events",
+        flush=True,
+    )
     with small_disk(folder / "chaos") as mounts:
         run = command(folder / "chaos", data, [*settings, "checkpoint.keep_last=3"], restarts=1000)
-        chaos = Chaos(run, folder, random.Random(options.seed), mounts)
+        chaos = Chaos(run, folder, random.Random(options.seed), mounts, step_seconds)
         try:
             events = torment(chaos, options, begun)
             print("no more events; on to the last step", flush=True)
@@ -389,7 +408,8 @@ def verdict(
     how = f"layout {options.layout}, saves {'in the background' if options.async_save else 'in the foreground'}"
     lines += [
         "",
-        f"{steps} steps, {how}, {'tmpfs and mounts' if chaos.mounts else 'limits and permissions'}, {seconds:.0f} s",
+        f"{steps} steps, {how}, {'tmpfs and mounts' if chaos.mounts else 'limits and permissions'}"
+        f"{', processes forked' if options.forked else ''}, {seconds:.0f} s",
         f"final weights, optimizer, position in the data: {'bitwise equal' if equal else 'DIFFERENT'}",
         f"losses of all steps: {'equal' if curves else 'DIFFERENT'}",
         *(f"lost: {kind}: {lost}" for kind, lost in events if lost),
@@ -404,6 +424,7 @@ def verdict(
             "async_save": options.async_save,
             "seed": options.seed,
             "mounts": chaos.mounts,
+            "forked": options.forked,
             "final_bitwise_equal": equal,
             "losses_equal": curves,
             "seconds": round(seconds),

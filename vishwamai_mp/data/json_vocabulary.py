@@ -57,7 +57,7 @@ class JsonVocabulary:
             raise
         except BaseException as error:  # a panic of its Rust code is no Exception
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"tokenizer {path} is not a whole tokenizer.json ({reason}): copy it again") from None
+            raise UserError(f"tokenizer {path} cannot be read as a tokenizer.json of Hugging Face ({reason}): copy it again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = False

@@ -184,13 +184,13 @@ class Generator:
             self.engine.release(sequence)
         return [(log_prob, _pairs(rest, top)) for log_prob, *rest in scores.tolist()]
 
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raises `UserError` where this model cannot go on from it."""
+        check_prompt(prompt, self.engine.config.model.vocab_size, self.engine.context)
+
     def _check(self, prompt: Sequence[int], options: SamplingOptions) -> None:
-        vocabulary, pool = self.engine.config.model.vocab_size, self.engine.pool
-        if not prompt:
-            raise UserError("the prompt is empty; give at least one token")
-        if not all(0 <= token < vocabulary for token in prompt):
-            raise UserError(f"the prompt has a token outside the vocabulary of {vocabulary}; encode it again")
-        check_fits(len(prompt), self.engine.context)
+        self.check_prompt(prompt)
+        pool = self.engine.pool
         if options.stop_strings and self.decode is None:
             raise UserError("stop_strings need a tokenizer; use stop_tokens")
         if self._blocks(len(prompt), options) > pool.capacity:
@@ -311,6 +311,15 @@ def _penalised(shard: Shard, rows: Sequence[_Row]) -> Shard:
     longest = max(len(row.seen) for row in rows)
     seen = torch.tensor([row.seen + [-1] * (longest - len(row.seen)) for row in rows], device=device)
     return penalise_repetition(shard, seen, torch.tensor([row.options.repetition_penalty for row in rows]).to(device))
+
+
+def check_prompt(prompt: Sequence[int], vocabulary: int, context: int) -> None:
+    """Raises `UserError` where a model of this vocabulary and context cannot go on from the prompt."""
+    if not prompt:
+        raise UserError("the prompt is empty; give at least one token")
+    if not all(0 <= token < vocabulary for token in prompt):
+        raise UserError(f"the prompt has a token outside the vocabulary of {vocabulary}; encode it again")
+    check_fits(len(prompt), context)
 
 
 def _check_finite(chosen: Iterable[Sequence[float]]) -> None:

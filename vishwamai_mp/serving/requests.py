@@ -110,7 +110,11 @@ def parse(kind: type[T], raw: bytes, limits: Limits) -> T:
         Refusal: it is none, or asks for too much; names the field.
     """
     try:
-        data = json.loads(raw)
+        data = json.loads(raw, parse_constant=_no_number)
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise Refusal(f"the request has {half}, half of a surrogate pair, which is no text") from None
     except (ValueError, RecursionError) as error:
         raise Refusal(f"the request is not JSON: {error}") from None
     if not isinstance(data, Mapping):
@@ -129,6 +133,10 @@ def parse(kind: type[T], raw: bytes, limits: Limits) -> T:
         raise Refusal(f"{place}: {first['msg'].lower()}", str(first["loc"][0])) from None
     _check(request, limits)
     return request
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
 
 
 def _check(request: Common, limits: Limits) -> None:

@@ -245,7 +245,9 @@ class Service:
         self._tickets += tickets
         try:
             for ticket in tickets:
-                if ticket.job.options is not None:
+                if ticket.job.options is None:
+                    self.generator.check_prompt(ticket.job.prompt)
+                else:
                     ticket.completion = self.generator.submit(ticket.job.prompt, ticket.job.options)
         except Exception as error:
             self._leave(client)

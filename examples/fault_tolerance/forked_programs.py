@@ -1,0 +1,107 @@
+"""Starts Python programs as forks of a process that has the stack imported already: they begin within milliseconds.
+
+`begin()` imports torch, megatron-core and the trainer, and changes how this process starts Python modules from then on.
+What is started so is a process with a parent, a session, an environment, open files and signals of its own, as if it
+had been executed, and starts its own children in the same way. It only does not import what it finds imported.
+"""
+
+import atexit
+import importlib
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+_PROGRAMS = ("vishwamai_mp.launch", "vishwamai_mp.launch.attempt", "vishwamai_mp.pretrain")
+_STACK = (
+    "vishwamai_mp.data.given",
+    "vishwamai_mp.launch.attempt",
+    "vishwamai_mp.training.callbacks",
+    "vishwamai_mp.training.loop",
+)
+_execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+
+
+def begin() -> None:
+    """Import the stack and fork what is started as `python -m` one of this project's programs."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported; a fork has one thread only
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launcher sets it, before torch is imported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core's, about Transformer Engine and apex
+        for name in _STACK:
+            importlib.import_module(name)
+    subprocess.Popen._execute_child = _start  # type: ignore[attr-defined]
+
+
+def _start(process: Any, args: Any, *rest: Any) -> None:
+    """What `subprocess.Popen` calls to start its process."""
+    module = _module(args)
+    if module is None:
+        _execute(process, args, *rest)
+        return
+    environment, start_new_session = rest[5], rest[20]
+    pipes = rest[9:15]  # (its own end, ours) of standard input; (ours, its own) of output and errors
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process.pid = os.fork()
+    if process.pid == 0:
+        _become(module, args, environment, start_new_session, [pipes[0], pipes[3], pipes[5]])
+    process._child_created = True
+    process._close_pipe_fds(*pipes)
+
+
+def _module(args: Any) -> str | None:
+    """The program of a command line `python [-u] -m program ...`, where it is one of ours."""
+    if not isinstance(args, list | tuple) or args[0] != sys.executable or "-m" not in args[1:3]:
+        return None
+    module = args[args.index("-m") + 1]
+    return module if module in _PROGRAMS else None
+
+
+def _become(module: str, args: Sequence[str], environment: Any, session: bool, streams: Sequence[int]) -> NoReturn:
+    """Make a new process of this fork, and run the program in it."""
+    status = 1
+    try:
+        atexit._clear()  # the parent's: its temporary folders are not ours to delete
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        if session:
+            os.setsid()
+        for own, number in enumerate(streams):
+            if number != -1:
+                os.dup2(number, own)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
+        sys.argv = [module, *args[args.index("-m") + 2 :]]
+        status = _run(module)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _run(module: str) -> int:
+    """Returns the exit status."""
+    status: Any = 0
+    sys.modules.pop(module, None)  # it is to run, as __main__, not to be found imported
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status or 0
