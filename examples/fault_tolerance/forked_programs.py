@@ -74,9 +74,9 @@ def _become(module: str, args: Sequence[str], environment: Any, session: bool, s
                 signal.signal(number, signal.SIG_DFL)
         if session:
             os.setsid()
-        for own, number in enumerate(streams):
-            if number != -1:
-                os.dup2(number, own)
+        for own, given in enumerate(streams):
+            if given != -1:
+                os.dup2(given, own)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         if environment is not None:
             os.environ.clear()

@@ -21,7 +21,7 @@ from vishwamai_mp.config import UserError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 CPU_SECONDS = 5.0  # for an input of a few kilobytes
-MEMORY_BYTES = 1 << 30  # of address space beyond what the test had
+MEMORY_BYTES = 512 << 20  # of address space beyond what the test had
 
 fuzzed = settings(
     max_examples=EXAMPLES,

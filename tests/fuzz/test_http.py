@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("starlette")
@@ -24,12 +24,28 @@ from vishwamai_mp.serving.service import Job, Piece, Service
 TEMPLATE = "{% for m in messages %}<{{ m.role | trim }}>{{ m.content[:90] + '\n' }}{% endfor %}"
 BODIES = {
     "/v1/completions": {
-        **{"prompt": ["one", "two"], "max_tokens": 3, "n": 1, "best_of": 2, "echo": True, "logprobs": 2, "stop": ["a"]},
-        **{"temperature": 0.5, "seed": 4, "top_p": 0.9, "user": "me", "logit_bias": {}, "model": "tiny"},
+        "prompt": ["one", "two"],
+        "max_tokens": 3,
+        "n": 1,
+        "best_of": 2,
+        "echo": True,
+        "logprobs": 2,
+        "stop": ["a"],
+        "temperature": 0.5,
+        "seed": 4,
+        "top_p": 0.9,
+        "user": "me",
+        "logit_bias": {},
+        "model": "tiny",
     },
     "/v1/chat/completions": {
-        **{"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "max_tokens": 3, "n": 2},
-        **{"logprobs": True, "top_logprobs": 1, "stream": True, "stream_options": {"include_usage": True}},
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        "max_tokens": 3,
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 1,
+        "stream": True,
+        "stream_options": {"include_usage": True},
     },
 }
 

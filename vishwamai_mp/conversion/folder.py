@@ -76,6 +76,11 @@ def open_folder(path: Path, additions: Sequence[str] = ()) -> Folder:
             )
             described = {**described, "tie_word_embeddings": False}
             original = model_config.from_hf(described, path / "config.json")
+    if original.model.num_layers > len(entries):
+        raise UserError(
+            f"{path / 'config.json'}: num_hidden_layers={original.model.num_layers}, and the folder has"
+            f" {len(entries)} tensors only; one of them is of another model"
+        )
     config = _with_additions(original, additions, path)
     shapes = {name: entry.shape for name, entry in entries.items()}
     value_head = components.has_value_head(shapes)

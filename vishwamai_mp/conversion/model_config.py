@@ -51,6 +51,17 @@ _READ = {
     "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "partial_rotary_factor", "quantization_config",
     "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size", *_TOKEN_IDS,
 }  # fmt: skip
+_NUMBER = (int, float)
+_KINDS: dict[str, tuple[type, ...]] = {  # of values; any may be null
+    **dict.fromkeys(("architectures", "layer_types"), (list,)),
+    **dict.fromkeys(("quantization_config", "rope_parameters", "rope_scaling", "memory", "cache"), (dict,)),
+    **dict.fromkeys(("partial_rotary_factor", "rope_theta"), _NUMBER),
+}
+_ROPE_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rope_type", "type"), (str,)),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor"), _NUMBER),
+}
+_KIND_NAMES = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
 _NEUTRAL = {
     # where the folder comes from
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "unsloth_version", "unsloth_fixed",
@@ -145,7 +156,7 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{folder} holds adapters of PEFT, not a model; merge them into their base first (merge_and_unload)"
             ) from None
         raise UserError(f"{folder} is no Hugging Face folder (config.json is missing)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         refuse_pointer(path)
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict):
@@ -215,9 +226,19 @@ def _known(config: Mapping[str, Any]) -> set[str]:
     return _READ | _NEUTRAL | own.get(config["architectures"][0], {"sliding_window", *components.KEYS})
 
 
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], path: Path) -> None:
+    for key, wanted in kinds.items():
+        value = values.get(key)
+        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise UserError(f"{path}: {key}={value!r} is not {_KIND_NAMES[wanted[0]]}")
+        if isinstance(value, list) and not all(isinstance(one, str) for one in value):
+            raise UserError(f"{path}: {key}={value!r} is not a list of texts")
+
+
 def _check_supported(config: Mapping[str, Any], path: Path) -> None:
+    _check_kinds(config, _KINDS, path)
     named = config.get("architectures")
-    if not isinstance(named, list) or not named:
+    if not named:
         raise UserError(f"{path} names no architecture; expected {' or '.join(PLAIN_ARCHITECTURES)}")
     if named[0] not in MODEL_TYPES:
         why = f", which has {_NO_ROOM_FOR[named[0]]}" if named[0] in _NO_ROOM_FOR else ""
@@ -257,7 +278,8 @@ def _rope(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """transformers 5 writes `rope_parameters`; 4 wrote `rope_scaling` beside `rope_theta`."""
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     rope = new or old
-    if not isinstance(rope, Mapping) or (new and old and new != old):
+    _check_kinds(rope, _ROPE_KINDS, path)
+    if new and old and new != old:
         raise UserError(f"{path}: rope_parameters={new} and rope_scaling={old} do not agree; take one out of the file")
     theta = config.get("rope_theta")
     if theta is not None and rope.get("rope_theta", theta) != theta:

@@ -106,7 +106,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         entries = {name: _entry(name, record, path, 8 + length) for name, record in header.items()}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is no whole safetensors file (its header cannot be read)") from None
@@ -143,7 +143,7 @@ def _read_indexed(folder: Path) -> dict[str, Entry]:
     refuse_pointer(path)
     try:
         places = {str(name): str(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path} cannot be read, or has no weight_map") from None
     files: dict[str, dict[str, Entry]] = {}
     for file in sorted(set(places.values())):

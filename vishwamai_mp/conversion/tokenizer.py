@@ -129,7 +129,7 @@ def imported_files(folder: Path, vocab_size: int) -> tuple[list[Path], str | Non
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")

@@ -57,7 +57,9 @@ class JsonVocabulary:
             raise
         except BaseException as error:  # a panic of its Rust code is no Exception
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"tokenizer {path} cannot be read as a tokenizer.json of Hugging Face ({reason}): copy it again") from None
+            raise UserError(
+                f"tokenizer {path} cannot be read as a tokenizer.json of Hugging Face ({reason}): copy it again"
+            ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = False
@@ -133,7 +135,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); mend it or take it away") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no JSON object; mend it or take it away")

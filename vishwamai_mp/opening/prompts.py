@@ -15,6 +15,8 @@ from vishwamai_mp.config import UserError
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
 from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, Tokenizer
 
+_MOST_CHARACTERS = 1 << 24  # of a conversation, as its template writes it
+_LARGEST_EXPONENT = 64
 # Tokenizers of transformers that put BOS first unless they are told not to.
 _BEGIN_WITH_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
@@ -88,13 +90,22 @@ class PromptTokenizer:
                 f"the model has no chat template ({CHAT_TEMPLATE_FILE} or chat_template in {SETTINGS_FILE}, beside"
                 f" {self.tokenizer.path.name}); put one there, or send a prompt"
             )
-        import jinja2
 
         spelled = {name: self._spelling(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **spelled}
         try:
-            return _environment().from_string(self.template).render(variables)
-        except (jinja2.TemplateError, TypeError, AttributeError) as error:
+            parts, length = [], 0
+            for part in _environment().from_string(self.template).generate(variables):
+                parts.append(part)
+                length += len(part)
+                if length > _MOST_CHARACTERS:
+                    raise UserError(
+                        f"messages: the chat template makes more than {_MOST_CHARACTERS} characters of them"
+                    )
+            return "".join(parts)
+        except UserError:
+            raise
+        except Exception as error:  # of the template's own code
             raise UserError(f"messages: the chat template does not take them ({_one_line(error)})") from None
 
     def _encode_marked(self, text: str) -> list[int]:
@@ -180,15 +191,14 @@ def _read_template(path: Path, settings: Mapping[str, Any]) -> str | None:
     else:
         template = settings.get("chat_template")
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[-1].get("template") if named else None
     if not isinstance(template, str):
         return None
-    import jinja2
 
     try:
         _environment().from_string(template)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # also RecursionError, of expressions within each other
         raise UserError(f"the chat template beside {path.parent} is not valid ({_one_line(error)}); mend it") from None
     return template
 
@@ -202,9 +212,19 @@ def _environment() -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            """A text times ten thousand millions would fill the memory; conversations need no such products."""
+            texts = [value for value in (left, right) if isinstance(value, str | list | tuple)]
+            counts = [value for value in (left, right) if isinstance(value, int)]
+            too_long = texts and counts and len(texts[0]) * counts[0] > _MOST_CHARACTERS
+            if too_long or (operator == "**" and abs(right) > _LARGEST_EXPONENT):
+                raise jinja2.TemplateError(f"the product {operator} of so much is not computed here")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
