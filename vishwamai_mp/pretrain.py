@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = with_step_token(config, tokenizer)
         datasets = run_datasets(config, tokenizer, runtime)
         trainer = Trainer(config, runtime, datasets, usual_callbacks(config, tokenizer, began=began))
-        for note in [*job.notes, *datasets.notes]:
+        for note in [*job.notes, *datasets.epochs(job.config.training), *datasets.notes]:
             trainer.say(note)
         trainer.train()
     return 0

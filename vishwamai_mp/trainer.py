@@ -116,7 +116,8 @@ class VishwamAIPretrainer:
         own = [_StartComponents(_weights(modules)), *callbacks, _History(self.history)]
         with advice_when_out_of_memory(self.config):
             self.trainer = Trainer(self.config, runtime, datasets, usual_callbacks(self.config, tokenizer, own))
-        for note in [*datasets.notes, *self.args.notes(self.config, is_accelerator(runtime.device))]:
+        own_notes = self.args.notes(self.config, is_accelerator(runtime.device))
+        for note in [*datasets.epochs(self.config.training), *datasets.notes, *own_notes]:
             self.trainer.say(note)
         self._components, self._resumed = own[0], False
         model.stand_for(self._engine)

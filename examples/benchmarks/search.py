@@ -18,7 +18,7 @@ import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 # isort: split
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.inference import Engine
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.model import build_model
 from vishwamai_mp.runtime import distributed_session
 from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts
@@ -68,7 +68,7 @@ def seconds_from_prompt(engine: Engine, result: SearchResult) -> float:
     start = time.perf_counter()
     for depth in sorted({node.depth for node in result.nodes[1:]}):
         nodes = [node for node in result.nodes if node.depth == depth]
-        sequences = [CachedSequence() for _ in nodes]
+        sequences = [KvSequence() for _ in nodes]
         above = [prompt + result.answer_to(node.parent or 0) for node in nodes]
         engine.run(list(zip(sequences, above, strict=True)))
         for i in range(len(nodes[0].tokens)):

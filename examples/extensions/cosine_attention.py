@@ -13,10 +13,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from vishwamai_mp.model.key_values import CachedSelfAttention
+from vishwamai_mp.model.key_values import KvSelfAttention
 
 
-class CosineAttention(CachedSelfAttention):
+class CosineAttention(KvSelfAttention):
     """Scores are scale · cos(query, key); shapes: T tokens, B batch, H query heads, G key heads (local), K width."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -153,7 +153,7 @@ def check_resumed(job: Job, expected: Path | None) -> None:
 
 
 def compare(checkpoint: Path | None, whole: Path) -> str:
-    """Whether a checkpoint equals the uninterrupted run's of that step, in words."""
+    """In words: does a checkpoint equal the uninterrupted run's of that step?"""
     if checkpoint is None:
         return "-"
     return "bitwise equal" if digest(checkpoint) == digest(whole / "checkpoints" / checkpoint.name) else "DIFFERENT"

@@ -12,7 +12,7 @@ from countdown import END, STEP, Puzzle, verify
 
 from vishwamai_mp.config import TreeConfig
 from vishwamai_mp.inference import BeamOptions, Engine, Generator, SamplingOptions, beam_search
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.tree_of_thoughts import SearchResult, Thought, TreeOfThoughts
 
 LONGEST = 48  # tokens of an answer
@@ -144,7 +144,7 @@ def values_of(engine: Engine, texts: Sequence[list[int]]) -> list[float]:
     work = []
     for tokens in texts:
         steps = [place for place, token in enumerate(tokens) if token == STEP]
-        work.append((CachedSequence(), tokens[: steps[-1] + 1] if steps else tokens))
+        work.append((KvSequence(), tokens[: steps[-1] + 1] if steps else tokens))
     output = engine.run(work)
     for sequence, _ in work:
         engine.release(sequence)

@@ -142,7 +142,7 @@ def save_every_step(root: Path, settings: PretrainConfig, steps: int) -> None:
 
 
 def save_twice_with_final(root: Path, settings: PretrainConfig) -> tuple[bool, bool]:
-    """Whether a final save is there when `save` returns, and whether saving the same step again changed nothing."""
+    """Is a final save there when `save` returns, and did saving the same step again change nothing?"""
     job = TinyJob(settings, root)
     job.train(1)
     job.save()

@@ -97,14 +97,18 @@ def test_the_seed_decides_the_order(books, tmp_path):
 
 
 def test_a_blend_draws_by_weight_and_says_how_many_epochs(books, code, tmp_path):
-    datasets = built(_config([3.0, books, 1.0, code], cache_dir=str(tmp_path), training={"max_steps": 100}))
+    config = _config([3.0, books, 1.0, code], cache_dir=str(tmp_path), training={"max_steps": 100})
+    datasets = built(config)
     alone = built(_config(code, cache_dir=str(tmp_path))).train
     of_code = set(_texts(alone, 0, alone.samples_per_epoch))
     drawn = _texts(datasets.train, 0, 400)
     assert sum(text in of_code for text in drawn) == 100
     assert datasets.fingerprint.shares == pytest.approx((0.75, 0.25), abs=1e-5)
     size = alone.samples_per_epoch
-    assert f"25.0% of 400 samples of {LENGTH} tokens, {100 / size:.2f} epochs of {size:,} samples" in datasets.notes[1]
+    assert (
+        f"25.0% of 400 samples of {LENGTH} tokens, {100 / size:.2f} epochs of {size:,} samples"
+        in datasets.epochs(config.training)[1]
+    )
 
 
 def test_splits_are_disjoint_documents(tmp_path):

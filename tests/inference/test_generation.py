@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.model.builds import build
 from vishwamai_mp.config import UserError
 from vishwamai_mp.inference import Completion, Generator, SamplingOptions, reads
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 
 _RANDOM = torch.Generator().manual_seed(2)
 _PROMPTS = [torch.randint(1, 250, (length,), generator=_RANDOM).tolist() for length in (9, 1, 21, 16)]
@@ -85,7 +85,7 @@ def ragged_logits(overrides: list[str]) -> tuple[list[Tensor], list[Tensor]]:
     """
     ours = generator(*overrides)
     texts = [prompt + list(range(30, 45)) for prompt in _PROMPTS]
-    sequences = [CachedSequence() for _ in texts]
+    sequences = [KvSequence() for _ in texts]
     parts: list[list[Tensor]] = [[] for _ in texts]
 
     def read(*pieces: tuple[int, int]) -> None:
@@ -136,7 +136,7 @@ def branched_logits(overrides: list[str]) -> tuple[Tensor, Tensor]:
     beginnings = [[(7 * family + 3 * i) % 250 for i in range(length)] for family, length in ((1, 70), (2, 83), (3, 5))]
     owners = [0, 1, 0, 2, 1, 0]  # families lie in each other's way
     endings = [[11 + 5 * i, 20 + i, 90 - i] for i in range(len(owners))]
-    roots = [CachedSequence() for _ in beginnings]
+    roots = [KvSequence() for _ in beginnings]
     for root, beginning in zip(roots, beginnings, strict=True):
         gathered(ours, [(root, beginning)])
     branches = [ours.engine.fork(roots[owner]) for owner in owners]
@@ -146,7 +146,7 @@ def branched_logits(overrides: list[str]) -> tuple[Tensor, Tensor]:
     ]
     full = []
     for owner, ending in zip(owners, endings, strict=True):
-        sequence = CachedSequence()
+        sequence = KvSequence()
         full.append(gathered(ours, [(sequence, beginnings[owner] + ending)])[-3:])
     return torch.stack(parts), torch.stack(full, 1)
 
@@ -214,7 +214,7 @@ def test_a_text_does_not_depend_on_what_else_is_generated(workers):
 
 def read_at_once(overrides: list[str]) -> Tensor:
     """Runs in a worker: logits of every token of a text."""
-    return gathered(generator(*overrides), [(CachedSequence(), _PROMPTS[2])])
+    return gathered(generator(*overrides), [(KvSequence(), _PROMPTS[2])])
 
 
 def test_16_bit_models_generate_over_pipelines(workers):
@@ -339,7 +339,7 @@ def refusal(prompts: list[list[int]], options: SamplingOptions, **more: Any) -> 
         ([[1] * 64], {}, "the prompt has 64 tokens, the model's context 64 (model.max_position_embeddings); shorten"),
         ([[1] * 70], {}, "the prompt has 70 tokens"),
         ([[1, 250]], {}, "outside the vocabulary of 250"),
-        ([[1] * 30], {"kv_tokens": 32}, "more than the key-value memory of 32 tokens"),
+        ([[1] * 30], {"kv_tokens": 32}, "more than the key-value pool of 32 tokens"),
     ],
 )
 def test_impossible_prompts_are_refused(workers, prompts, more, message):

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.inference.test_generation import gathered, generator
 from vishwamai_mp.config import CacheConfig, LoraConfig, MemoryConfig, ModelConfig
 from vishwamai_mp.inference import Generator, SamplingOptions
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.inference.direct_layer import DirectHead, DirectLayer
 from vishwamai_mp.model.lora import Adapter
 from vishwamai_mp.runtime import shutdown
@@ -139,7 +139,7 @@ def both(overrides: list[str], shortcut: bool = True) -> tuple[Tensor, Tensor, i
         for kind in () if shortcut else (DirectLayer, DirectHead):
             stack.enter_context(patch.object(kind, "supports", lambda part: False))
         ours = adapted(*overrides)
-    sequence, rows, start = CachedSequence(), [], 0
+    sequence, rows, start = KvSequence(), [], 0
     for count in (9, 1, 1, 4, 1, 8):
         rows.append(gathered(ours, [(sequence, _TEXT[start : start + count])]))
         start += count
@@ -200,7 +200,7 @@ def merged(overrides: list[str]) -> list[tuple[Tensor, list[int]]]:
     found = []
     for _ in range(2):
         tokens = ours.generate([_TEXT[:7]], SamplingOptions(8))[0].tokens
-        found.append((gathered(ours, [(CachedSequence(), _TEXT)]), tokens))
+        found.append((gathered(ours, [(KvSequence(), _TEXT)]), tokens))
         for layer in ours.engine.model.decoder.layers:
             for parent in (layer.self_attention, layer.mlp):
                 for name, part in parent.named_children():
@@ -258,7 +258,7 @@ def test_texts_scores_and_searches_follow_the_adapters(workers, layout):
 def hooked() -> tuple[int, float]:
     """Runs in a worker: how often a hook on a linear layer was called, and what it changed."""
     ours = generator()
-    before = gathered(ours, [(CachedSequence(), _TEXT)])
+    before = gathered(ours, [(KvSequence(), _TEXT)])
     calls = []
 
     def double(linear: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
@@ -266,7 +266,7 @@ def hooked() -> tuple[int, float]:
         return output[0] * 2, output[1]
 
     ours.engine.model.decoder.layers[1].mlp.linear_fc2.register_forward_hook(double)
-    after = gathered(ours, [(CachedSequence(), _TEXT)])
+    after = gathered(ours, [(KvSequence(), _TEXT)])
     full = full_pass(ours, _TEXT)
     torch.testing.assert_close(after, full, rtol=0, atol=1e-5)
     return len(calls), float((after - before).abs().max())
@@ -281,7 +281,7 @@ def test_a_hook_that_comes_later_is_called(workers):
 def in_fp8(precision: str) -> tuple[Tensor, bool]:
     """Runs in a worker: logits, and whether the model emulates FP8 afterwards as before."""
     ours = generator(f"precision={precision}", "model.hidden_size=128", "model.num_attention_heads=8")
-    logits = gathered(ours, [(CachedSequence(), _TEXT)])
+    logits = gathered(ours, [(KvSequence(), _TEXT)])
     emulates = [part.emulates_fp8 for part in ours.engine.model.modules() if hasattr(part, "emulates_fp8")]
     return logits, bool(emulates) and all(emulates)
 

@@ -15,7 +15,7 @@ from tests.model.builds import small_config
 from tests.training.layouts import train
 from vishwamai_mp.config import ConfigError
 from vishwamai_mp.model.core_attention import CoreAttention
-from vishwamai_mp.model.document_bounds import check_packing, document_bounds, packed_documents
+from vishwamai_mp.model.masks import check_packing, document_bounds, packed_documents
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=9, max_size=9), min_size=1, max_size=4))

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.neural_memory.oracle import recur
-from vishwamai_mp.neural_memory import recurrence
-from vishwamai_mp.neural_memory.delta_rule import momentum_delta_rule
+from vishwamai_mp.neural_memory.delta_rule import momentum_delta_rule, one_token
 
 
 def tokens(
@@ -134,7 +133,7 @@ def test_recurrence_equals_the_rule(momentum):
     for t in range(20):
         kept = state.clone()
         log_momentum = inputs["log_momentum"][t] if momentum else None
-        found, state = recurrence.step(
+        found, state = one_token(
             [read[t] for read in inputs["reads"]],
             inputs["keys"][t],
             inputs["values"][t],

@@ -8,10 +8,8 @@ from torch import nn
 from vishwamai_mp.runtime.measures import (
     Measures,
     all_names,
-    attach_loss,
     mean_measures,
     measures_of,
-    scale_attached_losses,
     summed_measures,
 )
 
@@ -51,9 +49,10 @@ def test_means_weigh_all_ranks_modules_and_calls(workers):
 @pytest.mark.parametrize("scale", [1.0, 8.0, torch.tensor(8.0)])
 def test_an_attached_loss_adds_its_gradient(scale):
     weight = torch.tensor([2.0, 3.0], requires_grad=True)
-    scale_attached_losses(scale)
-    output = attach_loss(weight * 5, (weight**2).sum())
+    measures, other = Measures(), Measures()
+    measures.loss_scale = scale
+    other.loss_scale = 100.0  # of another model in this process
+    output = measures.attach_loss(weight * 5, (weight**2).sum())
     assert torch.equal(output, weight * 5)
     output.sum().mul(scale).backward()
-    scale_attached_losses(1.0)
     torch.testing.assert_close(weight.grad, scale * (5 + 2 * weight.detach()))

@@ -1,10 +1,13 @@
-"""The façade does what the core does with the same settings."""
+"""The façade does what the core does with the same settings, and opens the data once."""
+
+from unittest import mock
 
 import pytest
 
 from tests.synthetic import tiny_corpus
 from tests.trainer.runs import VOCAB, core_losses, pretrainer, rows
 from tests.workers import WorkerPool
+from vishwamai_mp.data.datasets import build_datasets
 
 _SETTINGS = {
     "max_steps": 6,
@@ -35,7 +38,9 @@ def corpus(tmp_path_factory) -> str:
 
 def both(folder, corpus, batch: int, overrides: tuple[str, ...] = ()) -> tuple[list[float], list[float], list[float]]:
     """Losses of the façade as returned and as logged, and of the core."""
-    ours = pretrainer(folder / "facade", corpus, overrides=overrides, **_SETTINGS)
+    with mock.patch("vishwamai_mp.data.given.build_datasets", side_effect=build_datasets) as opened:
+        ours = pretrainer(folder / "facade", corpus, overrides=overrides, **_SETTINGS)
+    assert opened.call_count == 1
     ours.train()
     core = core_losses(
         folder / "core", [*_SAME, *overrides, f"data.train={corpus}", f"training.global_batch_size={batch}"]

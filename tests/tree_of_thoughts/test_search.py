@@ -11,7 +11,7 @@ import torch
 from tests.model.builds import build
 from vishwamai_mp.config import TreeConfig, UserError
 from vishwamai_mp.inference import Engine
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.tree_of_thoughts import SearchResult, Thought, TreeOfThoughts
 
 _RANDOM = torch.Generator().manual_seed(5)
@@ -240,7 +240,7 @@ def test_memory_in_use_is_what_the_formula_says(workers):
 
 def bytes_in_use() -> tuple[int, int]:
     engine = trees(_TREE, *_LAYOUTS["TP2"]).engine
-    sequence = CachedSequence()
+    sequence = KvSequence()
     engine.run([(sequence, [1] * 33)])  # 3 blocks
     twin = engine.fork(sequence)
     engine.run([(twin, [2])])  # copies the last, shares two

@@ -223,7 +223,7 @@ def layers_per_stage(config: PretrainConfig) -> list[int]:
 
 
 def _check_order(config: PretrainConfig) -> None:
-    """Whether the data come in the order that carried state needs."""
+    """Refuse data in an order that carried state cannot follow."""
     data = config.data
     for section in ("memory", "cache"):
         options = getattr(config, section)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from tqdm import tqdm
 
 from vishwamai_mp import __version__
 from vishwamai_mp.checkpoint import manifest, store
@@ -34,12 +35,13 @@ from vishwamai_mp.config import PretrainConfig, to_yaml
 from vishwamai_mp.config.files import write_through, write_whole
 from vishwamai_mp.conversion.dtypes import DType
 from vishwamai_mp.conversion.folder import Folder
-from vishwamai_mp.conversion.journal import Files, Journal, Progress, check_space, disk_errors
+from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
 from vishwamai_mp.conversion.mapping import padded_rows
 from vishwamai_mp.conversion.rows import Piece, RowReader, pieces_of, stored_type
 from vishwamai_mp.conversion.safetensors_files import plan_shards
 from vishwamai_mp.conversion.to_hf import ahead
 from vishwamai_mp.conversion.tokenizer import generation_config, imported_files
+from vishwamai_mp.data.corpus_progress import byte_bar
 from vishwamai_mp.data.tokenizer import GENERATION_FILE
 
 _FILE_BYTES = 2 << 30
@@ -88,7 +90,7 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
 
             fresh = write_components(config, output / _ADDED)
             folder = replace(folder, entries={**folder.entries, **fresh})
-        with Progress("import", sum(sizes.values()), done) as progress:
+        with byte_bar(sum(sizes.values()), "import", done) as progress:
             _write_files(folder, partial, todo, journal, progress)
         for file in kept:
             write_whole(output / file.name, file.read_bytes())
@@ -112,7 +114,7 @@ def _is_finished(path: Path, journal: Journal) -> bool:
 
 
 def _write_files(
-    folder: Folder, partial: Path, groups: dict[str, list[Piece]], journal: Journal, progress: Progress
+    folder: Folder, partial: Path, groups: dict[str, list[Piece]], journal: Journal, progress: tqdm
 ) -> None:
     reader = RowReader(folder)
     tensors = ahead(reader.read, [piece for group in groups.values() for piece in group], 2)

@@ -6,14 +6,11 @@ The journal lies in the output folder from the first moment to the last; a folde
 import errno
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from tqdm import tqdm
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.files import aside_of, leftovers, replace_durably, sync_folder, write_whole
@@ -123,38 +120,6 @@ def _discard_leftovers(path: Path) -> None:
     """Delete what killed attempts wrote of a file: a conversion's folder has one writer."""
     for leftover in leftovers(path.parent, path.name):
         leftover.unlink()
-
-
-class Progress:
-    """How far a conversion is, on stderr: a bar with MB/s and the time left; in a log, a line every half minute.
-
-    Args:
-        what: a word before the bar.
-        total: bytes.
-        done: bytes that an earlier run has finished; they do not count for the speed.
-    """
-
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
-        on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            desc=what,
-            total=total,
-            initial=done,
-            unit="B",
-            unit_scale=True,
-            mininterval=0.3 if on_terminal else 30,
-            delay=0.3 if on_terminal else 5,
-            dynamic_ncols=True,
-        )
-
-    def update(self, count: int) -> None:
-        self._bar.update(count)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()
 
 
 def check_space(folder: Path, needed: int, output: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vishwamai_mp.checkpoint.pieces import PieceReader, bytes_of
 from vishwamai_mp.config import LoraConfig
@@ -22,12 +23,13 @@ from vishwamai_mp.conversion import components, dtypes, model_config, safetensor
 from vishwamai_mp.conversion.adapters import merged
 from vishwamai_mp.conversion.block_scaled import BLOCK, is_block_scaled, quantized
 from vishwamai_mp.conversion.dtypes import BF16, FP8, FP32, DType
-from vishwamai_mp.conversion.journal import Files, Journal, Progress, check_space, disk_errors
+from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
 from vishwamai_mp.conversion.mapping import Mapped, Part
 from vishwamai_mp.conversion.model_card import model_card
 from vishwamai_mp.conversion.safetensors_files import Planned
 from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.conversion.tokenizer import TokenizerFiles, generation_config, tokenizer_files
+from vishwamai_mp.data.corpus_progress import byte_bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,7 +90,7 @@ def export_folder(source: Source, output: Path, options: ExportOptions) -> None:
         todo = [number for number, name in enumerate(names) if not _is_finished(output / name, journal)]
         check_space(output, sum(sizes[number] for number in todo), f"--output {output}")
         done = sum(sizes) - sum(sizes[number] for number in todo)
-        with PieceReader(source.path, source.manifest) as reader, Progress("export", sum(sizes), done) as progress:
+        with PieceReader(source.path, source.manifest) as reader, byte_bar(sum(sizes), "export", done) as progress:
             chosen = [(names[number], shards[number]) for number in todo]
             _write_shards(reader, source.config.lora, output, chosen, journal, progress)
         _write_small_files(source, output, shards, tokenizer, kept)
@@ -135,7 +137,7 @@ def _write_shards(
     output: Path,
     shards: list[tuple[str, list[_Output]]],
     journal: Journal,
-    progress: Progress,
+    progress: tqdm,
 ) -> None:
     """Write files one after another; the next checkpoint tensor is read meanwhile, across files too."""
     needed = [mapped for _, shard in shards for mapped in _tensors_of(shard)]
@@ -180,7 +182,7 @@ def ahead(read: Callable[[T], R], items: Sequence[T], depth: int) -> Iterator[R]
             yield pending.popleft().result()
 
 
-def _write_tensor(file: Any, item: _Output, whole: Tensor, progress: Progress) -> None:
+def _write_tensor(file: Any, item: _Output, whole: Tensor, progress: tqdm) -> None:
     if item.dtype is FP8:
         matrix = torch.cat([whole[first:last] for first, last in item.part.rows])
         for tensor in quantized(matrix):
@@ -193,7 +195,7 @@ def _write_tensor(file: Any, item: _Output, whole: Tensor, progress: Progress) -
             _write_numbers(file, dtypes.cast(rows[start : start + step], item.dtype, item.part.name), progress)
 
 
-def _write_numbers(file: Any, tensor: Tensor, progress: Progress) -> None:
+def _write_numbers(file: Any, tensor: Tensor, progress: tqdm) -> None:
     data = bytes_of(tensor.contiguous())
     file.write(data)
     progress.update(len(data))

@@ -17,7 +17,7 @@ from vishwamai_mp.data.consecutive import ConsecutiveSegments
 from vishwamai_mp.data.datasets import Datasets, EvaluationSamples, Samples
 from vishwamai_mp.data.given import GivenSamples, StreamedSamples
 from vishwamai_mp.data.marks import BEGINS, JUDGED, LEARNT, SOLVED
-from vishwamai_mp.model.document_bounds import DocumentBounds, document_bounds
+from vishwamai_mp.model.masks import DocumentBounds, document_bounds
 from vishwamai_mp.runtime import Runtime
 
 

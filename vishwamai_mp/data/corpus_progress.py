@@ -1,36 +1,48 @@
-"""How the data tools show their progress through a corpus, and how they are asked to stop."""
+"""How tools show their progress through bytes of a corpus or a checkpoint, and how they are asked to stop."""
 
 import signal
 import sys
 import time
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from vishwamai_mp.data.corpus import Malformed
+if TYPE_CHECKING:
+    from vishwamai_mp.data.corpus import Malformed
 
 _SKIPPED_SHOWN = 10
 
 
-class CorpusProgress:
-    """A bar on stderr: share of the input, MB/s, documents/s and the time left.
+def byte_bar(total: int | None, what: str = "", done: int = 0) -> tqdm:
+    """A bar on stderr: the share, MB/s and the time left. On a terminal it moves; a log gets a line every half minute.
 
-    On a terminal it moves; in a log it is a line every half minute. The first malformed documents left out are
-    printed above it.
+    Args:
+        total: bytes; None: not known yet.
+        what: a word before the bar.
+        done: bytes that an earlier run has finished; they do not count for the speed.
     """
+    on_terminal = sys.stderr.isatty()
+    return tqdm(
+        desc=what or None,
+        total=total,
+        initial=done,
+        unit="B",
+        unit_scale=True,
+        mininterval=0.3 if on_terminal else 30,
+        delay=0.3 if on_terminal else 5,
+        dynamic_ncols=True,
+    )
+
+
+class CorpusProgress:
+    """`byte_bar` with documents/s; the first malformed documents left out are printed above it."""
 
     def __init__(self, total_bytes: int | None = None) -> None:
         self._started = time.perf_counter()
         self._num_skipped = 0
-        self._on_terminal = on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_bytes,
-            unit="B",
-            unit_scale=True,
-            mininterval=0.3 if on_terminal else 30,
-            delay=0.3 if on_terminal else 5,
-            dynamic_ncols=True,
-        )
+        self._on_terminal = sys.stderr.isatty()
+        self._bar = byte_bar(total_bytes)
 
     def update(self, documents: int, bytes_read: int, total_bytes: int | None = None) -> None:
         """Show that `documents` and `bytes_read` of the input (bytes on disk) are done."""
@@ -40,7 +52,7 @@ class CorpusProgress:
         self._bar.set_postfix_str(f"{documents} docs, {rate:.0f} docs/s", refresh=False)
         self._bar.update(bytes_read - self._bar.n)
 
-    def skipped(self, document: Malformed) -> None:
+    def skipped(self, document: "Malformed") -> None:
         """Print one document left out, up to a limit."""
         self._num_skipped += 1
         if self._num_skipped <= _SKIPPED_SHOWN:

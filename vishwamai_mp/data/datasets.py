@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, UserError
-from vishwamai_mp.config.schema import DataConfig
+from vishwamai_mp.config.schema import DataConfig, TrainingConfig
 from vishwamai_mp.data.blends import Source, SourceIdentity, identify, parse_blend, parse_split
 from vishwamai_mp.data.consecutive import ConsecutiveSegments
 from vishwamai_mp.data.indexed import check_indexed
@@ -98,6 +98,17 @@ class Datasets:
     eod_id: int
     fingerprint: DataFingerprint
     notes: list[str]
+
+    def epochs(self, training: TrainingConfig) -> list[str]:
+        """A sentence for each corpus: how much of it the run will read. None for a user's own datasets."""
+        train, needed = self.train, training.max_steps * training.global_batch_size
+        if not isinstance(train, TokenSamples | ConsecutiveSegments):
+            return []
+        return [
+            f"data.train: {source.name}: {share:.1%} of {needed:,} samples of {training.sequence_length} tokens,"
+            f" {needed * share / size:.2f} epochs of {size:,} samples"
+            for source, size, share in zip(self.fingerprint.sources, train.sizes, train.shares, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,6 @@ def _build(config: PretrainConfig, tokenizer: Vocabulary | None, rows: int | Non
             f" less than one sequence{_few_documents(corpora)}; raise its second share, set data.valid or"
             " training.evaluate_every=null"
         )
-    notes[:0] = _epochs(config, corpora, train)
     split = data.split if data.valid is None else None
     identities = tuple(corpus.identity for corpus in corpora)
     fingerprint = DataFingerprint(identities, tuple(train.shares), config.training.sequence_length, split, seed, rows)
@@ -334,14 +344,3 @@ def _part(
         vocab_size=config.model.vocab_size,
         cache_dir=cache_dir,
     ), ""
-
-
-def _epochs(config: PretrainConfig, corpora: Sequence[_Corpus], train: TokenSamples | ConsecutiveSegments) -> list[str]:
-    """One sentence per corpus: how much of it the run will read."""
-    training = config.training
-    needed = training.max_steps * training.global_batch_size
-    return [
-        f"data.train: {corpus.identity.name}: {share:.1%} of {needed:,} samples of {training.sequence_length} tokens,"
-        f" {needed * share / size:.2f} epochs of {size:,} samples"
-        for corpus, size, share in zip(corpora, train.sizes, train.shares, strict=True)
-    ]

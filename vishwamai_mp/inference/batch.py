@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vishwamai_mp.config import ModelConfig
-from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, CachedSequence
+from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, KvSequence
 from vishwamai_mp.inference.reads import Reads, collect, common_beginning, pieces
 from vishwamai_mp.runtime import multiplies_natively
 from vishwamai_mp.runtime.products import product
 
 _FEWEST_SHARED_BLOCKS = 4  # below, reading them once for each sequence is faster than one more product
-Work = Sequence[tuple[CachedSequence, Sequence[int]]]
+Work = Sequence[tuple[KvSequence, Sequence[int]]]
 
 
 class Batch:
@@ -74,18 +74,18 @@ class Batch:
 
     def attend(self, layer: int, query_NGRK: Tensor, key_value_NG2K: Tensor) -> Tensor:
         """See `KeyValues`."""
-        memory = self.pool.keys_and_values[layer - self.first_layer]
-        memory[self.blocks, :, :, self.places] = key_value_NG2K
+        kv = self.pool.keys_and_values[layer - self.first_layer]
+        kv[self.blocks, :, :, self.places] = key_value_NG2K
         if len(self.single) == len(self.counts):
-            return self._attend_single(query_NGRK, memory)
+            return self._attend_single(query_NGRK, kv)
         out = torch.empty_like(query_NGRK)
         for i, count in enumerate(self.counts):
             if count > 1:
                 rows = slice(self.ends[i] - count, self.ends[i])
-                out[rows] = self._attend_many(query_NGRK[rows], key_value_NG2K[rows], memory, i)
+                out[rows] = self._attend_many(query_NGRK[rows], key_value_NG2K[rows], kv, i)
         if self.single:
             singles = self.last[self.single]
-            out[singles] = self._attend_single(query_NGRK[singles], memory)
+            out[singles] = self._attend_single(query_NGRK[singles], kv)
         return out
 
     @cached_property
@@ -113,41 +113,41 @@ class Batch:
             lengths=[self.past[i] + 1 - len(common) * BLOCK_TOKENS for i in numbers],
             window=self.window,
             repeat=self.repeat,
-            memory=self.pool.keys_and_values[0],
+            kv=self.pool.keys_and_values[0],
         )
 
-    def _attend_single(self, query_BGRK: Tensor, memory: Tensor) -> Tensor:
+    def _attend_single(self, query_BGRK: Tensor, kv: Tensor) -> Tensor:
         """One query per sequence: the queries of a group see the same keys, so they take the place of positions."""
         if len(self._reads) == 1:
-            return self._attend_together(query_BGRK, memory, self._reads[0])
+            return self._attend_together(query_BGRK, kv, self._reads[0])
         out = torch.empty_like(query_BGRK)
         for reads in self._reads:
-            out[reads.rows] = self._attend_together(query_BGRK[reads.rows], memory, reads)
+            out[reads.rows] = self._attend_together(query_BGRK[reads.rows], kv, reads)
         return out
 
-    def _attend_together(self, q_BGRK: Tensor, memory: Tensor, reads: Reads) -> Tensor:
-        rows, wide, in_place = q_BGRK.shape[0], self.wide, reads.in_place(memory)
+    def _attend_together(self, q_BGRK: Tensor, kv: Tensor, reads: Reads) -> Tensor:
+        rows, wide, in_place = q_BGRK.shape[0], self.wide, reads.in_place(kv)
         if not in_place:
-            k, v = collect(reads.own, memory)[..., : reads.count, :].unbind(2)
+            k, v = collect(reads.own, kv)[..., : reads.count, :].unbind(2)
             if reads.common is None:
                 return self._softmax_attention(q_BGRK, k, v, reads.mask)
         q = (q_BGRK * (1 / math.sqrt(q_BGRK.shape[-1]))).to(wide)
-        scores = reads.scores(q, memory) if in_place else q @ k.to(wide).mT
+        scores = reads.scores(q, kv) if in_place else q @ k.to(wide).mT
         scores = scores if reads.mask is None else scores.masked_fill(~reads.mask, -math.inf)
         if reads.common is None:
-            return reads.mix(scores.softmax(-1), memory)
+            return reads.mix(scores.softmax(-1), kv)
         # Keys that all sequences share are read once for all queries: (G, B·R, K) by (G, K, S).
-        common_k, common_v = collect(reads.common, memory)[0].to(wide).unbind(1)
+        common_k, common_v = collect(reads.common, kv)[0].to(wide).unbind(1)
         shared = product(q.transpose(0, 1).flatten(1, 2), common_k.mT).unflatten(1, (rows, -1)).transpose(0, 1)
         shared, own = torch.cat((shared, scores), -1).softmax(-1).split([shared.shape[-1], reads.count], -1)
         out = product(shared.transpose(0, 1).flatten(1, 2), common_v).unflatten(1, (rows, -1)).transpose(0, 1)
-        return (out + (reads.mix(own, memory) if in_place else own @ v.to(wide))).to(self.dtype)
+        return (out + (reads.mix(own, kv) if in_place else own @ v.to(wide))).to(self.dtype)
 
-    def _attend_many(self, q_NGRK: Tensor, key_value_NG2K: Tensor, memory: Tensor, sequence: int) -> Tensor:
+    def _attend_many(self, q_NGRK: Tensor, key_value_NG2K: Tensor, kv: Tensor, sequence: int) -> Tensor:
         """All new tokens of one sequence, after those that were read before."""
         new, past, window = len(q_NGRK), self.past[sequence], self.window
         if past:
-            found = collect(pieces([self.sequences[sequence].blocks], memory), memory)
+            found = collect(pieces([self.sequences[sequence].blocks], kv), kv)
             k_GSK, v_GSK = found[0, ..., : past + new, :].unbind(1)
         else:
             k_GSK, v_GSK = key_value_NG2K.permute(2, 1, 0, 3)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.inference.engine import Engine, check_fits
 from vishwamai_mp.inference.options import BeamOptions
 from vishwamai_mp.inference.vocabulary import Shard
@@ -24,7 +24,7 @@ class BeamCompletion:
 class _Beam:
     tokens: list[int]
     log_prob: float
-    sequence: CachedSequence
+    sequence: KvSequence
 
 
 @dataclass
@@ -52,7 +52,7 @@ def beam_search(engine: Engine, prompts: Sequence[Sequence[int]], options: BeamO
             raise UserError("the prompt is empty; give at least one token")
         check_fits(len(prompt), engine.context)
     searches = [
-        _Search(prompt, min(options.max_new_tokens, engine.context - len(prompt)), [_Beam([], 0.0, CachedSequence())])
+        _Search(prompt, min(options.max_new_tokens, engine.context - len(prompt)), [_Beam([], 0.0, KvSequence())])
         for prompt in prompts
     ]
     try:

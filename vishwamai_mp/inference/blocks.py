@@ -1,4 +1,4 @@
-"""Key-value memory in reference-counted blocks, shared between sequences that start alike.
+"""Keys and values in reference-counted blocks, shared between sequences that start alike.
 
 Shapes: L layers of this stage, G key-value heads (local), T tokens of a block, K head width.
 """
@@ -15,7 +15,7 @@ BLOCK_TOKENS = 16
 
 
 @dataclass
-class CachedSequence:
+class KvSequence:
     """What the model has read of one sequence.
 
     Attributes:
@@ -63,7 +63,7 @@ class BlockPool:
         """2 · layers · heads · width · bytes per number, for 16 tokens of each block in use."""
         return self.used_blocks * self._block(0).nbytes
 
-    def extend(self, sequence: CachedSequence, count: int) -> None:
+    def extend(self, sequence: KvSequence, count: int) -> None:
         """Make room for `count` more tokens. A partly filled block that is shared is copied.
 
         Raises:
@@ -75,7 +75,7 @@ class BlockPool:
         copies = last is not None and self._references[last] > 1
         if needed + copies > self.free_blocks:
             raise UserError(
-                f"the key-value memory of {self.capacity * BLOCK_TOKENS} tokens is full; raise kv_tokens, or generate"
+                f"the key-value pool of {self.capacity * BLOCK_TOKENS} tokens is full; raise kv_tokens, or generate"
                 " fewer or shorter sequences at a time"
             )
         if last is not None and copies:
@@ -85,13 +85,13 @@ class BlockPool:
             sequence.blocks[-1] = own
         sequence.blocks.extend(self._take() for _ in range(needed))
 
-    def fork(self, sequence: CachedSequence) -> CachedSequence:
+    def fork(self, sequence: KvSequence) -> KvSequence:
         """Another sequence that starts with the same tokens. Nothing is copied until one of them writes."""
         for block in sequence.blocks:
             self._references[block] += 1
-        return CachedSequence(sequence.length, list(sequence.blocks), dict(sequence.states))
+        return KvSequence(sequence.length, list(sequence.blocks), dict(sequence.states))
 
-    def release(self, sequence: CachedSequence) -> None:
+    def release(self, sequence: KvSequence) -> None:
         """Give back what only this sequence used. It is empty then."""
         for block in sequence.blocks:
             self._drop(block)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vishwamai_mp.inference.batch import Batch
 from vishwamai_mp.model import VishwamAILayer, VishwamAIModel
 from vishwamai_mp.model.core_attention import CoreAttention
-from vishwamai_mp.model.key_values import CachedSelfAttention
+from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.swiglu import SwiGLU
 from vishwamai_mp.runtime import multiplies_natively
@@ -52,7 +52,7 @@ class DirectLayer:
     def supports(layer: Any) -> bool:
         """Whether the layer consists of nothing but what is computed here."""
         attention, mlp, config = layer.self_attention, layer.mlp, layer.config
-        if not (type(layer) is VishwamAILayer and type(attention) is CachedSelfAttention and type(mlp) is MLP):
+        if not (type(layer) is VishwamAILayer and type(attention) is KvSelfAttention and type(mlp) is MLP):
             return False
         columns, rows = (attention.linear_qkv, mlp.linear_fc1), (attention.linear_proj, mlp.linear_fc2)
         return (

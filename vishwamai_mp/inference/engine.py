@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.inference.batch import Work
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.inference.stage import Stage
 from vishwamai_mp.inference.vocabulary import Shard
 from vishwamai_mp.model import VishwamAIModel
@@ -37,7 +37,7 @@ class Output:
 
 
 class Engine:
-    """Key-value memory and the passes through the model. One model chunk per rank.
+    """Key-value pool and the passes through the model. One model chunk per rank.
 
     Args:
         config: resolved.
@@ -69,7 +69,7 @@ class Engine:
             logits: False leaves them out; hidden states are all that is asked for.
 
         Raises:
-            UserError: a sequence would outgrow the context, or key-value memory is full.
+            UserError: a sequence would outgrow the context, or key-value pool is full.
         """
         for sequence, tokens in work:
             check_fits(sequence.length + len(tokens) - 1, self.context)
@@ -102,10 +102,10 @@ class Engine:
             dist.broadcast(chosen, dist.get_global_rank(group, group.size() - 1), group=group)
         return chosen
 
-    def fork(self, sequence: CachedSequence) -> CachedSequence:
+    def fork(self, sequence: KvSequence) -> KvSequence:
         return self.pool.fork(sequence)
 
-    def release(self, sequence: CachedSequence) -> None:
+    def release(self, sequence: KvSequence) -> None:
         self.pool.release(sequence)
 
     def _receive(self, tokens: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.inference.added_text import AddedText, Decode, find_stop
-from vishwamai_mp.inference.blocks import BLOCK_TOKENS, CachedSequence
+from vishwamai_mp.inference.blocks import BLOCK_TOKENS, KvSequence
 from vishwamai_mp.inference.engine import Engine, check_fits
 from vishwamai_mp.inference.noise import NoiseNames
 from vishwamai_mp.inference.options import SamplingOptions
@@ -45,7 +45,7 @@ class Completion:
     top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: str | None = None
     stop: str | None = None
-    _sequence: CachedSequence = field(default_factory=CachedSequence)
+    _sequence: KvSequence = field(default_factory=KvSequence)
     _limit: int = 0
     _added: AddedText | None = None
     _read: int = 0  # tokens whose text `_added` has
@@ -173,7 +173,7 @@ class Generator:
     def score_tokens(self, text: Sequence[int], top: int = 0) -> list[tuple[float, list[tuple[int, float]]]]:
         """Of each token from the second on: its log-probability in nats, and the `top` likeliest ids with theirs."""
         top = min(top, self.engine.config.model.vocab_size)
-        sequence = CachedSequence()
+        sequence = KvSequence()
         try:
             output = self.engine.run([(sequence, text[:-1])], every_token=True)
             targets = torch.tensor(text[1:], device=self.engine.runtime.device)[:, None]
@@ -195,7 +195,7 @@ class Generator:
             raise UserError("stop_strings need a tokenizer; use stop_tokens")
         if self._blocks(len(prompt), options) > pool.capacity:
             raise UserError(
-                f"the prompt and max_new_tokens need more than the key-value memory of {pool.capacity * BLOCK_TOKENS}"
+                f"the prompt and max_new_tokens need more than the key-value pool of {pool.capacity * BLOCK_TOKENS}"
                 " tokens; raise kv_tokens or lower max_new_tokens"
             )
 

@@ -19,17 +19,17 @@ _FEWEST_KEYS_IN_PLACE = 256  # of all sequences; below, collecting them first is
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # only its pattern of places is used
 
 
-def pieces(blocks: list[list[int]], memory: Tensor) -> Tensor:
-    """Numbers of the pieces (T, K) of memory that these blocks of B sequences consist of, (B, G, 2, blocks)."""
-    heads = memory.shape[1]
-    first = torch.tensor(blocks, device=memory.device)[:, None, None] * (2 * heads)
-    return first + torch.arange(2 * heads, device=memory.device).view(heads, 2, 1)
+def pieces(blocks: list[list[int]], kv: Tensor) -> Tensor:
+    """Numbers of the pieces (T, K) of kv that these blocks of B sequences consist of, (B, G, 2, blocks)."""
+    heads = kv.shape[1]
+    first = torch.tensor(blocks, device=kv.device)[:, None, None] * (2 * heads)
+    return first + torch.arange(2 * heads, device=kv.device).view(heads, 2, 1)
 
 
-def collect(pieces: Tensor, memory: Tensor) -> Tensor:
+def collect(pieces: Tensor, kv: Tensor) -> Tensor:
     """Keys and values in these pieces, (B, G, 2, S, K)."""
-    found = memory.view(-1, BLOCK_TOKENS * memory.shape[-1]).index_select(0, pieces.flatten())
-    return found.view(*pieces.shape[:3], -1, memory.shape[-1])
+    found = kv.view(-1, BLOCK_TOKENS * kv.shape[-1]).index_select(0, pieces.flatten())
+    return found.view(*pieces.shape[:3], -1, kv.shape[-1])
 
 
 def common_beginning(rows: list[list[int]]) -> list[int]:
@@ -52,7 +52,7 @@ class Reads:
         count: own keys, S.
         mask: (B, 1, 1, S) of own keys, where not all are seen.
         repeat: R.
-        size: of memory, in rows of K.
+        size: of kv, in rows of K.
     """
 
     rows: list[int]
@@ -72,48 +72,48 @@ class Reads:
         lengths: list[int],
         window: int | None,
         repeat: int,
-        memory: Tensor,
+        kv: Tensor,
     ) -> "Reads":
         """What these rows read: all of them the blocks in `common`, then each `lengths` keys in its blocks in `own`."""
         count = max(lengths)
         window = count if window is None else window
         mask = None
         if min(lengths) < count or count > window:
-            keys, length = torch.arange(count, device=memory.device), torch.tensor(lengths, device=memory.device)
+            keys, length = torch.arange(count, device=kv.device), torch.tensor(lengths, device=kv.device)
             mask = ((keys < length[:, None]) & (keys >= length[:, None] - window))[:, None, None]
         widest = max(map(len, own))
         return cls(
             rows=rows,
-            common=pieces([common], memory) if common else None,
-            own=pieces([blocks + [blocks[0]] * (widest - len(blocks)) for blocks in own], memory),
+            common=pieces([common], kv) if common else None,
+            own=pieces([blocks + [blocks[0]] * (widest - len(blocks)) for blocks in own], kv),
             count=count,
             mask=mask,
             repeat=repeat,
-            size=memory.numel() // memory.shape[-1],
+            size=kv.numel() // kv.shape[-1],
         )
 
-    def in_place(self, memory: Tensor) -> bool:
+    def in_place(self, kv: Tensor) -> bool:
         """Own keys and values are better not collected."""
-        if is_accelerator(memory) or memory.dtype != torch.float32:
+        if is_accelerator(kv) or kv.dtype != torch.float32:
             return False
         return len(self.rows) * self.count >= _FEWEST_KEYS_IN_PLACE
 
-    def scores(self, q_BGRK: Tensor, memory: Tensor) -> Tensor:
+    def scores(self, q_BGRK: Tensor, kv: Tensor) -> Tensor:
         """q Kᵀ with own keys, (B, G, R, S)."""
         width = q_BGRK.shape[-1]
-        table = memory.view(-1, width)
+        table = kv.view(-1, width)
         found = torch.sparse.sampled_addmm(self._key_places, q_BGRK.reshape(-1, width), table.t(), beta=0.0)
         return found.values().view(*q_BGRK.shape[:3], -1)
 
-    def mix(self, weights_BGRS: Tensor, memory: Tensor) -> Tensor:
+    def mix(self, weights_BGRS: Tensor, kv: Tensor) -> Tensor:
         """Own values by their weights, (B, G, R, K)."""
-        table, weights = memory.view(-1, memory.shape[-1]), weights_BGRS.flatten(0, 2)
+        table, weights = kv.view(-1, kv.shape[-1]), weights_BGRS.flatten(0, 2)
         mixed = F.embedding_bag(self._places[1], table, mode="sum", per_sample_weights=weights)
         return mixed.view(*weights_BGRS.shape[:3], -1)
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
-        """Rows of own keys and of own values in memory, of each query, (B·G·R, S)."""
+        """Rows of own keys and of own values in kv, of each query, (B·G·R, S)."""
         tokens = torch.arange(BLOCK_TOKENS, device=self.own.device)
         rows = (self.own[..., None] * BLOCK_TOKENS + tokens).flatten(-2)[..., : self.count]
         keys, values = rows[:, :, None].expand(-1, -1, self.repeat, -1, -1).flatten(0, 2).unbind(1)
@@ -121,7 +121,7 @@ class Reads:
 
     @cached_property
     def _key_places(self) -> Tensor:
-        """As a matrix with an entry at each, (B·G·R, rows of memory)."""
+        """As a matrix with an entry at each, (B·G·R, rows of kv)."""
         keys, _ = self._places
         starts = torch.arange(len(keys) + 1) * self.count
         return torch.sparse_csr_tensor(

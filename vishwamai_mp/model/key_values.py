@@ -29,7 +29,7 @@ class KeyValues(Protocol):
         ...
 
 
-class CachedSelfAttention(SelfAttention):
+class KvSelfAttention(SelfAttention):
     """megatron-core's self-attention, whose keys may be kept by a `KeyValues`."""
 
     def forward(

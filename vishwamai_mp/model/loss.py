@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vishwamai_mp.model.row_blocks import row_blocks
+from vishwamai_mp.runtime.device import row_blocks
 
 
 def vocab_parallel_cross_entropy(

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from vishwamai_mp.config import PretrainConfig, padded_vocab_size
 from vishwamai_mp.config.extensions import find_extension, is_own
-from vishwamai_mp.model.document_bounds import DocumentBounds, check_packing, document_bounds, packed_documents
 from vishwamai_mp.model.freezing import freeze_parts
 from vishwamai_mp.model.fully_sharded import ParameterSharding, own_rows, whole_parameters
 from vishwamai_mp.model.lora import add_adapters
 from vishwamai_mp.model.loss import vocab_parallel_cross_entropy
-from vishwamai_mp.model.masks import attention_mask
+from vishwamai_mp.model.masks import DocumentBounds, attention_mask, check_packing, document_bounds, packed_documents
 from vishwamai_mp.model.rotary import RotaryEmbedding
 from vishwamai_mp.model.specs import block_spec, spec_provider
 from vishwamai_mp.model.transformer_config import transformer_config

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from vishwamai_mp.model.row_blocks import row_blocks
+from vishwamai_mp.runtime.device import row_blocks
 
 
 class RMSNorm(torch.nn.RMSNorm):

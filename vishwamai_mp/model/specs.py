@@ -1,6 +1,8 @@
-"""Layer specs: which classes a layer is made of, on Transformer Engine or without it."""
+"""Layer specs: which classes a layer is made of, on Transformer Engine or without it, and which components it has."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -17,9 +19,8 @@ from vishwamai_mp.components.head_sharded import Linears
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.model.core_attention import CoreAttention
-from vishwamai_mp.model.key_values import CachedSelfAttention
+from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.layer import VishwamAILayer
-from vishwamai_mp.model.layer_components import layer_components
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.swiglu import SwiGLU
 from vishwamai_mp.precision import use_transformer_engine
@@ -88,8 +89,28 @@ def layer_spec(
     )
 
 
-def _attention(name: str) -> type[CachedSelfAttention]:
-    return find_extension("model.attention", name, CachedSelfAttention) if is_own(name) else CachedSelfAttention
+def layer_components(config: PretrainConfig, layer: int, linears: Linears) -> dict[str, Callable[..., nn.Module]]:
+    """What makes the components of a layer, in the order they run.
+
+    Args:
+        config: resolved.
+        layer: number in the whole model, from 0.
+        linears: classes of this machine's backend.
+    """
+    made: dict[str, Any] = {}
+    if config.memory.enabled and layer in (config.memory.layers or ()):
+        from vishwamai_mp.neural_memory import ReasoningMemoryTransformer
+
+        made["memory"] = partial(ReasoningMemoryTransformer, config.memory, linears=linears)
+    if config.cache.enabled and layer in (config.cache.layers or ()):
+        from vishwamai_mp.cache_augmentation import DifferentiableCacheAugmentation
+
+        made["cache"] = partial(DifferentiableCacheAugmentation, config.cache, linears=linears)
+    return dict(reversed(made.items())) if config.cache.before_memory else made
+
+
+def _attention(name: str) -> type[KvSelfAttention]:
+    return find_extension("model.attention", name, KvSelfAttention) if is_own(name) else KvSelfAttention
 
 
 def _linears(backend: BackendSpecProvider) -> Linears:

@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from vishwamai_mp.config import TreeConfig
-from vishwamai_mp.runtime.measures import Measures, attach_loss
+from vishwamai_mp.runtime.measures import Measures
 from vishwamai_mp.runtime.zigzag import local_positions
 
 _PAIRED = 1024  # marked tokens of a micro-batch, at most, whose pairs `value_auc` compares
@@ -79,7 +79,7 @@ class ValueHead(MegatronModule):
         logits = self._logits(hidden).transpose(0, 1)
         entropy = (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * marked).sum()
         self._measure(logits.detach().sigmoid(), targets, marked, entropy)
-        return attach_loss(losses_BQ, self.tree.value_loss_weight * entropy)
+        return self.measures.attach_loss(losses_BQ, self.tree.value_loss_weight * entropy)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return hidden.float() @ self.weight.float() + self.bias.float()

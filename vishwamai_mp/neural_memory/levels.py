@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vishwamai_mp.neural_memory import recurrence
-from vishwamai_mp.neural_memory.delta_rule import empty_state, momentum_delta_rule
+from vishwamai_mp.neural_memory.delta_rule import empty_state, momentum_delta_rule, one_token
 from vishwamai_mp.neural_memory.gates import Gates, open_gates
 
 
@@ -86,5 +85,5 @@ def _write_and_read(
         )
     log_momentum = None if gates.log_momentum is None else gates.log_momentum[0]
     first = [read[0] for read in reads]
-    found, memory = recurrence.step(first, keys[0], values[0], gates.log_forget[0], log_momentum, gates.rate[0], memory)
+    found, memory = one_token(first, keys[0], values[0], gates.log_forget[0], log_momentum, gates.rate[0], memory)
     return [out[None] for out in found], memory, None

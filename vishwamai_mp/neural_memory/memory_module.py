@@ -26,7 +26,7 @@ from vishwamai_mp.neural_memory.convolution import causal_convolution
 from vishwamai_mp.neural_memory.gates import gate_count, initial_biases
 from vishwamai_mp.neural_memory.levels import LevelReport, LevelState, run_levels
 from vishwamai_mp.neural_memory.token_exchange import gather_tokens, scatter_tokens
-from vishwamai_mp.runtime.measures import Measures, attach_loss
+from vishwamai_mp.runtime.measures import Measures
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
         shortfall = (mix * (mix * self.levels).log()).sum()
         total = memory_widths(self.memory_config)[0] // self.head_dim
         self.measures.add("memory_mix_loss", weight * shortfall * tokens, len(mix) * tokens)
-        return attach_loss(out, weight * shortfall * tokens / total)
+        return self.measures.attach_loss(out, weight * shortfall * tokens / total)
 
 
 @torch.no_grad()

@@ -26,8 +26,14 @@ from vishwamai_mp.runtime.failure import run_distributed_program  # noqa: E402
 from vishwamai_mp.runtime.fused_layers import has_transformer_engine  # noqa: E402
 
 if TYPE_CHECKING:
-    from vishwamai_mp.runtime.distributed import Runtime, distributed_session, initialize, shutdown, standing_session
-    from vishwamai_mp.runtime.seeding import seed_step
+    from vishwamai_mp.runtime.distributed import (
+        Runtime,
+        distributed_session,
+        initialize,
+        seed_step,
+        shutdown,
+        standing_session,
+    )
 
 __all__ = [
     "Runtime",
@@ -51,5 +57,4 @@ def __getattr__(name: str) -> Any:
 
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "seeding" if name == "seed_step" else "distributed"
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    return getattr(import_module(f"{__name__}.distributed"), name)

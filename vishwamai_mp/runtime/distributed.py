@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from vishwamai_mp.config import ParallelConfig, PretrainConfig, data_parallel_size
 from vishwamai_mp.runtime.device import device, set_threads
-from vishwamai_mp.runtime.seeding import seed_step
+
+# Far from each other and from the tracker's own offsets (2718 + rank), so that neighbours' streams are apart.
+_STEP, _PLACE = 1_000_003, 1_618_033_987
 
 
 @dataclass(frozen=True)
@@ -159,3 +161,20 @@ def _is_current(runtime: Runtime) -> bool:
 def _leave() -> None:
     if not hasattr(sys, "last_value"):  # after an error peers may never answer
         shutdown()
+
+
+def seed_step(seed: int, step: int, groups: ProcessGroupCollection) -> None:
+    """Seed every generator of this process for one training step: a resumed run needs no saved generator states.
+
+    megatron-core's tracker then gives replicated regions equal streams on all tensor parallel ranks, and sharded
+    regions streams of their own. Data and context parallel ranks and pipeline stages, which see other tokens or are
+    other layers, draw other numbers.
+
+    Args:
+        seed: of the run.
+        step: from 0.
+        groups: where this rank stands.
+    """
+    place = groups.dp_cp.rank() * groups.pp.size() + groups.pp.rank()
+    # The tracker stays the object that it was: Transformer Engine's attention keeps the one that it was built with.
+    tensor_parallel.model_parallel_cuda_manual_seed((seed + step * _STEP + place * _PLACE) % 2**31)

@@ -11,14 +11,20 @@ from torch import Tensor, nn
 class Measures:
     """Weighted means that a module adds up over the forward passes of a step, over ranks and over layers.
 
-    A module with some keeps them as its attribute `measures`. Names that end in `_loss` are losses, weight included.
+    A module with some, or with a loss of its own, keeps them as its attribute `measures`. Names that end in `_loss` are
+    losses, weight included.
 
     Args:
         names: all names that will ever be added, equal in every module of a kind.
+
+    Attributes:
+        loss_scale: what the model's own loss is multiplied by before backward (fp16): a number, or a scalar tensor on
+            the loss's device. The training step sets it.
     """
 
     def __init__(self, *names: str) -> None:
         self.names = names
+        self.loss_scale: float | Tensor = 1.0
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor, weight: float | Tensor) -> None:
@@ -29,6 +35,15 @@ class Measures:
         weight = weight.to(total) if isinstance(weight, Tensor) else torch.full_like(total, weight)
         entry = torch.stack((total, weight))
         self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def attach_loss(self, output: Tensor, loss: Tensor) -> Tensor:
+        """Add a loss to the model's that only this module knows of.
+
+        Args:
+            output: what the module hands on.
+            loss: scalar: its weight × the sum over this rank's tokens. The step divides gradients by its token count.
+        """
+        return _AttachedLoss.apply(output, loss, self.loss_scale)
 
     def take(self) -> dict[str, Tensor]:
         """(sum, weight) of each name since the last call."""
@@ -69,29 +84,13 @@ def mean_measures(names: Sequence[str], table: Sequence[Sequence[float]]) -> dic
 class _AttachedLoss(torch.autograd.Function):
     """The identity on `output`; backward gives `loss` the gradient that the model's own loss has."""
 
-    scale: float | Tensor = 1.0  # fp16's loss scale: a tensor is on the loss's device
-
     @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
+        ctx.scale = scale
         ctx.save_for_backward(loss)
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (loss,) = ctx.saved_tensors
-        return gradient, (torch.ones_like(loss) * _AttachedLoss.scale).to(loss.dtype)
-
-
-def attach_loss(output: Tensor, loss: Tensor) -> Tensor:
-    """Add a loss to the model's that only this module knows of.
-
-    Args:
-        output: what the module hands on.
-        loss: scalar: its weight × the sum over this rank's tokens. The step divides gradients by its token count.
-    """
-    return _AttachedLoss.apply(output, loss)
-
-
-def scale_attached_losses(scale: float | Tensor) -> None:
-    """Set the factor (number or scalar tensor) that the model's own loss is multiplied by before backward (fp16)."""
-    _AttachedLoss.scale = scale
+        return gradient, (torch.ones_like(loss) * ctx.scale).to(loss.dtype), None

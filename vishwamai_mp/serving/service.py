@@ -141,7 +141,7 @@ class Service:
     ) -> None:
         self.generator, self.prompts, self.tree, self.ending = generator, prompts, tree, ending
         self.limits = limits or Limits()
-        # The same model with key-value memory of its own: a search that fills it up ends alone.
+        # The same model with key-value pool of its own: a search that fills it up ends alone.
         self._searcher = copy.copy(generator.engine)
         self._searcher.pool = generator.engine.stage.pool(generator.engine.pool.capacity * BLOCK_TOKENS)
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue()

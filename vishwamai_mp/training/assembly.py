@@ -87,6 +87,4 @@ def with_steps(
     changes = args.step_settings(None if stream else steps(datasets.train))
     if datasets.valid is not None:
         changes["training.evaluate_batches"] = steps(datasets.valid)  # all of them
-    final = resolved(changes)
-    # Of files, the notes say how many epochs the run's steps are: opened again, from the cache that is there now.
-    return final, run_datasets(final, tokenizer, runtime) if files else datasets
+    return resolved(changes), datasets

@@ -10,8 +10,8 @@ import torch
 from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
 from vishwamai_mp.data.batches import Batch, DocumentRules, make_batch
 from vishwamai_mp.model import build_model
-from vishwamai_mp.model.document_bounds import DocumentBounds
 from vishwamai_mp.model.fully_sharded import FullySharded
+from vishwamai_mp.model.masks import DocumentBounds
 from vishwamai_mp.planning.footprint_advice import stage_memory
 from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
 from vishwamai_mp.runtime.fused_layers import is_doubled

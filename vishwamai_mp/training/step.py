@@ -26,7 +26,6 @@ from vishwamai_mp.runtime.measures import (
     all_names,
     mean_measures,
     measures_of,
-    scale_attached_losses,
     summed_measures,
 )
 from vishwamai_mp.runtime.step_journal import phase
@@ -147,9 +146,10 @@ class TrainStep:
     def _begin(self, step: int) -> None:
         """Seeds of a step, and gradients and measures of zero."""
         seed_step(self.config.training.seed, step, self.runtime.groups)
-        scale_attached_losses(self.optimizer.scale_loss(torch.ones((), device=self.runtime.device)).squeeze())
+        scale = self.optimizer.scale_loss(torch.ones((), device=self.runtime.device)).squeeze()
         for measures in self._measures:
             measures.take()
+            measures.loss_scale = scale
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()

@@ -13,7 +13,7 @@ from torch import Tensor
 from vishwamai_mp.config import TreeConfig, UserError
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.added_text import AddedText
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.inference.noise import NoiseNames
 from vishwamai_mp.inference.vocabulary import Shard, sample, sample_distinct
 from vishwamai_mp.tree_of_thoughts.result import Node
@@ -32,7 +32,7 @@ class GrowingNode:
     """
 
     node: Node
-    sequence: CachedSequence
+    sequence: KvSequence
     first: list[tuple[int, float]] = field(default_factory=list)
     added: AddedText | None = None
     read: int = 0

@@ -1,4 +1,5 @@
-"""A search as SVG: the tree, the chosen path, and each thought's text on hover. `observability.tree_page` styles it."""
+"""A search for people: as SVG (the tree, the chosen path, a thought's text on hover; `observability.tree_page` styles
+it), and as indented plain text for logs."""
 
 import html
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
 
 _COLUMN, _ROW, _WIDTH, _HEIGHT, _MARGIN = 250, 46, 190, 34, 24  # pixels
 _LABEL_CHARACTERS = 24
+_MARKS = {"pruned": "x", "dropped": "-", "unfinished": "…"}  # in plain text
 _STATUS_TEXT = {
     "open": "not expanded",
     "expanded": "expanded",
@@ -15,6 +17,21 @@ _STATUS_TEXT = {
     "complete": "complete",
     "unfinished": "unfinished: the budget ended",
 }
+
+
+def to_text(result: SearchResult, width: int = 100) -> str:
+    """One line per thought, children below their parent, the best first; `>` marks the chosen path.
+
+    `x` marks what was pruned, `-` what was dropped, `…` what the budget cut off.
+    """
+    path = set(result.path)
+    lines: list[str] = []
+    stack = [result.nodes[0]]
+    while stack:
+        node = stack.pop()
+        lines.append(_line(result, node, node.id in path, width))
+        stack += sorted(result.children(node.id), key=lambda child: (child.score, -child.id))
+    return "\n".join(lines)
 
 
 def to_svg(result: SearchResult) -> str:
@@ -111,3 +128,11 @@ def _tip(result: SearchResult, node: Node) -> str:
 def text_of(result: SearchResult, node: Node) -> str:
     """A node's text; its token ids where the search was not given a `decode`."""
     return result.texts[node.id] if result.texts else " ".join(map(str, node.tokens))
+
+
+def _line(result: SearchResult, node: Node, chosen: bool, width: int) -> str:
+    text = " ".join((result.texts[node.id] if result.texts else " ".join(map(str, node.tokens))).split())
+    mark = ">" if chosen else _MARKS.get(node.status, " ")
+    score = "" if node.parent is None else f"{node.score:.3f} "
+    line = f"{mark} {'  ' * node.depth}{score}{text}"
+    return line if len(line) <= width else line[: width - 1] + "…"

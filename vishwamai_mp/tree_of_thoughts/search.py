@@ -17,7 +17,7 @@ from vishwamai_mp.config.resolve_tree import resolve_tree
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.added_text import AddedText, Decode, added_text
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.inference.engine import check_fits
 from vishwamai_mp.tree_of_thoughts.endings import ending_of_thoughts
 from vishwamai_mp.tree_of_thoughts.growth import Grower, GrowingNode
@@ -192,7 +192,7 @@ class TreeOfThoughts(KeepsValues):
 
     def _plant(self, prompt: Sequence[int]) -> _Tree:
         added = None if self.decode is None else AddedText(self.decode, prompt)
-        root = GrowingNode(Node(0, None, 0, list(prompt)), CachedSequence(), added=added, read=len(prompt))
+        root = GrowingNode(Node(0, None, 0, list(prompt)), KvSequence(), added=added, read=len(prompt))
         return _Tree([root], [root])
 
     def _advance(self, trees: list[_Tree], max_tokens: int | None, turn: Callable[[Sequence[_Tree]], None]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.inference import Engine
-from vishwamai_mp.inference.blocks import CachedSequence
+from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.tree_of_thoughts.rollouts import Rollout
 
 _BATCH = 64  # rollouts read at once
@@ -76,7 +76,7 @@ def _read(engine: Engine, rollouts: Sequence[Rollout]) -> Tensor | None:
     parts = []
     for start in range(0, len(rollouts), _BATCH):
         batch = rollouts[start : start + _BATCH]
-        sequences = [CachedSequence() for _ in batch]
+        sequences = [KvSequence() for _ in batch]
         work = [(s, r.tokens) for s, r in zip(sequences, batch, strict=True)]
         output = engine.run(work, every_token=True, logits=False)
         for sequence in sequences:

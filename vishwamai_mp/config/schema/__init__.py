@@ -132,7 +132,7 @@ class ModelConfig:
     sliding_window: PositiveInt | None = None  # tokens a token sees, itself included; None: all before it
     attention_dropout: NonNegativeFloat = 0.0
     hidden_dropout: NonNegativeFloat = 0.0
-    attention: Annotated[str, _extension("softmax")] = "softmax"  # or package.module:Class, a CachedSelfAttention
+    attention: Annotated[str, _extension("softmax")] = "softmax"  # or package.module:Class, a KvSelfAttention
     initializer_range: PositiveFloat = 0.02  # standard deviation; divided by √(2·num_layers) on residual outputs
     attention_bias: bool = False  # of queries, keys and values
     qk_norm: Literal["none", "head"] = "none"  # RMSNorm of each head's queries and keys, before they are turned

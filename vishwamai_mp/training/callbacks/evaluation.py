@@ -24,7 +24,7 @@ class Evaluation(Callback):
 
 
 def _note(state: "TrainerState", loss: float) -> None:
-    """Whether it is the lowest so far; a loss that is not finite is none."""
+    """Remember it if it is the lowest so far; a loss that is not finite never is."""
     state.evaluations_since_best += 1
     if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
         state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0

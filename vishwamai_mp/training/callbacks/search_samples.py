@@ -15,7 +15,7 @@ from vishwamai_mp.runtime.step_journal import phase
 from vishwamai_mp.training.callbacks.base import Callback, Order
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.tree_of_thoughts import SearchResult, TreeOfThoughts, ending_of_thoughts
-from vishwamai_mp.tree_of_thoughts.text import to_text
+from vishwamai_mp.tree_of_thoughts.picture import to_text
 
 if TYPE_CHECKING:
     from vishwamai_mp.training.loop import Trainer
