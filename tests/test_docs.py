@@ -62,10 +62,17 @@ def defined() -> set[str]:
     return found
 
 
+# How a block begins that is not run here, and why.
+_NOT_RUN = {
+    "sbatch ": "needs a Slurm cluster; tests/launch/test_slurm.py runs the script beside a stand-in",
+}
+
+
 def blocks() -> list[tuple[str, str, str]]:
-    """Page, language and text of each code block that is marked to run."""
-    pattern = re.compile(r"^```(python|bash) run\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    return [(page, *found) for page, text in _PAGES.items() for found in pattern.findall(text)]
+    """Page, language and text of each code block of a program, but those of `_NOT_RUN`."""
+    pattern = re.compile(r"^```(python|bash)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    found = [(page, *block) for page, text in _PAGES.items() for block in pattern.findall(text)]
+    return [block for block in found if not block[2].startswith(tuple(_NOT_RUN))]
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +132,31 @@ def test_the_checks_find_what_is_wrong():
     assert len(functions(everything)) > 30
 
 
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """The repository as seen from its root, where what a block writes stays away from it."""
+    for path in _REPOSITORY.iterdir():
+        if path.name not in ("runs", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def test_every_block_has_a_language_and_is_run_or_argued():
+    plain = ("text", "{toctree}")
+    for page, text in _PAGES.items():
+        languages = re.findall(r"^```([^\n]*)\n.*?^```", text, flags=re.MULTILINE | re.DOTALL)
+        assert {language.split(" ")[0] for language in languages} <= {"bash", "python", *plain}, page
+    everything = "".join(_PAGES.values())
+    assert all(f"\n{beginning}" in everything for beginning in _NOT_RUN)
+
+
 @pytest.mark.parametrize(("page", "language", "text"), blocks())
-def test_blocks_run(page, language, text):
+def test_blocks_run(checkout, page, language, text):
     program = [sys.executable, "-c", text] if language == "python" else ["bash", "-ec", text]
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(_REPOSITORY),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(program, cwd=_REPOSITORY, env=environment, capture_output=True, text=True)
+    done = subprocess.run(program, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{page}: {done.stderr}"
