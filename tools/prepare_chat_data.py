@@ -17,18 +17,13 @@ when complete; after an error nothing is left behind.
 import argparse
 
 from vishwamai_mp.config.errors import run_program
-from vishwamai_mp.data.corpus_progress import CorpusProgress, stop_on_sigterm
+from vishwamai_mp.data.corpus_tools import CorpusProgress, add_encoding, corpus_parser, stop_on_sigterm
 from vishwamai_mp.data.prepare import PrepareReport, prepare
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="JSON lines (.jsonl .json), also with .gz or .zst"
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or a folder with one"
-    )
+    parser = corpus_parser(__doc__ or "", "JSON lines (.jsonl .json), also with .gz or .zst", "line")
+    add_encoding(parser)
     parser.add_argument(
         "--sequence-length", type=int, required=True, metavar="N", help="training.sequence_length, in tokens"
     )
@@ -47,19 +42,12 @@ def parse_arguments() -> argparse.Namespace:
         "(default: stop)",
     )
     parser.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at a malformed line: stop with its file:line, or leave it out and count it (default: stop)",
-    )
-    parser.add_argument(
         "--ignore-keys",
         nargs="+",
         default=[],
         metavar="KEY",
         help="keys of records and messages that are left out; one that is not known stops otherwise",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)")
     return parser.parse_args()
 
 

@@ -14,29 +14,23 @@ import argparse
 import sys
 
 from vishwamai_mp.config.errors import run_program
-from vishwamai_mp.data.corpus_progress import CorpusProgress, stop_on_sigterm
+from vishwamai_mp.data.corpus_tools import CorpusProgress, add_encoding, corpus_parser, stop_on_sigterm
 from vishwamai_mp.data.preprocess import PreprocessReport, preprocess
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="JSON lines (.jsonl .json), .parquet, or plain text (.txt .md .rst .py, a document per file), "
-        "each also with .gz or .zst; a document may have up to 256 MiB",
+    inputs = (
+        "JSON lines (.jsonl .json), .parquet, or plain text (.txt .md .rst .py, a document per file), each also with"
+        " .gz or .zst; a document may have up to 256 MiB"
     )
+    parser = corpus_parser(__doc__ or "", inputs, "document")
+    add_encoding(parser)
     parser.add_argument(
         "--json-keys",
         nargs="+",
         default=["text"],
         metavar="KEY",
         help="keys or columns that hold text; each makes a pair of files of its own (default: text)",
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or a folder with one"
     )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument(
@@ -47,15 +41,8 @@ def parse_arguments() -> argparse.Namespace:
         choices=("blank-lines",),
         help="make a document of each stretch of a plain text file between blank lines (default: of the whole file)",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)")
     parser.add_argument(
         "--output-prefix", required=True, metavar="PATH", help="files are PATH_<key>_document.bin, .idx"
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at a malformed document: stop with its file:line, or leave it out and count it (default: stop)",
     )
     return parser.parse_args()
 

@@ -16,19 +16,13 @@ from collections.abc import Iterator
 from vishwamai_mp.config.errors import UserError, run_program
 from vishwamai_mp.data.byte_level_training import train_byte_level
 from vishwamai_mp.data.corpus import CorpusReader, Malformed, read_block
-from vishwamai_mp.data.corpus_progress import CorpusProgress, stop_on_sigterm
+from vishwamai_mp.data.corpus_tools import CorpusProgress, corpus_parser, stop_on_sigterm
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="JSON lines (.jsonl .json), .parquet, or plain text (.txt .md .rst .py), each also with .gz or .zst",
-    )
+    inputs = "JSON lines (.jsonl .json), .parquet, or plain text (.txt .md .rst .py), each also with .gz or .zst"
+    parser = corpus_parser(__doc__ or "", inputs, "document")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="TOKENS", help="tokens in all, at least 400")
     parser.add_argument(
         "--output-prefix", required=True, metavar="PATH", help="the file is PATH.model, or PATH.json of byte-bpe"
@@ -51,12 +45,6 @@ def parse_arguments() -> argparse.Namespace:
         "bytes (default: 0.9995)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="SentencePiece: CPU threads (default: 2)")
-    parser.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at a malformed document: stop with its file:line, or leave it out and count it (default: stop)",
-    )
     return parser.parse_args()
 
 

@@ -41,7 +41,7 @@ from vishwamai_mp.conversion.rows import Piece, RowReader, pieces_of, stored_typ
 from vishwamai_mp.conversion.safetensors_files import plan_shards
 from vishwamai_mp.conversion.to_hf import ahead
 from vishwamai_mp.conversion.tokenizer import generation_config, imported_files
-from vishwamai_mp.data.corpus_progress import byte_bar
+from vishwamai_mp.data.corpus_tools import byte_bar
 from vishwamai_mp.data.tokenizer import GENERATION_FILE
 
 _FILE_BYTES = 2 << 30

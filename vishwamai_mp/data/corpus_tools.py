@@ -1,5 +1,6 @@
-"""How tools show their progress through bytes of a corpus or a checkpoint, and how they are asked to stop."""
+"""What tools that read a corpus have in common: arguments, the progress they show, and how they are asked to stop."""
 
+import argparse
 import signal
 import sys
 import time
@@ -12,6 +13,33 @@ if TYPE_CHECKING:
     from vishwamai_mp.data.corpus import Malformed
 
 _SKIPPED_SHOWN = 10
+
+
+def corpus_parser(description: str, inputs: str, unit: str) -> argparse.ArgumentParser:
+    """A parser that knows `--input` and `--on-error`.
+
+    Args:
+        description: the tool's docstring.
+        inputs: which files it reads.
+        unit: what is read at a time, "document" or "line".
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=inputs)
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help=f"at a malformed {unit}: stop with its file:line, or leave it out and count it (default: stop)",
+    )
+    return parser
+
+
+def add_encoding(parser: argparse.ArgumentParser) -> None:
+    """Let the parser know `--tokenizer` and `--workers`, for a tool that encodes what it reads."""
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, or a folder with one"
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1)")
 
 
 def byte_bar(total: int | None, what: str = "", done: int = 0) -> tqdm:
