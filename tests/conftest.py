@@ -12,7 +12,13 @@ from tests.workers import WorkerPool
 os.environ["VISHWAMAI_WAYS"] = "first"
 
 # Minutes each: first, so that two processes end at about the same time.
-_LONGEST = ("tests/test_readme.py", "tests/examples/test_kill_and_resume.py")
+_LONGEST = (
+    "tests/examples/test_chaos.py",
+    "tests/test_readme.py",
+    "tests/examples/test_reasoning.py",
+    "tests/examples/test_hangs.py",
+    "tests/examples/test_kill_and_resume.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -80,9 +80,11 @@ def test_the_memory_is_felt_in_those_curves(workers, one_process):
 def test_bf16_layout_equals_one_process(workers, one_process, name):
     processes, layout = LAYOUTS[name]
     bf16 = ["precision=bf16", "model.initializer_range=0.04", "training.sequence_length=64"]
-    loss, norm = furthest(workers.run(curve, processes, [*layout, *bf16])[0], one_process(*bf16))
-    assert loss < 5e-4
-    assert norm < 1e-3
+    expected = one_process(*bf16)
+    loss, norm = furthest(workers.run(curve, processes, [*layout, *bf16])[0], expected)
+    rounding = torch.finfo(torch.bfloat16).eps  # of one activation; a loss is the mean over hundreds of tokens
+    assert loss < rounding / 64 * max(loss for loss, _ in expected)
+    assert norm < rounding / 4 * max(norm for _, norm in expected)
 
 
 def test_recomputation_sees_the_same_dropout(workers):

@@ -1,10 +1,12 @@
 """`tools/convert_checkpoint.py` as a user runs it."""
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from tests.conversion import models
 from tests.workers import WorkerPool
 from vishwamai_mp.checkpoint import read_manifest
+from vishwamai_mp.config import run_program
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +37,24 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[..., SystemExit]:
+    """How the tool ends with these arguments, run in this process: a program's start takes seconds."""
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def ends(*arguments: str) -> SystemExit:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+        with pytest.raises(SystemExit) as caught:
+            run_program(tool.main)
+        return caught.value
+
+    return ends
 
 
 def test_there_verified_and_back(run: Path, tmp_path: Path) -> None:
@@ -107,19 +128,26 @@ def test_components_are_added(run: Path, tmp_path: Path) -> None:
         (["verify", "--load", "RUN", "--output", "x", "--tokens", "0"], "--tokens 0: use 1 or more"),
     ],
 )
-def test_mistakes_are_one_line(run: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_line(
+    ending: Callable[..., SystemExit],
+    capsys: pytest.CaptureFixture[str],
+    run: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
     places = {"RUN": str(run), "out": str(tmp_path / "out")}
-    done = convert(*(places.get(argument, argument) for argument in arguments))
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    line = str(ending(*(places.get(argument, argument) for argument in arguments)).code)
+    assert line.startswith("error: ")
+    assert message in line
+    assert len(line.splitlines()) == 1
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("size", ["5 apples", "0", "GB", "-1GB"])
-def test_a_size_that_is_none(size: str) -> None:
-    done = convert("to-hf", "--load", "a", "--output", "b", f"--max-shard-size={size}")
-    assert done.returncode == 2
-    assert "is no size; write 5GB or 500MB" in done.stderr
+def test_a_size_that_is_none(ending: Callable[..., SystemExit], capsys: pytest.CaptureFixture[str], size: str) -> None:
+    assert ending("to-hf", "--load", "a", "--output", "b", f"--max-shard-size={size}").code == 2
+    assert "is no size; write 5GB or 500MB" in capsys.readouterr().err
 
 
 def test_a_plain_export_needs_neither_transformers_nor_megatron(run: Path, tmp_path: Path) -> None:
