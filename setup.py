@@ -75,6 +75,7 @@ setup(
             "mypy>=1.13",
             "myst-parser>=5.0",  # with sphinx: builds docs/
             "openai>=2",  # the client that the endpoint is tested with
+            "langchain-openai>=1",  # likewise
             "peft>=0.14",  # loads exported adapters in a test
             "pytest>=8.2",
             "pytest-xdist>=3.6",

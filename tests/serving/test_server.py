@@ -284,6 +284,51 @@ def by_openais_client() -> dict[str, Any]:
         }
 
 
+def by_langchain() -> dict[str, Any]:
+    """Runs in a worker: the same server as LangChain's models of OpenAI."""
+    from langchain_core.messages import HumanMessage, SystemMessage
+    from langchain_openai import ChatOpenAI, OpenAI
+
+    with server() as (_, port):
+        common: dict[str, Any] = {"model": "tiny", "base_url": f"http://127.0.0.1:{port}/v1", "api_key": "none"}
+        common |= {"seed": 4, "max_retries": 0}
+        texts = OpenAI(**common, max_tokens=6)
+        talk = ChatOpenAI(**common, max_tokens=5, stream_usage=True, logprobs=True, top_logprobs=2)  # type: ignore
+        messages = [SystemMessage("be brief"), HumanMessage("hi")]
+        plain = texts.invoke(_PROMPT)
+        return {
+            "text": plain,
+            "stream": "".join(texts.stream(_PROMPT)),
+            "stopped": texts.invoke(_PROMPT, stop=[plain[2:4]]),
+            "several": texts.generate([_PROMPT, "other"]),
+            "two": OpenAI(**common, max_tokens=6, n=2, best_of=3).generate([_PROMPT]),
+            "answer": talk.invoke(messages),
+            "answer stream": list(talk.stream(messages)),
+            "answers": talk.batch([messages, "hi"]),
+        }
+
+
+def test_langchain(workers: WorkerPool) -> None:
+    pytest.importorskip("langchain_openai")
+    found = workers.run(by_langchain, 1)[0]
+    assert len(found["text"]) == 6
+    assert found["stream"] == found["text"]
+    assert found["stopped"] == found["text"][: len(found["stopped"])]
+    assert len(found["stopped"]) <= 2
+    assert [len(one) for one in found["several"].generations] == [1, 1]
+    assert found["several"].generations[0][0].text == found["text"]
+    assert found["several"].llm_output["token_usage"]["completion_tokens"] == 12
+    assert [len(one) for one in found["two"].generations] == [2]
+    answer, *chunks = found["answer"], *found["answer stream"]
+    assert len(answer.content) == 5
+    assert answer.usage_metadata["output_tokens"] == 5
+    assert len(answer.response_metadata["logprobs"]["content"]) == 5
+    assert answer.response_metadata["finish_reason"] == "length"
+    assert "".join(chunk.content for chunk in chunks) == answer.content
+    assert [chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata] == [5]
+    assert found["answers"][0].content == answer.content
+
+
 def test_openais_own_client(workers: WorkerPool) -> None:
     pytest.importorskip("openai")
     found = workers.run(by_openais_client, 1)[0]
