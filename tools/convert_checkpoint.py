@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.config.pointers import refuse_pointer
 
 if TYPE_CHECKING:
     from vishwamai_mp.conversion.source import Source
@@ -165,6 +166,7 @@ def tokenizer_path(options: argparse.Namespace, source: "Source") -> Path | None
 
 def read_text(path: Path) -> str:
     try:
+        refuse_pointer(path)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--chat-template {path} cannot be read ({' '.join(str(error).split())})") from None

@@ -88,7 +88,7 @@ def _plug_in(machine: Machine) -> None:
     _call(*inside, "link", "set", "lo", "up")
 
 
-def wait_for(what: str, condition: Callable[[], bool], seconds: float = 240) -> float:
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = 600) -> float:
     """Seconds until `condition` held; TimeoutError with `what` where it does not."""
     begin = time.monotonic()
     while not condition():

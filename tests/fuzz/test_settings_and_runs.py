@@ -1,6 +1,8 @@
 """Damaged recipes, overrides, files of metrics, prepared rows and prompts: read, or refused in one line."""
 
 import json
+import zlib
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.mutations import damaged, emptied, fuzzed, outcome
+from vishwamai_mp.checkpoint.manifest import NAME, FileRecord, Manifest, TensorRecord, check_files, read_manifest
 from vishwamai_mp.config import PretrainConfig, TreeConfig, load_config, preset_names
 from vishwamai_mp.data.indexed import IndexedWriter, check_indexed
 from vishwamai_mp.data.lines import json_records
@@ -86,6 +89,56 @@ def test_metrics(tmp_path: Path, data: st.DataObject) -> None:
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
     assert all(step <= 10 for step in steps)
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl"]
+
+
+MANIFEST = Manifest(
+    step=4,
+    model={"hidden_size": 8},
+    layout={"world_size": 2},
+    precision="fp32",
+    versions={"torch": "2"},
+    tensors={"decoder.weight": TensorRecord([8, 4], "float32"), "optimizer.state.a": TensorRecord([3], "float32")},
+    objects=["scale"],
+    files={"__0_0.distcp": FileRecord(5, zlib.crc32(b"12345")), "trainer.json": FileRecord(2, zlib.crc32(b"{}"))},
+)
+
+
+def _read_manifest(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    problems = check_files(folder, manifest.files, checksums=True)
+    assert all("\n" not in problem for problem in problems)
+    assert manifest.parameters >= 0
+    assert sum(record.size for record in manifest.tensors.values()) >= 0
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "__0_0.distcp").write_bytes(b"12345")
+    (tmp_path / "trainer.json").write_bytes(b"{}")
+    return tmp_path
+
+
+@fuzzed
+@given(data=st.data())
+def test_manifests(checkpoint: Path, data: st.DataObject) -> None:
+    (checkpoint / NAME).write_bytes(data.draw(damaged(MANIFEST.to_json().encode())))
+    outcome(lambda: _read_manifest(checkpoint))
+
+
+OTHER_VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-1, 2), st.just(10**30), st.floats(), st.sampled_from(["", "a\0"])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["size", "crc32", "shape", "a\0", "a"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@fuzzed
+@given(change=st.dictionaries(st.sampled_from([*asdict(MANIFEST), "more"]), OTHER_VALUES, max_size=3))
+def test_strange_manifests(checkpoint: Path, change: dict[str, Any]) -> None:
+    (checkpoint / NAME).write_text(json.dumps({**asdict(MANIFEST), **change}))
+    outcome(lambda: _read_manifest(checkpoint))
 
 
 @pytest.fixture(scope="module")

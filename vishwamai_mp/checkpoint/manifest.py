@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.pointers import is_pointer, refuse_pointer
 from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 
 NAME = "manifest.json"
@@ -114,7 +115,8 @@ def read_manifest(folder: Path) -> Manifest:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder}: no checkpoint here ({NAME} is missing)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path} cannot be read ({_one_line(error)})") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
@@ -123,12 +125,26 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
         tensors = {name: TensorRecord(**record) for name, record in raw.pop("tensors").items()}
         manifest = Manifest(files=files, tensors=tensors, **raw)
+        _check_kinds(manifest)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a manifest ({_one_line(error)})") from None
     for name in files:
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{path} names {name!r}, which is not a file of the checkpoint's folder")
     return manifest
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """Raises `TypeError` where a value is of another kind than `Manifest` says."""
+    counts = [manifest.step, *(number for file in manifest.files.values() for number in (file.size, file.crc32))]
+    counts += [length for tensor in manifest.tensors.values() for length in tensor.shape]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise TypeError("a count in it is no number")
+    if not all(isinstance(table, dict) for table in (manifest.model, manifest.layout, manifest.versions)):
+        raise TypeError("a table in it is none")
+    texts = [manifest.precision, *manifest.objects, *(tensor.dtype for tensor in manifest.tensors.values())]
+    if not isinstance(manifest.objects, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text in it is none")
 
 
 def check_files(folder: Path, files: dict[str, FileRecord], checksums: bool) -> list[str]:
@@ -147,13 +163,15 @@ def check_files(folder: Path, files: dict[str, FileRecord], checksums: bool) -> 
 def _check_file(path: Path, expected: FileRecord, checksum: bool) -> str | None:
     try:
         size = path.stat().st_size
+        if size != expected.size and is_pointer(path):
+            return f"{path.name} is a git-lfs pointer (run git lfs pull)"
         if size != expected.size:
             return f"{path.name} has {size} bytes of {expected.size}"
         if checksum and record_of(path).crc32 != expected.crc32:
             return f"{path.name} is damaged (its checksum differs)"
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"{path.name} cannot be read ({_one_line(error)})"
     return None
 

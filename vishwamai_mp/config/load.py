@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.config.resolve_schedule import shortened_schedule
 from vishwamai_mp.config.schema import Blend, PretrainConfig
 from vishwamai_mp.config.yaml_text import read_yaml
@@ -72,6 +73,7 @@ def _read(name: str) -> dict[str, Any]:
     preset = resources.files("vishwamai_mp.config") / "presets" / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml", ".json"):
         try:
+            refuse_pointer(path)
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config {name}: cannot be read ({_reason(error)})") from None

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve, to_dict
+from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.conversion import components, model_config, safetensors_files
 from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
 from vishwamai_mp.conversion.model_config import without_effect
 from vishwamai_mp.conversion.safetensors_files import INDEX, Entry
-from vishwamai_mp.data.file_kinds import refuse_pointer
 from vishwamai_mp.data.tokenizer import MODEL_FILE, companions
 
 _BUFFERS = (".rotary_emb.inv_freq",)  # they follow from rope_theta; early Llamas' folders have them

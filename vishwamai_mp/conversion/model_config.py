@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import ConfigError, ModelConfig, PretrainConfig, UserError, load_config, resolve
+from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.conversion import components
-from vishwamai_mp.data.tokenizer import refuse_pointer
 
 PLAIN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MODEL_TYPES = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.data.file_kinds import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -1,22 +1,8 @@
-"""Tells apart files that go by one name: what `git clone` leaves without git-lfs, and the kinds of tokenizer files."""
+"""Tells apart the kinds of tokenizer files that go by one name."""
 
 import base64
 import binascii
 import json
-from pathlib import Path
-
-from vishwamai_mp.config.errors import UserError
-
-_POINTER = b"version https://git-lfs.github.com/spec/"
-_MOST_POINTER_BYTES = 1024  # git-lfs's own limit
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raise `UserError` where `path` is what git-lfs puts in place of a large file that it has not downloaded."""
-    with path.open("rb") as file:
-        content = file.read(_MOST_POINTER_BYTES + 1)
-    if content.startswith(_POINTER) and len(content) <= _MOST_POINTER_BYTES:
-        raise UserError(f"{path} is a git-lfs pointer, its content was not downloaded: run git lfs pull in its folder")
 
 
 def foreign_tokenizer(content: bytes) -> str | None:

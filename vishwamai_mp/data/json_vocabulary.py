@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.pointers import refuse_pointer
 
 SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -133,6 +134,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A JSON object that may lie beside a tokenizer; empty without one. Raises `UserError` for anything else."""
     if not path.is_file():
         return {}
+    refuse_pointer(path)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.pointers import refuse_pointer
 
 
 def text_lines(path: Path, errors: str = "strict") -> Iterator[str]:
@@ -21,7 +22,9 @@ def text_lines(path: Path, errors: str = "strict") -> Iterator[str]:
     Raises:
         OSError: the file cannot be read.
         UnicodeDecodeError: it is not UTF-8, under "strict".
+        UserError: it is a pointer of git-lfs.
     """
+    refuse_pointer(path)
     with path.open(encoding="utf-8-sig", errors=errors, newline="\n") as file:
         for line in file:
             yield line.removesuffix("\n").removesuffix("\r")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.pointers import refuse_pointer
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -33,6 +34,7 @@ def open_stream(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     Any failure to read inside the `with` block, damage of a compressed stream included, becomes one `UserError`.
     """
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             if path.suffix == ".gz":
                 with gzip.GzipFile(fileobj=file) as unzipped, io.BufferedReader(unzipped, _BUFFER_BYTES) as stream:

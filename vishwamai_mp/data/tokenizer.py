@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vishwamai_mp.config.errors import UserError
-from vishwamai_mp.data.file_kinds import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, JsonVocabulary
 from vishwamai_mp.data.sentencepiece_vocabulary import SentencePieceVocabulary
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
 from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, Tokenizer
 
@@ -184,6 +185,7 @@ def _end_ids(path: Path) -> list[Any]:
 def _read_template(path: Path, settings: Mapping[str, Any]) -> str | None:
     """The template of its own file, or else of the settings: a text, or several with names."""
     if path.is_file():
+        refuse_pointer(path)
         try:
             template: Any = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

@@ -1,0 +1,27 @@
+"""Tells files apart from what `git clone` leaves in place of large ones without git-lfs."""
+
+from pathlib import Path
+
+from vishwamai_mp.config.errors import UserError
+
+_BEGINNING = b"version https://git-lfs.github.com/spec/"
+_MOST_BYTES = 1024  # of a pointer, git-lfs's own limit
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether `path` is what git-lfs puts in place of a large file that it has not downloaded.
+
+    A file that cannot be read is none: its reader says why.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError:
+        return False
+    return content.startswith(_BEGINNING) and len(content) <= _MOST_BYTES
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise `UserError` where `path` is such a pointer."""
+    if is_pointer(path):
+        raise UserError(f"{path} is a git-lfs pointer, its content was not downloaded: run git lfs pull in its folder")
