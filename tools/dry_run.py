@@ -17,9 +17,13 @@ Without it, or with --torch-layers, they are torch's own, and FP8 is simulated a
 
 import argparse
 import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
-from vishwamai_mp.config import load_config, resolve
+from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.observability.page import write_page
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,8 +32,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the whole job")
     parser.add_argument("--rank", type=int, default=0, metavar="K", help="which of them to run (default 0)")
     parser.add_argument("--all-stages", action="store_true", help="run the first rank of each pipeline stage in turn")
+    parser.add_argument(
+        "--all-ranks", action="store_true", help="run no step: check that all ranks' shards make up the model"
+    )
     parser.add_argument("--torch-layers", action="store_true", help="simulate a GPU without Transformer Engine")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text; sizes in bytes")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page too: memory in the course of the step")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser.parse_args()
 
@@ -44,6 +52,9 @@ def main() -> None:
         from vishwamai_mp.runtime.simulated import transformer_engine_double
 
         transformer_engine_double.install()
+    if arguments.all_ranks:
+        check_all_ranks(config, arguments.gpus, arguments.json)
+        return
     from vishwamai_mp.training.dry_run import dry_run, render  # the stack takes seconds; mistakes are told before
 
     stages = config.parallel.pipeline_model_parallel_size
@@ -54,6 +65,24 @@ def main() -> None:
         print(json.dumps(found if arguments.all_stages else found[0], indent=1))
     else:
         print("\n\n".join(map(render, runs)))
+    if arguments.html:
+        from vishwamai_mp.observability.dry_run_page import dry_run_page
+
+        write_page(arguments.html, dry_run_page(arguments.config, [run.to_dict() for run in runs]), "--html")
+
+
+def check_all_ranks(config: PretrainConfig, gpus: int, as_json: bool) -> None:
+    from vishwamai_mp.training.shard_tiling import check_tiling
+
+    found = check_tiling(config, gpus, lambda rank: print(f"rank {rank} of {gpus} built", file=sys.stderr))
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        print(f"{found.tensors:,} tensors, {found.numbers:,} numbers, on {found.ranks:,} ranks that differ of {gpus:,}")
+    if found.faults:
+        raise UserError("the shards do not make up the model:\n  " + "\n  ".join(found.faults))
+    if not as_json:
+        print("every number is on one of them, and on one only")
 
 
 if __name__ == "__main__":

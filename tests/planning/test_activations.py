@@ -87,7 +87,7 @@ def test_a_stage_keeps_its_layers_and_the_head(workers):
     overrides = ["model.vocab_size=2000", "model.num_layers=3"]
     config = small_config(*SETTINGS, *overrides)
     logits = 2 * 256 * 2048 * 4
-    formula = stage_activations(config, 0, micro_batches=1, on_gpu=False) - logits
+    formula = stage_activations(config, 0, micro_batches=1, on_gpu=False).total - logits
     assert workers.run(kept, 1, 3, overrides) == [pytest.approx(formula, rel=0.02)]
 
 
@@ -98,7 +98,7 @@ def flagship(*overrides: str) -> Any:
 
 def test_the_flagships_layer_by_hand():
     """A row of 32k tokens in bf16, tensor 8 with sequence parallelism: widths 8192 and 22016, 64 heads."""
-    token = 4 * 8192 + 3 * 22016 + 8192 + (2 + 3) * 8192  # norms, SwiGLU, attention's output and inputs
+    token = 4 * 8192 + 3 * 22016 + 8192 + 3 * 8192  # norms, SwiGLU, attention's output and inputs
     assert layer_activations(flagship(), on_gpu=True).kept == 32768 / 8 * (2 * token + 4 * 64)
 
 
@@ -110,9 +110,9 @@ def test_the_first_stage_holds_as_much_as_all_layers():
     config = flagship()
     stage = 15 * layer_activations(config, on_gpu=True).kept
     sent = 32768 // 8 * 8192 * 2
-    assert stage_activations(config, 0, 64, on_gpu=True) == 8 * (stage + sent)
-    assert stage_activations(config, 6, 64, on_gpu=True) == 2 * (stage + sent)
-    assert stage_activations(config, 0, 3, on_gpu=True) == 3 * (stage + sent)
+    assert stage_activations(config, 0, 64, on_gpu=True).total == 8 * (stage + sent)
+    assert stage_activations(config, 6, 64, on_gpu=True).total == 2 * (stage + sent)
+    assert stage_activations(config, 0, 3, on_gpu=True).total == 3 * (stage + sent)
     interleaved = flagship("parallel.virtual_pipeline_model_parallel_size=5")
     expected = (8 + 7 / 5) * (stage + 5 * sent)
-    assert stage_activations(interleaved, 0, 64, on_gpu=True) == pytest.approx(expected)
+    assert stage_activations(interleaved, 0, 64, on_gpu=True).total == pytest.approx(expected)

@@ -69,7 +69,7 @@ def test_savings_are_those_of_the_formulae_and_suppose_the_lines_before():
     ]
     followed = [step.split(" on ")[0] for step in steps]
     after = configure("1b", 8, *settings, "parallel.tensor_model_parallel_size=2", *followed)
-    assert need - sum(steps.values()) == pytest.approx(rank_memory(after, 8, True).total, rel=0.02)
+    assert need - sum(steps.values()) == pytest.approx(rank_memory(after, 8, True).total, abs=0.01 * need)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,8 @@ def test_savings_are_those_of_the_formulae_and_suppose_the_lines_before():
             {"parallel.fully_sharded=true"},
             {"parallel.use_distributed_optimizer=true"},
         ),
-        ([], 2, False, set(), {"parallel.fully_sharded=true"}),  # its tables, which every rank gathers, are most of it
+        # Its tables, which every rank gathers with their gradients, are most of it.
+        (["model.vocab_size=64000", "training.sequence_length=64"], 2, False, set(), {"parallel.fully_sharded=true"}),
         (["parallel.use_distributed_optimizer=false"], 2, False, {"parallel.use_distributed_optimizer=true"}, set()),
         ([], 1, False, set(), {"parallel.fully_sharded=true", "parallel.use_distributed_optimizer=true"}),
         (["precision=fp8_current"], 2, False, set(), {"parallel.fully_sharded=true"}),  # does not go together
@@ -113,7 +114,8 @@ def test_components_count_where_they_stand():
         configure("vishwamai-120l", 64, "training.recompute=none", chunks, *components)
         for components in ([], ["memory.enabled=true", "cache.enabled=true"])
     )
-    extra = [stage_activations(both, stage, 64, True) - stage_activations(plain, stage, 64, True) for stage in range(8)]
+    totals = [[stage_activations(config, i, 64, True).total for i in range(8)] for config in (plain, both)]
+    extra = [more - less for less, more in zip(*totals, strict=True)]
     expected = [0.0] * 8
     for section, layers in (("memory", both.memory.layers), ("cache", both.cache.layers)):
         assert len(layers) == 15
@@ -135,20 +137,22 @@ def _split(tensor: int = 1, pipeline: int = 1, chunks: int = 1) -> list[str]:
 
 @pytest.mark.parametrize(
     ("ranks", "stage", "batch", "overrides", "measured"),
-    [  # by tools/dry_run.py, MiB
-        (1, 0, 1, _BOTH, 4476),
-        (1, 0, 1, [*_BOTH, _FULL], 3880),
-        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true"], 2248),
-        (2, 0, 1, [*_BOTH, "parallel.context_parallel_size=2"], 2915),
-        (2, 0, 2, _BOTH, 3217),
-        (4, 0, 8, [*_BOTH, *_split(1, 4)], 1681),
-        (4, 3, 8, [*_BOTH, *_split(1, 4)], 1251),
-        (4, 0, 8, [*_BOTH, *_split(1, 4, 2), _FULL], 1083),
-        (2, 1, 8, [*_BOTH, *_split(1, 2), _FULL, "training.micro_batch_size=2"], 2063),
-        (8, 0, 8, [*_BOTH, *_split(2, 2), "parallel.sequence_parallel=true", _FULL], 687),
-        (8, 1, 8, [*_BOTH, *_split(2, 2, 4), "parallel.sequence_parallel=true"], 965),
-        (4, 1, 8, [_BOTH[0], *_split(2, 2), "parallel.sequence_parallel=true"], 1099),
-        (4, 0, 8, [_BOTH[1], *_split(2, 2)], 1303),
+    [  # by tools/dry_run.py with Transformer Engine's layers, MiB
+        (1, 0, 1, _BOTH, 4445),
+        (1, 0, 1, [*_BOTH, _FULL], 3913),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true"], 2241),
+        (2, 0, 1, [*_BOTH, "parallel.context_parallel_size=2"], 2875),
+        (2, 0, 2, _BOTH, 3185),
+        (4, 0, 8, [*_BOTH, *_split(1, 4)], 1656),
+        (4, 3, 8, [*_BOTH, *_split(1, 4)], 1268),
+        (4, 0, 8, [*_BOTH, *_split(1, 4, 2), _FULL], 1116),
+        (2, 1, 8, [*_BOTH, *_split(1, 2), _FULL, "training.micro_batch_size=2"], 2099),
+        (8, 0, 8, [*_BOTH, *_split(2, 2), "parallel.sequence_parallel=true", _FULL], 717),
+        (8, 1, 8, [*_BOTH, *_split(2, 2, 4), "parallel.sequence_parallel=true"], 966),
+        (4, 1, 8, [_BOTH[0], *_split(2, 2), "parallel.sequence_parallel=true"], 1111),
+        (4, 0, 8, [_BOTH[1], *_split(2, 2)], 1297),
+        (8, 0, 8, ["parallel.fully_sharded=true"], 958),
+        (8, 0, 16, ["parallel.fully_sharded=true"], 1050),
     ],
 )
 def test_the_simulated_peak_with_components(ranks, stage, batch, overrides, measured):

@@ -10,7 +10,9 @@ import pytest
 from tests.training.layouts import SMALL
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.planning.footprint_advice import stage_memory
+from vishwamai_mp.planning.parameters import total_parameters
 from vishwamai_mp.runtime.fused_layers import python_folder
+from vishwamai_mp.training.shard_tiling import shard_faults
 
 _TOOL = Path(__file__).resolve().parents[2] / "tools" / "dry_run.py"
 
@@ -52,6 +54,41 @@ def test_as_text_and_what_fp8_becomes_without_transformer_engine(recipe):
     assert "data 0) of 1, torch's layers" in run.stdout
     assert "precision=fp8_current is simulated as bf16" in run.stdout
     assert "the host waits for the device 1 times" in run.stdout
+
+
+def test_every_stage_on_one_page(recipe, tmp_path):
+    page = tmp_path / "stages.html"
+    settings = ["parallel.pipeline_model_parallel_size=2", "training.global_batch_size=4"]
+    arguments = ["--gpus", "4", "--all-stages", "--html", str(page), "--json", "--torch-layers"]
+    run = _run("--config", str(recipe), *arguments, *settings)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert [stage["rank"] for stage in found] == [0, 2]
+    assert all(max(stage["course"]) == stage["peak_bytes"] > stage["course"][0] for stage in found)
+    text = page.read_text()
+    assert text.count("<polygon") == 2
+    assert all(stage["place"] in text for stage in found)
+
+
+def test_all_ranks_shards_make_up_the_model(recipe):
+    """With memory and cache, in a layout that divides them."""
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
+    components = ["memory.enabled=true", "cache.enabled=true", "cache.segment_length=16", "model.vocab_size=256"]
+    arguments = ["--gpus", "8", "--all-ranks", "--torch-layers", "--json", "training.global_batch_size=4"]
+    run = _run("--config", str(recipe), *arguments, *layout, *components)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["ranks"] == 4
+    assert found["faults"] == []
+    assert found["numbers"] == total_parameters(resolve(load_config(SMALL, [*layout, *components]), 8))
+
+
+def test_what_is_missing_and_what_is_held_twice_is_a_fault():
+    halves = [(((0, 2), (0, 3)), 0), (((2, 4), (0, 3)), 1)]
+    assert list(shard_faults("w", (4, 3), halves)) == []
+    assert list(shard_faults("w", (4, 3), halves[:1])) == ["w: 6 of 12 numbers are on no rank"]
+    assert "ranks 0 and 1 both hold" in next(shard_faults("w", (4, 3), [halves[0], (((1, 4), (0, 3)), 1)]))
+    assert "beyond [4, 3]" in next(shard_faults("w", (4, 3), [(((2, 5), (0, 3)), 1)]))
 
 
 @pytest.mark.parametrize(

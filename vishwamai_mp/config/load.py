@@ -80,7 +80,11 @@ def _read(name: str) -> dict[str, Any]:
     elif path.name == name and preset.is_file():
         text = preset.read_text(encoding="utf-8")
     else:
-        raise ConfigError(f"--config {name}: neither a .yaml/.json file nor a preset ({', '.join(preset_names())})")
+        near = difflib.get_close_matches(name, preset_names(), n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"--config {name}: neither a .yaml/.json file nor a preset ({', '.join(preset_names())}){meant}"
+        )
     try:
         tree = _read_json(text) if path.suffix == ".json" else read_yaml(text)
     except (yaml.YAMLError, ValueError) as error:

@@ -47,13 +47,32 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
         case "none":
             return LayerActivations(linears + output + _attention(config, on_gpu), 0.0)
         case "selective":
-            return LayerActivations(linears + output + _inputs(config), _attention(config, on_gpu))
+            return LayerActivations(linears + output + _inputs(config, on_gpu), _attention(config, on_gpu))
         case _:
             return LayerActivations(tokens * size * width, linears + output + _attention(config, on_gpu))
 
 
-def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on_gpu: bool) -> float:
+@dataclass(frozen=True)
+class StageActivations:
     """Most bytes of activations on one rank of a pipeline stage.
+
+    Attributes:
+        kept: of all micro-batches that wait for their backward pass.
+        again: of the layer whose backward pass runs, beside what was kept.
+        head: of the last norm and the logits, when `again` is not there yet; none before the last stage.
+    """
+
+    kept: float
+    again: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.kept + max(self.again, self.head)
+
+
+def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on_gpu: bool) -> StageActivations:
+    """Of the ranks of one pipeline stage.
 
     Args:
         config: resolved.
@@ -76,7 +95,7 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
         else:
             kept += here * one
     head = _head(config, on_gpu) if stage == stages - 1 else 0.0
-    return micro_batches_underway(config, stage, micro_batches) * kept + max(again, head)
+    return StageActivations(micro_batches_underway(config, stage, micro_batches) * kept, again, head)
 
 
 def micro_batches_underway(config: PretrainConfig, stage: int, micro_batches: int) -> float:
@@ -144,9 +163,13 @@ def key_width(config: PretrainConfig) -> int:
     return config.model.num_key_value_heads * config.model.head_dim
 
 
-def _inputs(config: PretrainConfig) -> float:
-    """Queries and keys, turned by position, and all of the fused projection, for values are a part of it."""
-    numbers = tokens_of_micro_batch(config) * (2 * query_width(config) + 3 * key_width(config))
+def _inputs(config: PretrainConfig, on_gpu: bool) -> float:
+    """Queries and keys, turned by position, and values: on CPUs with all of the projection that they are a part of.
+
+    Transformer Engine copies the values, so that the projection need not stay.
+    """
+    queries, keys = query_width(config), key_width(config)
+    numbers = tokens_of_micro_batch(config) * (queries + 2 * keys if on_gpu else 2 * queries + 3 * keys)
     return numbers * number_bytes(config) / config.parallel.tensor_model_parallel_size
 
 
@@ -156,7 +179,7 @@ def _attention(config: PretrainConfig, on_gpu: bool) -> float:
     queries, keys, tokens = query_width(config), key_width(config), tokens_of_micro_batch(config)
     share = number_bytes(config) / config.parallel.tensor_model_parallel_size
     if on_gpu or length // context > _LONGEST or model.attention_dropout:
-        inputs = _inputs(config) if context == 1 else tokens * (queries + 2 * keys * context) * share
+        inputs = _inputs(config, on_gpu) if context == 1 else tokens * (queries + 2 * keys * context) * share
         sums = 4 * tokens * model.num_attention_heads / config.parallel.tensor_model_parallel_size  # fp32, per query
         if on_gpu or not model.attention_dropout:
             return inputs + sums
@@ -166,13 +189,13 @@ def _attention(config: PretrainConfig, on_gpu: bool) -> float:
     pairs = length * (length + _QUERIES) / 2 if context == 1 else length * length / context
     weights = config.training.micro_batch_size * model.num_attention_heads * pairs * share
     if queries == keys and context == 1:
-        return _inputs(config) + weights
+        return _inputs(config, on_gpu) + weights
     return tokens * queries * (1 + 2 * context) * share + weights
 
 
 def _head(config: PretrainConfig, on_gpu: bool) -> float:
-    """The last norm, and the logits with their gradient, which a GPU has in fp32 first and then in 16 bits as well."""
+    """The last norm, and the logits with their gradient, which a GPU has in fp32 when it makes that of 16 bits."""
     width = 2 * config.model.hidden_size / _sequence_shards(config)
-    copies = 4 if on_gpu and number_bytes(config) == 2 else 2
+    copies = 3 if on_gpu and number_bytes(config) == 2 else 2
     logits = copies * padded_vocab_size(config) / config.parallel.tensor_model_parallel_size
     return tokens_of_micro_batch(config) * number_bytes(config) * (width + logits)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step
 from vishwamai_mp.planning.activations import number_bytes, stage_activations
 from vishwamai_mp.planning.cache_costs import cache_state_bytes
+from vishwamai_mp.planning.fully_sharded_footprint import fully_sharded_parts, shares_parameters
 from vishwamai_mp.planning.neural_memory_costs import memory_state_bytes
 from vishwamai_mp.planning.parameters import total_parameters
-from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, gathered_parameters, stage_parameters
+from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, WORKSPACE, stage_parameters
 
 # Of CUDA and its libraries, and of each communicator's channels, as NCCL makes them by default.
 _CONTEXT, _COMMUNICATOR = 0.8 * 2**30, 0.2 * 2**30
@@ -39,25 +40,21 @@ def stage_footprint(config: PretrainConfig, world_size: int, stage: int) -> Foot
         stage: from 0.
     """
     parallel, replicas = config.parallel, data_parallel_size(config, world_size)
-    parameters, size = stage_parameters(config, stage), number_bytes(config)
-    shards = replicas * parallel.context_parallel_size
-    main = 0 if config.precision == "fp32" else MAIN
-    if parallel.fully_sharded and replicas > 1:
-        weights, gradients, optimizer = MAIN / shards, GRADIENT / shards, MOMENTS / shards
-    else:
-        weights, gradients = size, GRADIENT
-        optimizer = (MOMENTS + main) / (shards if parallel.use_distributed_optimizer else 1)
     activations = stage_activations(config, stage, micro_batches_per_step(config, world_size), on_gpu=True)
+    shards = replicas * parallel.context_parallel_size
+    if shares_parameters(config, world_size):
+        parts = fully_sharded_parts(config, world_size, activations)
+    else:
+        parameters, main = stage_parameters(config, stage), 0 if config.precision == "fp32" else MAIN
+        parts = {
+            "weights": number_bytes(config) * parameters,
+            "gradients": GRADIENT * parameters,
+            "optimizer": (MOMENTS + main) * parameters / (shards if parallel.use_distributed_optimizer else 1),
+            "activations": activations.total,
+        }
     groups = [parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, shards]
-    parts = {
-        "weights": weights * parameters,
-        "gradients": gradients * parameters,
-        "optimizer": optimizer * parameters,
-        "gathered weights": gathered_parameters(config, world_size),
-        "activations": activations,
-        "fragmentation": _FRAGMENTATION * activations,
-        "libraries": _CONTEXT + _COMMUNICATOR * sum(ranks > 1 for ranks in groups),
-    }
+    parts["fragmentation"] = _FRAGMENTATION * parts["activations"]
+    parts["libraries"] = WORKSPACE + _CONTEXT + _COMMUNICATOR * sum(ranks > 1 for ranks in groups)
     return Footprint(stage, {name: value for name, value in parts.items() if value})
 
 

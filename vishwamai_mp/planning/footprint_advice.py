@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, micro_batches_per_step, resolve
 from vishwamai_mp.planning.activations import stage_activations
-from vishwamai_mp.planning.states import gathered_parameters, stage_states
+from vishwamai_mp.planning.fully_sharded_footprint import fully_sharded_parts, shares_parameters
+from vishwamai_mp.planning.states import WORKSPACE, stage_states
 
 _WORTH = 0.01  # of the need: what saves less is not mentioned
 
@@ -35,9 +36,13 @@ def rank_memory(config: PretrainConfig, world_size: int, on_gpu: bool) -> RankMe
 
 def stage_memory(config: PretrainConfig, world_size: int, stage: int, on_gpu: bool) -> RankMemory:
     """`rank_memory` of the ranks of one pipeline stage, from 0."""
-    states = stage_states(config, stage, world_size) + gathered_parameters(config, world_size)
-    micro_batches = micro_batches_per_step(config, world_size)
-    return RankMemory(states, stage_activations(config, stage, micro_batches, on_gpu))
+    activations = stage_activations(config, stage, micro_batches_per_step(config, world_size), on_gpu)
+    workspace = WORKSPACE if on_gpu else 0
+    if shares_parameters(config, world_size):
+        parts = fully_sharded_parts(config, world_size, activations)
+        kept = parts.pop("activations")
+        return RankMemory(sum(parts.values()) + workspace, kept)
+    return RankMemory(stage_states(config, stage, world_size) + workspace, activations.total)
 
 
 def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:

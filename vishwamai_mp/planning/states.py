@@ -9,6 +9,7 @@ from vishwamai_mp.planning.parameters import adapter_parameters, embedding_param
 
 # Bytes per parameter: gradients are summed in fp32; fp32 copies of 16-bit parameters; AdamW's two.
 GRADIENT, MAIN, MOMENTS = 4, 4, 8
+WORKSPACE = 32 * 2**20  # bytes of a GPU's matrix products, as Transformer Engine asks for them
 
 
 def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
@@ -28,19 +29,6 @@ def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
     shared = MOMENTS + (0 if config.precision == "fp32" else MAIN)
     owners = replicas * config.parallel.context_parallel_size  # context parallel ranks share optimizer state as well
     return parameters * (kept + shared / (owners if config.parallel.use_distributed_optimizer else 1))
-
-
-def gathered_parameters(config: PretrainConfig, world_size: int) -> float:
-    """Bytes that a fully sharded rank needs besides: parameters while they are used, gradients while they are summed.
-
-    Embedding and output layer are there during the whole pass, with one layer and the next. Summing a layer's gradients
-    takes them in their type and in fp32.
-    """
-    if not config.parallel.fully_sharded or data_parallel_size(config, world_size) == 1:
-        return 0.0
-    size, layer = number_bytes(config), layer_parameters(config.model)
-    root = embedding_parameters(config.model, padded_vocab_size(config)) + config.model.hidden_size
-    return root * size + max(layer * (3 * size + GRADIENT), root * (size + GRADIENT))
 
 
 def stage_parameters(config: PretrainConfig, stage: int) -> float:

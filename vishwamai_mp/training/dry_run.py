@@ -34,6 +34,7 @@ class DryRun:
         peak_bytes: most memory in use at once: tensors, without the allocator's slack, libraries and buffers of theirs.
         at_peak: what that consisted of: parameters, gradients, optimizer, activations.
         activations_at_peak: what the activations among it consisted of, by class of the module that made them.
+        course: bytes in use in the course of the step, the most in each of some hundred equal spans of allocations.
         standing_bytes: memory in use before the step.
         predicted_bytes: the peak from `planning`, which runs nothing.
         updated: whether the step ran to its end.
@@ -53,6 +54,7 @@ class DryRun:
     peak_bytes: int
     at_peak: dict[str, int]
     activations_at_peak: dict[str, int]
+    course: list[int]
     standing_bytes: int
     predicted_bytes: int
     updated: bool
@@ -97,6 +99,7 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
             peak_bytes=memory.peak,
             at_peak={kind: size for kind, size in memory.at_peak.items() if size},
             activations_at_peak={kind: size for kind, size in memory.activations_at_peak.items() if size},
+            course=memory.course,
             standing_bytes=standing,
             predicted_bytes=round(stage.total),
             updated=result.updated,

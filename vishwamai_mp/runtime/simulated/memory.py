@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _ACTIVATIONS, _OPTIMIZER = "activations", "optimizer"
+_SPANS = 512  # of a step's course, at least, once there are as many events
 _BLOCK = 512  # bytes: CUDA's allocator gives whole ones
 
 
@@ -31,6 +32,7 @@ class Memory:
         peak: most bytes in use at once since `restart`.
         at_peak: what they consisted of, by kind.
         activations_at_peak: what the activations among them consisted of, by class of module.
+        course: bytes in use since `restart`: the most in each of some equally long spans of allocations and releases.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,10 +46,13 @@ class Memory:
         self._by_module: Counter[str] = Counter()
         self._kind = _ACTIVATIONS
         self._modules: list[str] = []
+        self.course: list[int] = []
+        self._span, self._events = 1, 0
 
     def restart(self) -> None:
         """Look for the peak from now on."""
         self.peak = 0
+        self.course, self._span, self._events = [self.now], 1, 0
         self._note_peak()
 
     def see(self, tensor: Tensor) -> None:
@@ -127,6 +132,7 @@ class Memory:
             self._by_module[module] += size
         if self.now > self.peak:
             self._note_peak()
+        self._note_course()
 
     def _drop(self, key: int) -> None:
         _, size, kind, module = self._held.pop(key)
@@ -134,6 +140,18 @@ class Memory:
         self._by_kind[kind] -= size
         if kind == _ACTIVATIONS:
             self._by_module[module] -= size
+        self._note_course()
+
+    def _note_course(self) -> None:
+        """Spans grow twice as long whenever there are too many of them."""
+        place, self._events = self._events // self._span, self._events + 1
+        if place < len(self.course):
+            self.course[place] = max(self.course[place], self.now)
+            return
+        self.course.append(self.now)
+        if len(self.course) == 2 * _SPANS:
+            self.course = [max(pair) for pair in zip(self.course[::2], self.course[1::2], strict=True)]
+            self._span *= 2
 
     def _note_peak(self) -> None:
         self.peak = self.now

@@ -1,0 +1,49 @@
+"""Memory of a rank under fully sharded data parallelism: which of three moments of a step needs most."""
+
+from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step, padded_vocab_size
+from vishwamai_mp.planning.activations import StageActivations, number_bytes
+from vishwamai_mp.planning.parameters import embedding_parameters, layer_parameters
+from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, stage_parameters
+
+
+def shares_parameters(config: PretrainConfig, world_size: int) -> bool:
+    """Whether there are other replicas to share parameters with, and they do."""
+    return config.parallel.fully_sharded and data_parallel_size(config, world_size) > 1
+
+
+def fully_sharded_parts(config: PretrainConfig, world_size: int, activations: StageActivations) -> dict[str, float]:
+    """Bytes by purpose at the moment that needs most, as `footprint.Footprint` names them.
+
+    Own shares of weights and moments are always there; those of gradients from the first micro-batch's backward pass
+    on. Embedding, output layer and last norm are whole from the first to the last moment of a pass, in the type that
+    computes; so are one layer while it runs, and the next that is fetched meanwhile. Gradients are summed in fp32.
+
+    Args:
+        config: resolved; only data parallel.
+        world_size: processes.
+        activations: of the only stage.
+    """
+    replicas, size = data_parallel_size(config, world_size), number_bytes(config)
+    layer = layer_parameters(config.model)
+    root = embedding_parameters(config.model, padded_vocab_size(config)) + config.model.hidden_size
+    table = padded_vocab_size(config) * config.model.hidden_size
+    share = stage_parameters(config, 0) / replicas
+    later = micro_batches_per_step(config, world_size) > 1
+    moments = [
+        # The logits' gradient, with the last layer fetched.
+        (later, size * (root + layer), activations.kept + activations.head),
+        # The last layer's backward pass, with the output layer's gradient waiting for the embedding's.
+        (later, size * (root + table + 3 * layer) + GRADIENT * layer, activations.kept + activations.again),
+        # The gradients of embedding and output layer are summed: in their type, and in fp32.
+        (True, (2 * size + GRADIENT) * root, 0.0),
+    ]
+    _, gradients, gathered, kept = max(
+        (GRADIENT * share * own + whole + there, GRADIENT * share * own, whole, there) for own, whole, there in moments
+    )
+    return {
+        "weights": MAIN * share,
+        "gradients": gradients,
+        "optimizer": MOMENTS * share,
+        "gathered weights": gathered,
+        "activations": kept,
+    }
