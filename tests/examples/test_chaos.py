@@ -11,7 +11,8 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples/fault_tolerance/chaos
 def test_a_kill_a_flipped_bit_and_a_read_only_folder(tmp_path):
     kinds = ["launcher", "flip", "read-only"]
     command = [sys.executable, str(_EXAMPLE), "--kills", "3", "--only", *kinds, "--output", str(tmp_path / "found")]
-    result = subprocess.run([*command, "--async-save", "--forked"], capture_output=True, text=True, timeout=900, check=False)
+    command += ["--async-save", "--forked"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["events"] == {
