@@ -238,3 +238,16 @@ def test_a_byte_level_vocabulary_that_cannot_be_trained_is_refused(tmp_path):
     with pytest.raises(UserError, match="more than this text can fill: at most"):
         train_byte_level(TEXTS, 9999, tmp_path / "large")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_panic_of_the_package_is_a_users_error(tmp_path):
+    described = json.loads(byte_level().to_str())
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"cannot be read as a tokenizer\.json"):
+        Tokenizer(tmp_path)

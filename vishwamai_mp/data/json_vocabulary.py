@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +53,10 @@ class JsonVocabulary:
         except ImportError:
             raise UserError(f"tokenizer {path} needs the package tokenizers: pip install tokenizers") from None
         self.proto: bytes | None = None
-        try:
+        self._path = path
+        with self._its_faults():
             described = json.loads(content)
             self._tokenizer = Tokenizer.from_buffer(content)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic of its Rust code is no Exception
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"tokenizer {path} cannot be read as a tokenizer.json of Hugging Face ({reason}): copy it again"
-            ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = False
@@ -81,19 +77,23 @@ class JsonVocabulary:
         self.bos_id = self._named("bos_token")
         self.eod_id = self._named("eos_token")
         self.pad_id = self._named("pad_token")
-        first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
+        with self._its_faults():
+            first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
         self.puts_bos_first: bool | None = bool(first) and first[0] != self.eod_id and self.bos_id in (-1, first[0])
         if self.puts_bos_first:
             self.bos_id = first[0]
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with self._its_faults():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._its_faults():
+            return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        with self._its_faults():
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def spelling(self, token_id: int) -> str:
         return self._spellings.get(token_id, "")
@@ -116,6 +116,19 @@ class JsonVocabulary:
 
     def has_byte_fallback(self) -> bool:
         return self._bytes is not None or all(f"<0x{byte:02X}>" in self._spellings.values() for byte in range(256))
+
+    @contextmanager
+    def _its_faults(self) -> Iterator[None]:
+        """Makes what the package raises over a damaged file a `UserError`; a panic of its Rust code is no Exception."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"tokenizer {self._path} cannot be read as a tokenizer.json of Hugging Face ({reason}): copy it again"
+            ) from None
 
     def _named(self, name: str, otherwise: Any = None) -> int:
         """The id of the token that the settings name, or that is usually meant; -1: there is none."""
