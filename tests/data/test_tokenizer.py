@@ -189,3 +189,9 @@ def test_training_into_a_missing_folder(tmp_path):
 def test_training_is_reproducible(tmp_path):
     first, second = (train_tokenizer(CORPUS, 400, tmp_path / name).path.read_bytes() for name in ("a", "b"))
     assert first == second
+
+
+def test_a_piece_that_is_no_text_is_refused(tmp_path, tokenizer):
+    (tmp_path / "damaged.model").write_bytes(tokenizer.path.read_bytes().replace(b"<unk>", b"\xbcunk>", 1))
+    with pytest.raises(UserError, match="is not a whole SentencePiece model"):
+        Tokenizer(tmp_path / "damaged.model")

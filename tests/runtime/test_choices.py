@@ -87,6 +87,14 @@ def test_a_machine_too_busy_to_measure_takes_the_first_and_keeps_nothing(slow_an
     assert not (tmp_path / "vishwamai_mp").exists()
 
 
+def test_a_busy_machine_is_not_measured_for_long(slow_and_fast, tmp_path, monkeypatch):
+    now, clock, tried = iter(2.0**n for n in range(1000)), iter(range(0, 1000, 2)), []
+    monkeypatch.setattr(choices.time, "perf_counter", lambda: tried.append(1) or next(now))
+    monkeypatch.setattr(choices.time, "monotonic", lambda: next(clock))
+    assert choices.decide() == {"walk": "slow"}
+    assert len(tried) == 3 * 2 * 2  # rounds within the limit, ways, beginning and end of each
+
+
 def test_the_environment_decides(slow_and_fast, tmp_path, monkeypatch):
     monkeypatch.setenv("VISHWAMAI_WAYS", "first")
     assert choices.decide() == {"walk": "slow"}

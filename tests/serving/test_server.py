@@ -319,7 +319,7 @@ def test_langchain(workers: WorkerPool) -> None:
     assert found["several"].generations[0][0].text == found["text"]
     assert found["several"].llm_output["token_usage"]["completion_tokens"] == 12
     assert [len(one) for one in found["two"].generations] == [2]
-    answer, *chunks = found["answer"], *found["answer stream"]
+    answer, chunks = found["answer"], found["answer stream"]
     assert len(answer.content) == 5
     assert answer.usage_metadata["output_tokens"] == 5
     assert len(answer.response_metadata["logprobs"]["content"]) == 5

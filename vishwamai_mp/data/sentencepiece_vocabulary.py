@@ -26,6 +26,7 @@ class SentencePieceVocabulary:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.size: int = self._processor.get_piece_size()
+            self._processor.id_to_piece(list(range(self.size)))  # all of them are UTF-8
         except (RuntimeError, ValueError, OSError) as error:
             if kind := foreign_tokenizer(content):
                 raise UserError(

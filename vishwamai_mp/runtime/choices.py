@@ -29,6 +29,7 @@ from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.config.files import write_whole
 
 _CLEARLY = 0.95  # another way than the first must need less than this share of its time
+_MOST_SECONDS = 5.0  # of the clock for one choice: a run waits meanwhile, on a busy machine for minutes otherwise
 _FEWEST, _ATTEMPTS = 4, 20  # rounds of a measurement; the first, which warms up, is one of them
 _NEARLY = 1.1
 _CAPS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -200,6 +201,7 @@ def _time(choice: Choice) -> dict[str, float] | None:
     The ways take turns, so that a busy machine slows all alike. A time counts when it was nearly reached twice.
     """
     taken: dict[str, list[float]] = {name: [] for name in choice.ways}
+    deadline = time.monotonic() + _MOST_SECONDS
     with torch.inference_mode(False), torch.set_grad_enabled(choice.trained):
         arguments = choice.trial()
         for attempt in range(_ATTEMPTS):
@@ -212,6 +214,8 @@ def _time(choice: Choice) -> dict[str, float] | None:
             least = {name: sorted(seconds)[:2] for name, seconds in taken.items()}
             if attempt >= _FEWEST and all(second < _NEARLY * first for first, second in least.values()):
                 return {name: first for name, (first, _) in least.items()}
+            if time.monotonic() > deadline:
+                break
     return None
 
 
