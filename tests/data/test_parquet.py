@@ -33,6 +33,22 @@ def test_dictionaries(tmp_path, type_name):
     assert bad(tmp_path / "a.parquet") == [f"{tmp_path}/a.parquet:row 4: 'text' is null, not a string"]
 
 
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+def test_every_encoding_of_text(tmp_path, encoding):
+    table = pyarrow.table({"text": TEXTS, "id": list(range(len(TEXTS)))})
+    how = {"use_dictionary": False, "column_encoding": {"text": encoding, "id": "PLAIN"}}
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", **how)
+    assert list(read_documents([tmp_path / "a.parquet"])) == TEXTS
+
+
+def test_texts_that_share_their_beginning_are_read_one_by_one(tmp_path):
+    table = pyarrow.table({"text": ["x" * (1 << 20)] * 200})  # 200 MiB in a few KB: each row is the row before
+    how = {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY", "compression": "zstd"}
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", **how)
+    _, grown = peak_of(tmp_path / "a.parquet")
+    assert grown < 100
+
+
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(text=pyarrow.array([b"ok", b"\xff\xfe"])))
     assert bad(tmp_path / "a.parquet") == [f"{tmp_path}/a.parquet:row 1: broken UTF-8: byte 0xff at 0"]

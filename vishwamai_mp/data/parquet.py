@@ -42,16 +42,41 @@ def row_blocks(
             _check_row_groups(path, metadata, columns, max_document_bytes)
             size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
             batch_rows = min(max(1, block_bytes * metadata.num_rows // max(size, 1)), 1 << 16)
+            encodings = _encodings(metadata, columns)
+            if any("DELTA_BYTE_ARRAY" in used for used in encodings.values()):
+                batch_rows = 1  # a row's beginning is that of the row before: a page may unpack to any size
             file = pyarrow.parquet.ParquetFile(
-                stream, metadata=metadata, read_dictionary=columns, buffer_size=_BUFFER_BYTES
+                stream,
+                metadata=metadata,
+                read_dictionary=[name for name, used in encodings.items() if not any("DELTA" in one for one in used)],
+                buffer_size=_BUFFER_BYTES,
             )
             row = 0
             for batch in file.iter_batches(batch_size=batch_rows, columns=columns):
-                for some in _cut(path, row, batch, block_bytes, max_document_bytes):
+                for some in _cut(path, row, _as_dictionaries(batch), block_bytes, max_document_bytes):
                     yield row, _as_bytes(some)
                     row += some.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a whole parquet file: {' '.join(str(error).split())}") from error
+
+
+def _encodings(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str]) -> dict[str, set[str]]:
+    """How the values of each column are written, in any row group. pyarrow reads none of DELTA_* as dictionaries."""
+    found: dict[str, set[str]] = {column: set() for column in columns}
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for chunk in map(group.column, range(group.num_columns)):
+            found.get(chunk.path_in_schema, set()).update(chunk.encodings)
+    return found
+
+
+def _as_dictionaries(batch: "pyarrow.RecordBatch") -> "pyarrow.RecordBatch":
+    import pyarrow
+
+    arrays = [
+        array if pyarrow.types.is_dictionary(array.type) else array.dictionary_encode() for array in batch.columns
+    ]
+    return pyarrow.RecordBatch.from_arrays(arrays, names=batch.schema.names)
 
 
 def rows_of(data: bytes, columns: Sequence[str]) -> Iterator[tuple[bytes | None, ...]]:
