@@ -67,10 +67,11 @@ def test_code_in_the_common_file_is_refused(checkpoint: Path, tmp_path: Path) ->
     assert not (tmp_path / "owned").exists()
 
 
-def test_code_in_an_object_among_the_tensors_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def put_object(checkpoint: Path, value: object) -> None:
+    """Let an object be all that the checkpoint holds."""
     metadata = restricted_reading.read_metadata(checkpoint)
     buffer = io.BytesIO()
-    torch.save([Attack(tmp_path / "owned")], buffer)
+    torch.save(value, buffer)
     info = next(iter(metadata.storage_data.values()))
     (checkpoint / info.relative_path).write_bytes(buffer.getvalue())
     key = MetadataIndex("decoder.layers.0._extra_state/shard_0_1")
@@ -78,8 +79,21 @@ def test_code_in_an_object_among_the_tensors_is_refused(checkpoint: Path, tmp_pa
     metadata.storage_data = {key: info}
     metadata.state_dict_metadata[key.fqn] = BytesStorageMetadata()
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_code_in_an_object_among_the_tensors_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    put_object(checkpoint, [Attack(tmp_path / "owned")])
     assert "_extra_state/shard_0_1 refused: more than plain data" in refused(checkpoint)
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_pickle_for_transformer_engine_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Bytes to torch, which its layers would unpickle; an empty one, as other programs store, holds nothing."""
+    pickled = pickle.dumps({"recipe": Attack(tmp_path / "owned")})
+    put_object(checkpoint, torch.frombuffer(bytearray(pickled), dtype=torch.uint8))
+    assert "_extra_state/shard_0_1 refused: Transformer Engine's pickled state" in refused(checkpoint)
+    put_object(checkpoint, torch.empty(0, dtype=torch.uint8))
+    restricted_reading.check(checkpoint, read_manifest(checkpoint))
 
 
 def test_files_outside_the_folder_are_not_read(checkpoint: Path) -> None:

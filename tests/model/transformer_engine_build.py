@@ -14,8 +14,10 @@ import importlib.machinery
 import json
 import os
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,7 +86,10 @@ def main() -> None:
 
     results = []
     for world_size, *overrides in json.load(sys.stdin):
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        if world_size == 1:  # it can save and load
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         results.append(_built(world_size, overrides))
         shutdown()
     print(json.dumps(results))
@@ -104,13 +109,19 @@ def _built(world_size: int, overrides: list[str]) -> dict[str, Any]:
             (fused,) = build_model(config, runtime)
         except ConfigError as error:
             return {"refused": str(error)}
-        return _compared(fused, plain)
+        found = _compared(fused, plain)
+        if config.precision == "fp8_delayed" and world_size == 1:
+            found |= _resumed(config, runtime, fused, plain, *build_model(config, runtime))
+        return found
 
 
 @contextlib.contextmanager
 def _as_if_on_a_gpu() -> Iterator[None]:
     ours = [f"vishwamai_mp.model.{name}.use_transformer_engine" for name in ("specs", "transformer_config", "model")]
+    from transformer_engine.pytorch.quantization import RecipeState
+
     patches: list[Any] = [mock.patch(name, return_value=True) for name in ours]
+    patches.append(mock.patch.object(RecipeState, "create", partial(RecipeState.create, device="cpu")))
     patches += [
         mock.patch("torch.cuda.is_available", return_value=True),
         mock.patch("torch.cuda.current_device", return_value="cpu"),
@@ -136,12 +147,67 @@ def _compared(fused: Any, plain: Any) -> dict[str, Any]:
         "equal": sum(torch.equal(_data(theirs[key]), _data(_under(here, theirs[key].key))) for key in theirs),
         "places": [sorted(_places(entries)) for entries in (theirs, here)],
         "fp8": [fused.config.fp8, fused.config.fp8_recipe, plain.config.fp8],
+        "tracker_stays": _tracker_stays(fused),
         "marks": [sorted(_marks(model.sharded_state_dict())) for model in (fused, plain)],
         "window": layer.self_attention.core_attention.window_size,
         "rope_fusion": fused.config.apply_rope_fusion,
         "cp_comm_type": fused.config.cp_comm_type,
         "without_mask": [fused.attends_without_mask, plain.attends_without_mask],
     }
+
+
+def _tracker_stays(model: Any) -> bool:
+    """Whether the tracker of random numbers that attention was built with is the one that a step seeds.
+
+    Under sequence parallelism it has none: the whole layer runs inside megatron-core's.
+    """
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from vishwamai_mp.runtime import seed_step
+
+    seed_step(7, 3, model.pg_collection)
+    expected = None if model.config.sequence_parallel else get_cuda_rng_tracker()
+    return model.decoder.layers[0].self_attention.core_attention.rng_states_tracker is expected
+
+
+def _resumed(config: Any, runtime: Any, fused: Any, plain: Any, fresh: Any) -> dict[str, Any]:
+    """What delayed scaling remembers of a run that goes on: on another GPU, then on a CPU, then on a GPU again."""
+    import torch
+
+    from vishwamai_mp.checkpoint import CheckpointManager
+    from vishwamai_mp.config import UserError
+
+    linears = [
+        [part for part in model.modules() if "scaling_fwd" in vars(part).get("fp8_meta", {})]
+        for model in (fused, fresh)
+    ]
+    for linear in linears[0]:
+        for direction in ("scaling_fwd", "scaling_bwd"):
+            linear.fp8_meta[direction].scale[:-1].uniform_()  # but of what is not rounded
+            linear.fp8_meta[direction].amax_history[:, :-1].uniform_()
+    known = [_scaling(linear) for linear in linears[0]]
+    equal = []
+    with tempfile.TemporaryDirectory() as folder:
+        manager = CheckpointManager(Path(folder), config, runtime)
+        for step, (source, target) in enumerate(((fused, fresh), (fused, plain), (plain, fresh))):
+            manager.save(step, [source], None, {})
+            for linear in linears[1]:
+                linear.reset_fp8_meta_tensors()
+            manager.load(Path(folder) / f"step_{step:08d}", [target])
+            if target is fresh:
+                equal.append(all(map(torch.equal, known, map(_scaling, linears[1]))))
+    try:
+        linears[0][0].load_state_dict({"_extra_state": torch.ones(9, dtype=torch.uint8)}, strict=False)
+    except UserError as error:
+        return {"resumed": equal, "linears": len(known), "pickle": str(error)}
+    raise AssertionError("a pickle was taken")
+
+
+def _scaling(linear: Any) -> Any:
+    import torch
+
+    states = [linear.fp8_meta[direction] for direction in ("scaling_fwd", "scaling_bwd")]
+    return torch.cat([tensor.flatten() for state in states for tensor in (state.scale, state.amax_history)]).clone()
 
 
 def _under(entries: dict[str, Any], key: str) -> Any:

@@ -114,7 +114,7 @@ def sharded(kind: str, dtype: torch.dtype, sequence_parallel: bool) -> tuple[Ten
 
     def widen(layer: Any) -> None:
         with mock.patch.object(linears, "multiplies_natively", return_value=False):
-            linears.use_cpu_arithmetic(layer, PrecisionPolicy("bf16", dtype))
+            linears.use_arithmetic(layer, PrecisionPolicy("bf16", dtype))
 
     return run_sharded(kind, operands(dtype), widen, sequence_parallel)
 

@@ -18,7 +18,8 @@ from tests.training.layouts import SMALL  # noqa: E402
 from vishwamai_mp.config import PretrainConfig, load_config, resolve  # noqa: E402
 from vishwamai_mp.precision import use_transformer_engine  # noqa: E402
 from vishwamai_mp.runtime.simulated import SimulatedJob, simulated_job  # noqa: E402
-from vishwamai_mp.training.dry_run import dry_run  # noqa: E402
+from vishwamai_mp.training.dry_run import dry_run, empty_batches, training_step  # noqa: E402
+from vishwamai_mp.training.step import TrainStep  # noqa: E402
 
 E4M3 = te.DType.kFloat8E4M3
 
@@ -80,3 +81,19 @@ assert (fused.layers, plain.layers) == ("Transformer Engine", "torch")
 assert fused.flops == plain.flops
 assert fused.parameters == plain.parameters
 assert fused.at_peak["gradients"] == plain.at_peak["gradients"]
+
+
+def scaling_of(step: TrainStep) -> list[torch.Tensor]:
+    """Of linear layers: attention has a state too, which nothing is rounded by."""
+    linears = [part for part in step.chunks[0].modules() if hasattr(part, "fp8_meta") and hasattr(part, "weight")]
+    states = [part.fp8_meta for part in linears if "scaling_fwd" in part.fp8_meta]
+    ways = [meta[f"scaling_{way}"] for meta in states for way in ("fwd", "bwd")]
+    return [tensor for state in ways for tensor in (state.scale, state.amax_history)]
+
+
+delayed = config("precision=fp8_delayed")
+with simulated_job(delayed, 1, 0) as job, training_step(delayed, job) as training:
+    before = scaling_of(training)  # as a checkpoint may have filled it
+    training.train(empty_batches(delayed, job), 0, 1e-3, float("inf"))
+    assert len(before) == 4 * 2 * 2
+    assert all(now is then for now, then in zip(scaling_of(training), before, strict=True))

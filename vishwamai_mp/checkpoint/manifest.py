@@ -68,7 +68,7 @@ class Manifest:
         precision: of the run that saved it.
         versions: of the packages that wrote it.
         tensors: by name; the optimizer's names begin with `optimizer.state.`.
-        objects: names of what is stored besides tensors (Transformer Engine's scaling factors).
+        objects: names of what is stored besides tensors; none, in checkpoints of this program.
         files: by name, all of the folder but the manifest itself.
     """
 

@@ -9,6 +9,9 @@ megatron-core 0.16.1 on torch 2.13 reads a `torch_dist` folder through four door
 
 `check` reads the same bytes with an unpickler that knows only the classes that such metadata consists of, and the
 objects with `weights_only=True`. What passes builds plain data under the unrestricted readers as well.
+
+There is a fifth: an object named `_extra_state` is bytes to all of these, and a pickle to Transformer Engine's layers.
+Ours store what they remember as tensors (`precision/extra_state.py`), so one that is not empty is refused.
 """
 
 import io
@@ -59,7 +62,13 @@ def check(folder: Path, manifest: Manifest) -> None:
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             with (folder / storage.relative_path).open("rb") as file:
                 file.seek(storage.offset)
-                _check_torch_file(io.BytesIO(file.read(storage.length)), f"{folder}: {index.fqn}")
+                found = _check_torch_file(io.BytesIO(file.read(storage.length)), f"{folder}: {index.fqn}")
+            is_empty = found is None or (isinstance(found, torch.Tensor) and found.numel() == 0)
+            if "_extra_state" in index.fqn and not is_empty:
+                raise UserError(
+                    f"{folder}: {index.fqn} refused: Transformer Engine's pickled state, which could run code; only the"
+                    " checkpoint's tensors can be taken, by tools/convert_checkpoint.py to-hf and from-hf"
+                )
     _check_torch_file(io.BytesIO((folder / "common.pt").read_bytes()), f"{folder}/common.pt")
 
 
@@ -79,9 +88,9 @@ def read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def _check_torch_file(file: io.BytesIO, what: str) -> None:
+def _check_torch_file(file: io.BytesIO, what: str) -> Any:
     try:
-        torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{what} refused: more than plain data ({_one_line(error)[:200]})") from None
 

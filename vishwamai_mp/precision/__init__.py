@@ -3,7 +3,7 @@
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 
 # isort: split
-from vishwamai_mp.precision.linears import use_cpu_arithmetic
+from vishwamai_mp.precision.linears import use_arithmetic
 from vishwamai_mp.precision.policy import PrecisionPolicy, check_fp8_hardware, use_transformer_engine
 
-__all__ = ["PrecisionPolicy", "check_fp8_hardware", "use_cpu_arithmetic", "use_transformer_engine"]
+__all__ = ["PrecisionPolicy", "check_fp8_hardware", "use_arithmetic", "use_transformer_engine"]

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from vishwamai_mp.precision.collectives import gather_sequence, reduce_input_gradient
 from vishwamai_mp.precision.delayed import DelayedScaling
+from vishwamai_mp.precision.extra_state import keep_scaling, refuse_pickles
 from vishwamai_mp.precision.fp8_linear import (
     BlockScaling,
     CurrentScaling,
@@ -41,18 +43,24 @@ def computes_in_fp32(policy: PrecisionPolicy) -> bool:
     return not is_accelerator(device()) and (policy.compute == torch.float32 or not multiplies_natively(policy.compute))
 
 
-def use_cpu_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
-    """Give all parallel linear layers of `model` the arithmetic of `policy`. Changes nothing where hardware has it.
+def use_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
+    """Give all parallel linear layers of `model` the arithmetic of `policy`.
 
-    With FP8, `model` is a stage or chunk of the whole: the linear layers within its decoder are the ones it is for.
+    Where hardware has it, only Transformer Engine's layers are touched: those that FP8 does not fit stay in bf16, and
+    what they remember becomes plain tensors in checkpoints. With FP8, `model` is a stage or chunk of the whole: the
+    linear layers within its decoder are the ones it is for.
     """
     if computes_in_fp32(policy):
         for module in parallel_linears(model):
             replace_product(module, _Fp32Linear.apply)
     if policy.fp8 is not None:
         linears = _fp8_linears(model, policy)
-        if linears and not is_accelerator(device()) and not hasattr(linears[0], "fp8_meta"):
+        if linears and hasattr(linears[0], "fp8_meta"):
+            if policy.fp8.recipe == "delayed":
+                keep_scaling(linears, get_fp8_recipe(model.config))
+        elif linears and not is_accelerator(device()):
             _emulate_fp8(model, linears, policy.fp8)
+    refuse_pickles(model)
 
 
 def parallel_linears(module: nn.Module) -> list[Any]:
