@@ -35,6 +35,7 @@ from vishwamai_mp.config import (
 )
 from vishwamai_mp.model import build_model
 from vishwamai_mp.runtime import initialize
+from vishwamai_mp.runtime.simulated import Recorder
 from vishwamai_mp.training import optimizer as training_optimizer
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 
@@ -121,6 +122,20 @@ def train_and_save_in_buckets(root: Path, settings: PretrainConfig, steps: int, 
     job.train(steps)
     job.save()
     return len(job.chunks[0].buffers[0].buckets)
+
+
+def save_and_load_recorded(root: Path, settings: PretrainConfig) -> dict[str, Any]:
+    """What saving and loading add to the memory of this process, what they exchange, and what the optimizer keeps of
+    the model; in bytes."""
+    job = TinyJob(settings, root)
+    job.train(1)
+    found: dict[str, Any] = {"state": 12 * sum(p.numel() for chunk in job.chunks for p in chunk.parameters())}
+    for name, act in (("save", job.save), ("load", lambda: job.load(root / "step_00000001"))):
+        recorder = Recorder(torch.device("cpu"), simulates=False)
+        with recorder, recorder.memory.watching():
+            act()
+        found[name] = recorder.memory.peak, sum(c.bytes for c in recorder.communications)
+    return found
 
 
 def load_weights_and_save(path: Path, root: Path, settings: PretrainConfig) -> None:

@@ -119,6 +119,17 @@ def test_a_distributed_optimizer_of_several_padded_buckets_is_saved_unshifted(
     assert_equal(tmp_path / "many/step_00000002", tmp_path / "one/step_00000002")
 
 
+def test_no_process_gathers_the_optimizer(workers: WorkerPool, tmp_path: Path) -> None:
+    """Of the two moments and the main weights, each of two replicas keeps half, and needs no more to save or load."""
+    model = replace(jobs.MODEL, hidden_size=128, intermediate_size=256)
+    config = jobs.config("bf16", model, use_distributed_optimizer=True)
+    for found in workers.run(jobs.save_and_load_recorded, 2, tmp_path, config):
+        print(found)
+        for memory, exchanged in (found["save"], found["load"]):
+            assert memory < found["state"]
+            assert exchanged < found["state"] / 4  # the weights, which replicas read a share of each
+
+
 def test_a_job_that_has_not_stepped_yet_resumes(workers: WorkerPool, tmp_path: Path) -> None:
     config = jobs.config(use_distributed_optimizer=False)
     workers.run(jobs.train_and_save, 1, tmp_path / "whole", config, 0, 2)

@@ -8,8 +8,6 @@ its hyperparameters are not stored: the configuration says them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from vishwamai_mp.checkpoint.manifest import is_optimizer
@@ -33,11 +31,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
+from vishwamai_mp.checkpoint import optimizer_shards
+from vishwamai_mp.checkpoint.optimizer_shards import MAIN
 from vishwamai_mp.model.fully_sharded import FullySharded
 
 _MAY_BEGIN = (*ADAPTER_STATE, *VALUE_HEAD_STATE)
-_MAIN = "optimizer.state.fp32_param."
-_DISTRIBUTED_MAIN = "optimizer.state.param."  # the distributed optimizer's name for the same
+_SHARDS = "shards"  # the place of the distributed optimizer's tensors beside its settings
 
 
 def model_state(chunks: Sequence[nn.Module], runtime: Runtime) -> dict[str, Any]:
@@ -85,13 +84,9 @@ def optimizer_state(
             continue
         _fill_state(part)
         if isinstance(part, DistributedOptimizer):
-            part.get_parameter_state_dp_zero = partial(_world_state_with_padding, part)
-        state[f"optimizer{i}"] = part.sharded_state_dict(model, is_loading, metadata=_metadata(runtime))
-        if isinstance(part, DistributedOptimizer):
-            del part.get_parameter_state_dp_zero
-    for item in nested_values(state):
-        if isinstance(item, ShardedBase) and item.key.startswith(_DISTRIBUTED_MAIN):
-            item.key = _MAIN + item.key.removeprefix(_DISTRIBUTED_MAIN)
+            state[f"optimizer{i}"] = {**part.state_dict(), _SHARDS: optimizer_shards.shards_of(part, model)}
+        else:
+            state[f"optimizer{i}"] = part.sharded_state_dict(model, is_loading, metadata=_metadata(runtime))
     return state
 
 
@@ -105,7 +100,12 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any], scalars
         scaler = getattr(part, "grad_scaler", None)
         if scaler and saved["grad_scaler"]:
             state["grad_scaler"] = _like(scaler.state_dict(), saved["grad_scaler"])
-        part.load_state_dict(state)
+        if isinstance(part, DistributedOptimizer):
+            del state[_SHARDS]  # they are the optimizer's own tensors
+            part.load_state_dict(state)
+            optimizer_shards.put_loaded(part)
+        else:
+            part.load_state_dict(state)
 
 
 def optimizer_scalars(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ def without_redundant(state: dict[str, Any], model: dict[str, Any]) -> dict[str,
     def is_kept(item: Any) -> bool:
         if not isinstance(item, ShardedBase):
             return False
-        return not (item.key.startswith(_MAIN) and item.key.removeprefix(_MAIN) in in_fp32)
+        return not (item.key.startswith(MAIN) and item.key.removeprefix(MAIN) in in_fp32)
 
     return extract_matching_values(state, is_kept)[0]
 
@@ -139,11 +139,11 @@ def split_request(state: dict[str, Any], tensors: Mapping[str, tuple[int, ...]],
 
     def is_borrowed(item: Any) -> bool:
         key = getattr(item, "key", "")
-        return key.startswith(_MAIN) and key not in tensors and key.removeprefix(_MAIN) in tensors
+        return key.startswith(MAIN) and key not in tensors and key.removeprefix(MAIN) in tensors
 
     borrowed, wanted = _split(wanted, is_borrowed)
     for item in nested_values(borrowed):
-        item.key = item.key.removeprefix(_MAIN)
+        item.key = item.key.removeprefix(MAIN)
     _, wanted = _split(wanted, lambda item: isinstance(item, ShardedObject) and item.unique_key not in objects)
 
     def is_new_scaling(item: Any) -> bool:
@@ -203,7 +203,6 @@ def gather_parameters(chunks: Sequence[nn.Module]) -> None:
 
 def _metadata(runtime: Runtime) -> dict[str, Any]:
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",  # megatron-core's default cannot change layout
         "chained_optim_avoid_prefix": True,
         "non_homogeneous_layers": True,  # layers by number: they need not be alike
         "dp_cp_group": runtime.groups.dp_cp,
@@ -277,26 +276,3 @@ def _like(template: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 def _split(state: dict[str, Any], predicate: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return extract_matching_values(state, predicate)
-
-
-def _world_state_with_padding(part: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
-    """`get_parameter_state_dp_zero` with its flat tensors laid out as the caller indexes them.
-
-    megatron-core 0.16.1 takes the padding after each bucket out of the gathered tensors, and then cuts them at
-    positions that count the padding: with several buckets, parameters behind the first are saved shifted.
-    """
-    state = DistributedOptimizer.get_parameter_state_dp_zero(part, **options)
-    if state is None:
-        return None
-    for index, buffer in enumerate(part.buffers):
-        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
-        starts = [0, *accumulate(sizes)]
-        if all(bucket.offset == start for bucket, start in zip(buffer.buckets, starts, strict=False)):
-            continue
-        for tensors in state[index].values():
-            for key in ("param", "exp_avg", "exp_avg_sq"):
-                padded = tensors[key].new_zeros(buffer.numel)
-                for bucket, start, size in zip(buffer.buckets, starts, sizes, strict=False):
-                    padded[bucket.offset : bucket.offset + size] = tensors[key][start : start + size]
-                tensors[key] = padded
-    return state
