@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +20,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from vishwamai_mp.checkpoint import CheckpointManager, Found, manager, manifest, restricted_reading, writer
+from vishwamai_mp.checkpoint import CheckpointManager, Found, manager, manifest, restricted_reading, store, writer
 from vishwamai_mp.config import (
     CheckpointConfig,
     ModelConfig,
@@ -154,6 +156,50 @@ def save_every_step(root: Path, settings: PretrainConfig, steps: int) -> None:
     for _ in range(steps):
         job.train(1)
         job.save()
+    job.manager.wait()
+
+
+def save_while_the_first_rank_is_slow(root: Path, settings: PretrainConfig) -> list[list[str]]:
+    """Checkpoints there are while rank 0 completes one, while it deletes the one before, and then."""
+    job, go, found = TinyJob(settings, root), threading.Event(), []
+
+    def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wait_and_do(*arguments: Any) -> Any:
+            assert go.wait(60)
+            return function(*arguments)
+
+        return wait_and_do
+
+    def there() -> list[str]:
+        return sorted(path.name for path in root.glob("step_*") if path.suffix != ".partial")
+
+    def train_until(condition: Callable[[], object]) -> None:
+        box = [False]
+        while not box[0]:  # the same number of steps on all ranks
+            job.train(1)
+            job.manager.poll()
+            box = [bool(condition())]
+            dist.broadcast_object_list(box)
+
+    job.train(1)
+    job.save()
+    job.manager.wait()
+    with mock.patch.object(manager, "save_config", slowly(manager.save_config)):
+        job.train(1)
+        job.save()
+        train_until(lambda: [*root.glob("*.partial/common.pt")])
+        found.append(there())
+        go.set()
+        job.manager.wait()
+    go.clear()
+    with mock.patch.object(store, "retain", slowly(store.retain)):
+        last = job.step
+        job.save()
+        train_until(lambda: f"step_{last:08d}" in there())
+        found.append(there())
+        go.set()
+        job.manager.wait()
+    return [*found, there()]
 
 
 def save_twice_with_final(root: Path, settings: PretrainConfig) -> tuple[bool, bool]:

@@ -213,6 +213,14 @@ def test_retention_keeps_the_last_and_the_milestones(workers: WorkerPool, tmp_pa
     ]
 
 
+def test_nobody_waits_while_the_first_rank_publishes_and_deletes(workers: WorkerPool, tmp_path: Path) -> None:
+    config = jobs.with_checkpoint(jobs.config(use_distributed_optimizer=True), keep_last=1, async_save=True)
+    publishing, deleting, after = workers.run(jobs.save_while_the_first_rank_is_slow, 2, tmp_path, config)[0]
+    assert publishing == ["step_00000001"]
+    assert len(deleting) == 2
+    assert after == deleting[1:]
+
+
 def test_the_final_save_is_written_before_returning_and_once(workers: WorkerPool, tmp_path: Path) -> None:
     config = jobs.with_checkpoint(jobs.config(), async_save=True)
     assert workers.run(jobs.save_twice_with_final, 2, tmp_path, config) == [(True, True)] * 2

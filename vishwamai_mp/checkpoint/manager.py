@@ -3,7 +3,9 @@
 import json
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +25,7 @@ from torch import nn
 
 from vishwamai_mp.checkpoint import manifest, restricted_reading, sharded, store
 from vishwamai_mp.checkpoint.agreement import check_adapters, check_components, check_value_head
-from vishwamai_mp.checkpoint.collective import Failure, on_all_ranks, on_first_rank
+from vishwamai_mp.checkpoint.collective import Failure, attempt, on_all_ranks, on_first_rank
 from vishwamai_mp.checkpoint.lock import RunLock
 from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.checkpoint.record import manifest_of
@@ -63,6 +65,9 @@ class _Pending:
 class CheckpointManager:
     """The checkpoints of a run.
 
+    Of an asynchronous save, rank 0 completes and publishes the folder in a thread, while training goes on everywhere.
+    Old checkpoints are always deleted there, after the new one is published.
+
     Args:
         root: the `checkpoints/` folder, on storage that all ranks see. Made at the first save.
         config: resolved; `checkpoint.{async_save,keep_last,keep_every}`, and the model and layout for the manifest.
@@ -75,6 +80,9 @@ class CheckpointManager:
         self._lock = lock
         self._queue = AsyncCallsQueue()
         self._pending: _Pending | None = None
+        self._publishing: tuple[_Pending, Future | None] | None = None  # on rank 0 with what does it
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._deleting: Future | None = None
         self._saved_step: int | None = None
         self._verified: set[Path] = set()  # by `latest`
 
@@ -115,25 +123,34 @@ class CheckpointManager:
         self._pending = _Pending(step, partial_folder, planned, trainer, best)
         if self.config.checkpoint.async_save and not final:
             request = planned.request
-            request.add_finalize_fn(self._finish)
+            request.add_finalize_fn(self._start_publishing)
             self._queue.schedule_async_request(request)
         else:
             planned.run()
-            self._finish()
+            pending, outcomes = self._collect()
+            self._conclude(pending, on_first_rank(lambda: self._commit(pending, outcomes)))
+        if final:
+            self.wait()
 
     def poll(self) -> None:
-        """Publish an asynchronous save if all ranks have written their part. Cheap; call it every step.
+        """Have an asynchronous save published once all ranks have written their part. Cheap; call it every step.
 
         Raises:
             UserError: as for `save`.
         """
         if self._pending:
             self._queue.maybe_finalize_async_calls()
+        elif self._publishing:
+            self._look(blocking=False)
 
     def wait(self) -> None:
-        """Finish an asynchronous save. Raises as `poll` does."""
+        """Finish an asynchronous save, and the deletion of old checkpoints. Raises as `poll` does."""
         if self._pending:
             self._queue.maybe_finalize_async_calls(blocking=True)
+        if self._publishing:
+            self._look(blocking=True)
+        if self._deleting:
+            self._deleting.result()
 
     def latest(self) -> store.Found:
         """The newest whole checkpoint, its checksums verified by all ranks together, and why newer ones are not."""
@@ -204,16 +221,32 @@ class CheckpointManager:
         tensors, _ = save_preprocess(state, validate_access_integrity=self._saved_step is None)
         return plan_write(tensors, folder, self.runtime.groups.dp_cp)
 
-    def _finish(self) -> None:
-        """Publish the pending save, or take it back on all ranks."""
+    def _collect(self) -> tuple[_Pending, list[Any]]:
+        """The save that all ranks have written, and on rank 0 what came of it on each."""
         pending, self._pending = self._pending, None
         assert pending is not None
         outcomes: list[Any] = [None] * self.runtime.world_size
-        first = self.runtime.rank == 0
-        dist.gather_object(pending.planned.outcome(), outcomes if first else None, dst=0)
-        result = on_first_rank(lambda: self._commit(pending, outcomes))
+        dist.gather_object(pending.planned.outcome(), outcomes if self.runtime.rank == 0 else None, dst=0)
+        return pending, outcomes
+
+    def _start_publishing(self) -> None:
+        pending, outcomes = self._collect()
+        commit = partial(attempt, partial(self._commit, pending, outcomes))
+        self._publishing = pending, self._thread.submit(commit) if self.runtime.rank == 0 else None
+
+    def _look(self, blocking: bool) -> None:
+        """Whether rank 0 has published, or failed to."""
+        assert self._publishing is not None
+        pending, job = self._publishing
+        look = on_first_rank(lambda: (job.result(),) if job and (blocking or job.done()) else ())
+        if look:
+            self._publishing = None
+            self._conclude(pending, look if isinstance(look, Failure) else look[0])
+
+    def _conclude(self, pending: _Pending, result: Failure | None) -> None:
+        """Note that a save is published, or take it back on all ranks."""
         if isinstance(result, Failure):
-            if first:
+            if self.runtime.rank == 0:
                 store.discard(pending.partial)
             result.throw(
                 f"checkpoint of step {pending.step} not saved to {self.root}",
@@ -230,7 +263,7 @@ class CheckpointManager:
         return store.begin(self.root, step)
 
     def _commit(self, pending: _Pending, outcomes: Sequence[Written | Failure]) -> Failure | None:
-        """On rank 0: complete the folder, publish it, delete old ones; or say which rank failed."""
+        """On rank 0: complete the folder, publish it, have old ones deleted; or say which rank failed."""
         for outcome in outcomes:
             if isinstance(outcome, Failure):
                 return outcome
@@ -249,12 +282,15 @@ class CheckpointManager:
         described = manifest_of(self.config, self.runtime, pending.step, metadata, files)
         write_through(folder / manifest.NAME, described.to_json().encode())
         store.publish(folder, pending.step)
+        self._deleting = self._thread.submit(self._delete_old, pending.best)
+        return None
+
+    def _delete_old(self, best: int | None) -> None:
         try:
             options = self.config.checkpoint
-            store.retain(self.root, options.keep_last, options.keep_every, pending.best)
+            store.retain(self.root, options.keep_last, options.keep_every, best)
         except OSError as error:
             _log.warning("old checkpoints could not be deleted: %s", error)
-        return None
 
     def _check(self, path: Path) -> list[str]:
         """What is wrong with a checkpoint; each rank reads a share of its files."""
