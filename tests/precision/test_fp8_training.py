@@ -81,7 +81,9 @@ def test_layouts_agree(workers, one_process, name, precision):
     for (loss, norm), (other, other_norm) in zip(first, theirs, strict=True):
         assert loss == pytest.approx(other, abs=2e-3 if same else 0.04)
         assert norm == pytest.approx(other_norm, rel=0.02 if same else 0.15)
-    assert first[0][0] == pytest.approx(theirs[0][0], abs=1e-6 if same else 3e-3)  # before anything is amplified
+    # The first loss, before anything is amplified: a mean over a step's tokens, each of which rounding moved elsewhere.
+    rounding = torch.finfo(E4M3.dtype).eps / 128
+    assert first[0][0] == pytest.approx(theirs[0][0], rel=1e-6 if same else rounding)
 
 
 @pytest.mark.parametrize("precision", _RECIPES)
