@@ -86,7 +86,7 @@ def test_metrics(tmp_path: Path, data: st.DataObject) -> None:
         assert outcome(lambda: render_report([found])).startswith("<!doctype html>")
     outcome(lambda: list(json_records(folder / "metrics.jsonl")))
     outcome(lambda: JsonLines(folder / "metrics.jsonl", 10).close())
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_bytes().split(b"\n") if line]
     assert all(step <= 10 for step in steps)
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl"]
 
@@ -189,3 +189,9 @@ def test_prompts(tmp_path: Path, tokenizer: Tokenizer, content: bytes) -> None:
         (search,) = found
         assert isinstance(search, Search)
         assert search.prompts
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+def test_deep_recipes(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[" * 3000)
+    assert "not valid" in outcome(lambda: load_config(tmp_path / name))

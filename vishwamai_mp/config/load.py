@@ -87,7 +87,7 @@ def _read(name: str) -> dict[str, Any]:
         )
     try:
         tree = _read_json(text) if path.suffix == ".json" else read_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {name}: not valid {path.suffix[1:]} ({_reason(error)})") from None
     if tree is None:
         return {}
@@ -164,7 +164,7 @@ def _set(tree: dict[str, Any], override: str) -> tuple[str, ...]:
     else:
         try:
             tree[last] = read_yaml(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML ({_reason(error)})") from None
     return path
 
