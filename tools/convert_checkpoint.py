@@ -21,6 +21,7 @@ from vishwamai_mp.config.errors import UserError, run_program
 from vishwamai_mp.config.pointers import refuse_pointer
 
 if TYPE_CHECKING:
+    from vishwamai_mp.conversion.families import Family
     from vishwamai_mp.conversion.source import Source
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -64,6 +65,12 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype", choices=_DTYPES, help="of the weights; fp8: in blocks of 128 × 128 (default: as stored)"
     )
     load.add_argument("--dtype", choices=_DTYPES[:-1], help="of the weights (default: as stored)")
+    for command in (load, export, check):
+        command.add_argument(
+            "--family",
+            help="what the folder is, by its architecture (MistralForCausalLM) or as package.module:Name, a family of"
+            " your own, which is run (default: as config.json says, or the first that holds the model)",
+        )
     load.add_argument(
         "additions",
         nargs="*",
@@ -91,7 +98,7 @@ def to_hf(options: argparse.Namespace) -> None:
     from vishwamai_mp.conversion.dtypes import by_option
     from vishwamai_mp.conversion.to_hf import ExportOptions, export_folder
 
-    source = open_source(options.load)
+    source = open_source(options.load, options.family)
     tokenizer = tokenizer_path(options, source)
     template = read_text(options.chat_template) if options.chat_template else None
     dtype = by_option(options.dtype) if options.dtype else None
@@ -115,7 +122,7 @@ def from_hf(options: argparse.Namespace) -> None:
     from vishwamai_mp.conversion.folder import open_folder
     from vishwamai_mp.conversion.from_hf import import_folder
 
-    folder = open_folder(options.load, options.additions)
+    folder = open_folder(options.load, options.additions, named_family(options.family))
     notes = import_folder(folder, options.output, by_option(options.dtype) if options.dtype else None)
     for note in notes:
         print(note, file=sys.stderr)
@@ -128,7 +135,7 @@ def verify(options: argparse.Namespace) -> None:
 
     if options.tokens < 1:
         raise UserError(f"--tokens {options.tokens}: use 1 or more")
-    source = open_source(options.load)
+    source = open_source(options.load, options.family)
     prompts: list[list[int]] = []
     if options.prompt:
         from vishwamai_mp.data.tokenizer import Tokenizer
@@ -144,13 +151,19 @@ def verify(options: argparse.Namespace) -> None:
     print(f"equal: {result.describe()}")
 
 
-def open_source(load: Path) -> "Source":
+def open_source(load: Path, family: str | None = None) -> "Source":
     from vishwamai_mp.conversion.source import open_source
 
-    source = open_source(load)
+    source = open_source(load, named_family(family))
     for reason in source.skipped:
         print(f"{reason}; taking {source.path.name}", file=sys.stderr)
     return source
+
+
+def named_family(name: str | None) -> "type[Family] | None":
+    from vishwamai_mp.conversion.families import family_named
+
+    return family_named(name) if name else None
 
 
 def tokenizer_path(options: argparse.Namespace, source: "Source") -> Path | None:

@@ -14,6 +14,7 @@ from tests.conversion import models
 from tests.workers import WorkerPool
 from vishwamai_mp.config import CacheConfig, ConfigError, MemoryConfig, ModelConfig, UserError
 from vishwamai_mp.conversion import components, model_config
+from vishwamai_mp.conversion.families import family_holding
 
 _SECTIONS = {"model": ModelConfig, "memory": MemoryConfig, "cache": CacheConfig}
 TRAINING = "only training asks for it: a trained model computes the same with any value"
@@ -70,7 +71,9 @@ CARRIED = [f"{key}={value}" for key, value in SWITCHES.items() if value not in (
 
 def config_json(overrides: list[str]) -> dict[str, Any]:
     config = models.configure(overrides, 1)
-    return {**model_config.to_hf(config.model, "float32", {}), **components.to_hf(config, False)}
+    own = components.to_hf(config, False)
+    family = family_holding(config.model, components=bool(own))
+    return {**model_config.to_hf(config.model, "float32", {}, family), **own}
 
 
 def test_every_key_has_a_line() -> None:

@@ -224,8 +224,9 @@ def test_an_import_that_is_exported_is_the_folder_again(tmp_path: Path) -> None:
         ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM, which has soft-capped logits"),
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel, cannot be converted; only Llama, Mistral and Qwen 2 and 3",
+            "GPT2LMHeadModel, cannot be converted; Llama, Mistral, Qwen 2, Qwen 3 can, and families of your own",
         ),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "cannot be converted (nearest: Qwen3ForCausalLM)"),
         ({"architectures": None}, "names no architecture"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
 
-from vishwamai_mp.config import CacheConfig, MemoryConfig, PretrainConfig, UserError
+from vishwamai_mp.config import CacheConfig, MemoryConfig, PretrainConfig
 from vishwamai_mp.config.component_shapes import CONVOLUTION_TAPS, IMPORTANCE_WIDTH, cache_heads, memory_widths
 from vishwamai_mp.conversion.mapping import Mapped, whole
 
@@ -87,12 +87,6 @@ def to_hf(config: PretrainConfig, value_head: bool) -> dict[str, Any]:
     memory, cache = config.memory, config.cache
     if not (memory.enabled or cache.enabled or value_head):
         return {}
-    for key, is_on in (("attention_bias", config.model.attention_bias), ("qk_norm", config.model.qk_norm != "none")):
-        if is_on:
-            raise UserError(
-                f"model.{key}={getattr(config.model, key)} with a memory, cache or value head: the exported model's"
-                " code has none; export a model without components"
-            )
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,

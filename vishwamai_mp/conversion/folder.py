@@ -12,13 +12,13 @@ from typing import Any
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve, to_dict
 from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.conversion import components, model_config, safetensors_files
+from vishwamai_mp.conversion.families import Family, family_of
 from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
 from vishwamai_mp.conversion.model_config import without_effect
 from vishwamai_mp.conversion.safetensors_files import INDEX, Entry
 from vishwamai_mp.data.tokenizer import MODEL_FILE, companions
 
 _BUFFERS = (".rotary_emb.inv_freq",)  # they follow from rope_theta; early Llamas' folders have them
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Folder:
     notes: tuple[str, ...]
 
 
-def open_folder(path: Path, additions: Sequence[str] = ()) -> Folder:
+def open_folder(path: Path, additions: Sequence[str] = (), own: type[Family] | None = None) -> Folder:
     """Check a folder.
 
     Args:
         path: of the folder.
         additions: `memory.key=value` and `cache.key=value`: components that the model is to have besides.
+        own: the user's own family, by which the folder is read.
 
     Raises:
         UserError: not a model that can be converted, or tensors missing, left over or of another shape.
@@ -59,23 +60,26 @@ def open_folder(path: Path, additions: Sequence[str] = ()) -> Folder:
     described = model_config.read_config(path)
     _refuse_pointers(path)
     tensors = safetensors_files.read_folder(path)  # before what is said of the model: pickles are refused as such
-    original = model_config.from_hf(described, path / "config.json")
-    notes = [f"{key} of config.json, which is unknown here and switched off" for key in without_effect(described)]
+    family = family_of(described, path / "config.json", own)
+    original = model_config.from_hf(described, path / "config.json", family)
+    unknown = without_effect(described, family)
+    notes = [f"{key} of config.json, which is unknown here and switched off" for key in unknown]
     entries = {name: entry for name, entry in tensors.items() if not name.endswith(_BUFFERS)}
     if buffers := len(tensors) - len(entries):
         notes.append(f"{buffers} tensors *{_BUFFERS[0]}, which follow from rope_theta")
     files = {entry.path for entry in entries.values()}
     notes += _unread(path, files)
     notes = [f"left behind: {'; '.join(notes)}"] if notes else []
-    if original.model.tie_word_embeddings and _HEAD in entries and _EMBEDDING in entries:
-        if safetensors_files.are_equal(entries[_HEAD], entries[_EMBEDDING]):
-            del entries[_HEAD]
+    head, embedding = f"{family.weights.head}.weight", f"{family.weights.embedding}.weight"
+    if original.model.tie_word_embeddings and head in entries and embedding in entries:
+        if safetensors_files.are_equal(entries[head], entries[embedding]):
+            del entries[head]
         else:
             notes.append(
-                f"config.json has tie_word_embeddings=true, but {_HEAD} is not {_EMBEDDING}: both are imported, untied"
+                f"config.json has tie_word_embeddings=true, but {head} is not {embedding}: both are imported, untied"
             )
             described = {**described, "tie_word_embeddings": False}
-            original = model_config.from_hf(described, path / "config.json")
+            original = model_config.from_hf(described, path / "config.json", family)
     if original.model.num_layers > len(entries):
         raise UserError(
             f"{path / 'config.json'}: num_hidden_layers={original.model.num_layers}, and the folder has"
@@ -84,9 +88,9 @@ def open_folder(path: Path, additions: Sequence[str] = ()) -> Folder:
     config = _with_additions(original, additions, path)
     shapes = {name: entry.shape for name, entry in entries.items()}
     value_head = components.has_value_head(shapes)
-    expected = [*plain_mapping(config.model), *components.component_mapping(original, value_head)]
+    expected = [*plain_mapping(config.model, family.weights), *components.component_mapping(original, value_head)]
     _check(path, shapes, expected)
-    table = [*plain_mapping(config.model), *components.component_mapping(config, value_head)]
+    table = [*plain_mapping(config.model, family.weights), *components.component_mapping(config, value_head)]
     added = frozenset(part.name for mapped in table for part in mapped.parts if part.name not in entries)
     ids = model_config.token_ids(described)
     return Folder(path, config, table, entries, added, _digest(files), ids, tuple(notes))

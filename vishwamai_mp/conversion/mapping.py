@@ -43,19 +43,48 @@ class Mapped:
     is_vocabulary: bool = False
 
 
-def plain_mapping(model: ModelConfig) -> list[Mapped]:
+@dataclass(frozen=True)
+class WeightNames:
+    """What a family calls its tensors, a Llama where nothing is said; without `.weight`, `.bias` behind.
+
+    Those of a layer stand behind `layer`. Parts of a fused matrix of ours that have one name here are one matrix there
+    too, with their rows in the order of these attributes.
+    """
+
+    embedding: str = "model.embed_tokens"
+    layer: str = "model.layers.{}."
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    attention_norm: str = "input_layernorm"
+    queries: str = "self_attn.q_proj"
+    keys: str = "self_attn.k_proj"
+    values: str = "self_attn.v_proj"
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    attention_output: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+
+
+LLAMA_NAMES = WeightNames()
+
+
+def plain_mapping(model: ModelConfig, names: WeightNames = LLAMA_NAMES) -> list[Mapped]:
     """All tensors of a model without components, in the order of Hugging Face's.
 
     Args:
         model: resolved.
+        names: of the folder's tensors.
     """
     vocabulary = (model.vocab_size, model.hidden_size)
-    mapping = [whole("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocabulary, True)]
+    mapping = [whole("embedding.word_embeddings.weight", f"{names.embedding}.weight", vocabulary, True)]
     for number in range(model.num_layers):
-        mapping += _layer(model, f"decoder.layers.{number}.", f"model.layers.{number}.")
-    mapping.append(whole("decoder.final_layernorm.weight", "model.norm.weight", (model.hidden_size,)))
+        mapping += _layer(model, f"decoder.layers.{number}.", names.layer.format(number), names)
+    mapping.append(whole("decoder.final_layernorm.weight", f"{names.final_norm}.weight", (model.hidden_size,)))
     if not model.tie_word_embeddings:
-        mapping.append(whole("output_layer.weight", "lm_head.weight", vocabulary, True))
+        mapping.append(whole("output_layer.weight", f"{names.head}.weight", vocabulary, True))
     return mapping
 
 
@@ -77,45 +106,47 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (nearest: {found[0]})" if found else ""
 
 
-def _layer(model: ModelConfig, ours: str, theirs: str) -> list[Mapped]:
+def _layer(model: ModelConfig, ours: str, theirs: str, names: WeightNames) -> list[Mapped]:
     width, inner = model.hidden_size, model.intermediate_size
     heads, groups, head = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     assert inner is not None
     assert groups is not None
     assert head is not None
-    queries, keys, values = _fused_rows(heads // groups * head, head, groups)
-    fused, names = f"{ours}self_attention.linear_qkv", [f"{theirs}self_attn.{letter}_proj" for letter in "qkv"]
-    sizes, rows = (heads * head, groups * head, groups * head), (queries, keys, values)
-    biases = [Part(f"{name}.bias", (size,), row) for name, size, row in zip(names, sizes, rows, strict=True)]
-    norms = [
-        whole(f"{ours}self_attention.{letter}_layernorm.weight", f"{theirs}self_attn.{letter}_norm.weight", (head,))
-        for letter in "qk"
+    attention, mlp = f"{ours}self_attention.", f"{ours}mlp."
+    projections = [f"{theirs}{name}" for name in (names.queries, names.keys, names.values)]
+    rows = _fused_rows(heads // groups * head, head, groups)
+
+    def norm(name: str, called: str, size: int) -> Mapped:
+        return whole(name, f"{theirs}{called}.weight", (size,))
+
+    mapping = [
+        norm(f"{attention}linear_qkv.layer_norm_weight", names.attention_norm, width),
+        _joined(f"{attention}linear_qkv.weight", projections, rows, (width,)),
     ]
+    if model.attention_bias:
+        mapping.append(_joined(f"{attention}linear_qkv.bias", projections, rows, ()))
+    if model.qk_norm == "head":
+        mapping.append(norm(f"{attention}q_layernorm.weight", names.query_norm, head))
+        mapping.append(norm(f"{attention}k_layernorm.weight", names.key_norm, head))
+    gated = [f"{theirs}{names.gate}", f"{theirs}{names.up}"]
     return [
-        whole(f"{ours}self_attention.linear_qkv.layer_norm_weight", f"{theirs}input_layernorm.weight", (width,)),
-        Mapped(
-            f"{ours}self_attention.linear_qkv.weight",
-            ((heads + 2 * groups) * head, width),
-            (
-                Part(f"{theirs}self_attn.q_proj.weight", (heads * head, width), queries),
-                Part(f"{theirs}self_attn.k_proj.weight", (groups * head, width), keys),
-                Part(f"{theirs}self_attn.v_proj.weight", (groups * head, width), values),
-            ),
-        ),
-        *([Mapped(f"{fused}.bias", (sum(sizes),), tuple(biases))] if model.attention_bias else []),
-        *(norms if model.qk_norm == "head" else []),
-        whole(f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight", (width, heads * head)),
-        whole(f"{ours}mlp.linear_fc1.layer_norm_weight", f"{theirs}post_attention_layernorm.weight", (width,)),
-        Mapped(
-            f"{ours}mlp.linear_fc1.weight",
-            (2 * inner, width),
-            (
-                Part(f"{theirs}mlp.gate_proj.weight", (inner, width), ((0, inner),)),
-                Part(f"{theirs}mlp.up_proj.weight", (inner, width), ((inner, 2 * inner),)),
-            ),
-        ),
-        whole(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight", (width, inner)),
+        *mapping,
+        whole(f"{attention}linear_proj.weight", f"{theirs}{names.attention_output}.weight", (width, heads * head)),
+        norm(f"{mlp}linear_fc1.layer_norm_weight", names.mlp_norm, width),
+        _joined(f"{mlp}linear_fc1.weight", gated, [((0, inner),), ((inner, 2 * inner),)], (width,)),
+        whole(f"{mlp}linear_fc2.weight", f"{theirs}{names.down}.weight", (width, inner)),
     ]
+
+
+def _joined(ours: str, theirs: Sequence[str], rows: Sequence[Rows], width: tuple[int, ...]) -> Mapped:
+    """A fused matrix (with its input `width`) or bias of ours: `rows` of it are those of the tensor named beside."""
+    ending = ours[ours.rindex(".") :]
+    taken: dict[str, Rows] = {}
+    for name, own in zip(theirs, rows, strict=True):
+        taken[f"{name}{ending}"] = (*taken.get(f"{name}{ending}", ()), *own)
+    counts = {name: sum(last - first for first, last in own) for name, own in taken.items()}
+    parts = tuple(Part(name, (counts[name], *width), own) for name, own in taken.items())
+    return Mapped(ours, (sum(counts.values()), *width), parts)
 
 
 def _fused_rows(queries: int, head: int, groups: int) -> Sequence[Rows]:

@@ -12,6 +12,7 @@ from vishwamai_mp.config.extensions import is_own
 from vishwamai_mp.config.finetuning import ADAPTER_STATE
 from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 from vishwamai_mp.conversion import components
+from vishwamai_mp.conversion.families import Family, family_holding
 from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
 
 
@@ -24,6 +25,7 @@ class Source:
         run: the run folder that it lies in.
         manifest: its.
         config: of its model, on one process; with its adapters, where it has any.
+        family: of the folder that it becomes.
         value_head: whether it has one.
         mapping: its tensors, in the order of the export.
         skipped: newer checkpoints that are not whole.
@@ -34,17 +36,22 @@ class Source:
     run: Path
     manifest: Manifest
     config: PretrainConfig
+    family: type[Family]
     value_head: bool
     mapping: list[Mapped]
     skipped: list[str]
     digest: str
 
 
-def open_source(load: Path) -> Source:
+def open_source(load: Path, wanted: type[Family] | None = None) -> Source:
     """The checkpoint that `load` means: a run folder, its checkpoints folder, or one checkpoint.
 
+    Args:
+        load: that path.
+        wanted: the family that the model is to be exported as; None: the first that holds it.
+
     Raises:
-        UserError: none, not whole, or its tensors are not those of its model.
+        UserError: none, not whole, its tensors are not those of its model, or no family holds the model.
     """
     found = locate(load.resolve())  # absolute, for the run folder is two levels up
     path = found.path
@@ -60,10 +67,12 @@ def open_source(load: Path) -> Source:
         if not is_optimizer(name) and not name.endswith(SCALING_STATE)
     }
     value_head = components.has_value_head(tensors)
-    table = [*plain_mapping(config.model), *components.component_mapping(config, value_head)]
+    has_components = config.memory.enabled or config.cache.enabled or value_head
+    family = family_holding(config.model, wanted, has_components)
+    table = [*plain_mapping(config.model, family.weights), *components.component_mapping(config, value_head)]
     _check(path, tensors, [*table, *_adapters(table, config.lora)])
     digest = hashlib.sha256((path / NAME).read_bytes()).hexdigest()
-    return Source(path, path.parent.parent, manifest, config, value_head, table, found.skipped, digest)
+    return Source(path, path.parent.parent, manifest, config, family, value_head, table, found.skipped, digest)
 
 
 def adapter_names(mapped: Mapped, lora: LoraConfig) -> tuple[str, str] | None:

@@ -206,7 +206,7 @@ def _write_small_files(
 ) -> None:
     dtype = shards[0][0].dtype
     generation = {**({} if imported else {"do_sample": False}), **tokenizer.token_ids, **imported}
-    config = model_config.to_hf(source.config.model, dtype.name, generation)
+    config = model_config.to_hf(source.config.model, dtype.name, generation, source.family)
     own = components.to_hf(source.config, source.value_head)
     config |= own
     kinds = {item.dtype for shard in shards for item in shard}

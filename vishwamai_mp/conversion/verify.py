@@ -18,6 +18,7 @@ from vishwamai_mp.checkpoint import CheckpointManager
 from vishwamai_mp.config import UserError, resolve
 from vishwamai_mp.conversion import block_scaled, components, dtypes, model_config
 from vishwamai_mp.conversion.dtypes import BF16, FP8, DType
+from vishwamai_mp.conversion.families import Family, model_types
 from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.model import VishwamAIModel, build_model
 from vishwamai_mp.runtime import distributed_session
@@ -82,10 +83,11 @@ def compare(
         UserError: a prompt that the model has no room for, or a folder with code that is not ours.
     """
     config = model_config.read_config(folder)
-    _refuse_foreign_code(folder, config)
+    family = source.family
+    _refuse_foreign_code(folder, config, family)
     prompts = prompts or random_prompts(source, new_tokens)
     _check(source, prompts, new_tokens)
-    with _hugging_face(folder, config) as model:
+    with _hugging_face(folder, config, family) as model:
         rows = [_greedy(model, prompt, new_tokens) for prompt in prompts]
         theirs = [model(row[None]).logits[0] for row in rows]
     rounding = FP8 if config.get("quantization_config") else _dtype_of(config)
@@ -95,7 +97,7 @@ def compare(
         if result.is_equal:
             return result
         outputs = _layer_outputs(ours_model, rows[-1])
-    with _hugging_face(folder, config) as model:
+    with _hugging_face(folder, config, family) as model:
         return replace(result, worst=_worst(model, rows[-1], outputs, ours[-1]))
 
 
@@ -151,8 +153,8 @@ def _compare(
 
 
 @contextmanager
-def _hugging_face(folder: Path, config: dict[str, Any]) -> Iterator[Any]:
-    has_components = _refuse_foreign_code(folder, config)
+def _hugging_face(folder: Path, config: dict[str, Any], family: type[Family]) -> Iterator[Any]:
+    has_components = _refuse_foreign_code(folder, config, family)
     try:
         import transformers
         from transformers import AutoModelForCausalLM
@@ -171,15 +173,16 @@ def _hugging_face(folder: Path, config: dict[str, Any]) -> Iterator[Any]:
     gc.collect()
 
 
-def _refuse_foreign_code(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the folder's model has components.
+def _refuse_foreign_code(folder: Path, config: dict[str, Any], family: type[Family]) -> bool:
+    """Whether the folder's model has components; it is of a known family, or of `family`, the checkpoint's.
 
     Raises:
         UserError: transformers would run or load something of the folder that this package did not write.
     """
     architecture = (config.get("architectures") or [None])[0]
     has_components = architecture == components.ARCHITECTURE
-    model_type, expected = config.get("model_type"), model_config.MODEL_TYPES.get(architecture)
+    known = {**model_types(), family.architecture: family.model_type}
+    model_type, expected = config.get("model_type"), known.get(architecture)
     if model_type is None or model_type != expected:
         raise UserError(f"{folder}/config.json: model_type={model_type} of a {architecture}; expected {expected}")
     auto_map, expected_map = config.get("auto_map"), components.AUTO_MAP if has_components else None
