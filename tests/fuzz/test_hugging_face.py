@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from tests.data.test_tokenizer_kinds import byte_level
 from tests.fuzz.mutations import damaged, emptied, fuzzed, outcome
+from vishwamai_mp.conversion.families.llama import Llama
 from vishwamai_mp.conversion.folder import open_folder
 from vishwamai_mp.conversion.from_hf import import_folder
 from vishwamai_mp.conversion.mapping import plain_mapping
@@ -45,7 +46,7 @@ FILES = [
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "hf"
     folder.mkdir()
-    parts = [part for mapped in plain_mapping(from_hf(LLAMA, folder).model) for part in mapped.parts]
+    parts = [part for mapped in plain_mapping(from_hf(LLAMA, folder, Llama).model) for part in mapped.parts]
     halves = parts[::2], parts[1::2]
     for name, half in zip(SHARDS, halves, strict=True):
         save_file({part.name: torch.ones(part.shape) for part in half}, folder / name, {"format": "pt"})
