@@ -35,6 +35,7 @@ SWITCHES = {
     "model.rms_norm_eps": 1e-3,
     "model.rope_theta": 500.0,
     "model.rope_scaling": "{rope_type: llama3, factor: 8, original_max_position_embeddings: 64}",
+    "model.rotary_fraction": "refused: no family that is exported has it",
     "model.sliding_window": 24,
     "model.attention_dropout": TRAINING,
     "model.hidden_dropout": TRAINING,

@@ -45,7 +45,7 @@ def both_ways(window: int | None) -> tuple[Tensor, Tensor, bool]:
         place = torch.arange(len(row))
         distance = place[:, None] - place
         allowed = (distance >= 0) & (distance < (window or TOKENS + LATENTS))
-        out = model.decoder(row, allowed[None, None], rotary_pos_emb=model.rotary(place))
+        out = model.decoder(row, allowed[None, None], rotary_pos_emb=model.rotary(place, TOKENS))
         alone.append(model.output_layer(out[-AHEAD:])[0])
     return at_once.detach(), torch.stack(alone).detach(), bool(trained)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.inference.test_generation import gathered, generator
-from vishwamai_mp.config import CacheConfig, LoraConfig, MemoryConfig, ModelConfig
+from vishwamai_mp.config import CacheConfig, LoraConfig, MemoryConfig, ModelConfig, UserError
 from vishwamai_mp.inference import Generator, SamplingOptions
 from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.inference.direct_layer import DirectHead, DirectLayer
@@ -48,6 +48,7 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.rms_norm_eps": ["model.rms_norm_eps=0.1"],
     "model.rope_theta": ["model.rope_theta=100"],
     "model.rope_scaling": ["model.rope_scaling={rope_type: linear, factor: 4}"],
+    "model.rotary_fraction": ["model.rotary_fraction=0.5"],
     "model.sliding_window": ["model.sliding_window=5"],
     "model.attention_dropout": ["model.attention_dropout=0.5"],
     "model.hidden_dropout": ["model.hidden_dropout=0.5"],
@@ -89,7 +90,14 @@ _MODULES_ALONE = (
     *("lora.enabled", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets"),
     *("model.attention", "model.attention_bias", "model.qk_norm"),
 )
-_CASES = {name: case for name, case in _SETTINGS.items() if isinstance(case, list)}
+_TWICE = "factor: 2, original_max_position_embeddings"
+_DYNAMIC = f"model.rope_scaling={{rope_type: dynamic, {_TWICE}: 9}}"
+_LONGROPE = "model.rope_scaling={rope_type: longrope, short_factor: [1, 2], long_factor: [3, 4], %s: %d}"
+_CASES = {name: case for name, case in _SETTINGS.items() if isinstance(case, list)} | {
+    "dynamic": [f"model.rope_scaling={{rope_type: dynamic, {_TWICE}: 64}}"],
+    "longrope": [_LONGROPE % (_TWICE, 8)],
+    "yarn": [f"model.rope_scaling={{rope_type: yarn, {_TWICE}: 8}}", "model.rotary_fraction=0.5"],
+}
 
 
 def adapted(*overrides: str) -> Generator:
@@ -172,6 +180,24 @@ def test_every_setting_computes_what_training_computes(workers, shortcut):
     for name, (ours, full, direct) in workers.run(every_case, 1, shortcut)[0].items():
         close(ours, full, name)
         assert (direct > 0) == (shortcut and name not in _MODULES_ALONE), name
+
+
+def outgrown(override: str) -> None:
+    """Runs in a worker: a text that is read again when its frequencies change, and one that cannot be."""
+    ours = generator(override)
+    ours.engine.model.eval()
+    tokens = ours.generate([_TEXT[:7]], SamplingOptions(8))[0].tokens
+    for i, token in enumerate(tokens):
+        assert int(full_pass(ours, _TEXT[:7] + tokens[:i])[-1].argmax()) == token
+    sequence = CachedSequence()
+    gathered(ours, [(sequence, _TEXT[:9])])
+    with pytest.raises(UserError, match="a text outgrows the 9 tokens"):
+        gathered(ours, [(sequence, _TEXT[9:10])])
+
+
+@pytest.mark.parametrize("override", [_DYNAMIC, _LONGROPE % (_TWICE, 9)], ids=["dynamic", "longrope"])
+def test_a_text_that_outgrows_its_frequencies_is_read_again(workers, override):
+    workers.run(outgrown, 1, override)
 
 
 @pytest.mark.parametrize("layout", list(_LAYOUTS))

@@ -37,6 +37,10 @@ UNEVEN = {
 # name: settings under which layouts must agree too
 VARIANTS = {
     "biases, norms of queries and keys": ["model.attention_bias=true", "model.qk_norm=head"],
+    "half of each head turned, by yarn": [
+        "model.rotary_fraction=0.5",
+        "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 8}",
+    ],
     "tied": ["model.tie_word_embeddings=true"],
     "packed": ["data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true"],
     "window": ["model.sliding_window=7"],

@@ -48,7 +48,7 @@ _SHAPE_KEYS = (
     "attention_bias",
     "qk_norm",
 )
-_BEHAVIOUR_KEYS = ("rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window")
+_BEHAVIOUR_KEYS = ("rms_norm_eps", "rope_theta", "rope_scaling", "rotary_fraction", "sliding_window")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from vishwamai_mp.config.logging import check_logging
 from vishwamai_mp.config.resolve_cache import resolve_cache
 from vishwamai_mp.config.resolve_fp8 import resolve_fp8
 from vishwamai_mp.config.resolve_memory import resolve_memory
+from vishwamai_mp.config.resolve_rotary import check_rotary, resolve_scaling
 from vishwamai_mp.config.resolve_schedule import resolve_schedule
 from vishwamai_mp.config.resolve_tree import resolve_tree
 from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig
@@ -128,19 +129,13 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
             f" use a divisor of {heads}"
         )
     head_dim = _default(model.head_dim, model.hidden_size // heads)
-    if head_dim % 2:
-        raise ConfigError(f"model.head_dim={head_dim}: rotary embeddings turn pairs; use an even width")
+    check_rotary(model, head_dim)
     for name in ("attention_dropout", "hidden_dropout"):
         if getattr(model, name) >= 1:
             raise ConfigError(f"model.{name}={getattr(model, name)}: a probability; use a number from 0 to below 1")
-    scaling = model.rope_scaling
-    if scaling and scaling.rope_type == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise ConfigError(
-            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must lie below"
-            f" high_freq_factor={scaling.high_freq_factor}; lower it"
-        )
     return replace(
         model,
+        rope_scaling=model.rope_scaling and resolve_scaling(model.rope_scaling),
         num_key_value_heads=groups,
         head_dim=head_dim,
         intermediate_size=_default(model.intermediate_size, _round_up(8 * model.hidden_size // 3, 256)),

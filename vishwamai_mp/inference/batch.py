@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vishwamai_mp.config import ModelConfig
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, KvSequence
 from vishwamai_mp.inference.reads import Reads, collect, common_beginning, pieces
+from vishwamai_mp.model.rotary import frequency_length
 from vishwamai_mp.runtime import multiplies_natively
 from vishwamai_mp.runtime.products import product
 
@@ -51,6 +52,9 @@ class Batch:
             blocks += [sequence.blocks[position // BLOCK_TOKENS] for position in new]
             positions += new
             sequence.length += len(tokens)
+            sequence.frequency_length = frequency_length(settings, sequence.length)
+        lengths = [sequence.frequency_length for sequence in self.sequences]
+        self.frequency_lengths = lengths if any(lengths) else None  # None: the frequencies of short texts
         self.tokens = torch.tensor([token for _, tokens in work for token in tokens], device=self.device)
         self.positions = torch.tensor(positions, device=self.device)
         self.blocks = torch.tensor(blocks, device=self.device)

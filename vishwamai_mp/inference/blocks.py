@@ -3,7 +3,7 @@
 Shapes: L layers of this stage, G key-value heads (local), T tokens of a block, K head width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ class KvSequence:
         length: tokens read.
         blocks: where their keys and values are, in order.
         states: of components, by (layer, name): immutable values, shared by forks.
+        frequency_length: of the rotary frequencies that its keys were turned with (`model.rotary`).
     """
 
     length: int = 0
     blocks: list[int] = field(default_factory=list)
     states: dict[tuple[int, str], Any] = field(default_factory=dict)
+    frequency_length: int = 0
 
 
 class BlockPool:
@@ -89,13 +91,13 @@ class BlockPool:
         """Another sequence that starts with the same tokens. Nothing is copied until one of them writes."""
         for block in sequence.blocks:
             self._references[block] += 1
-        return KvSequence(sequence.length, list(sequence.blocks), dict(sequence.states))
+        return replace(sequence, blocks=list(sequence.blocks), states=dict(sequence.states))
 
     def release(self, sequence: KvSequence) -> None:
         """Give back what only this sequence used. It is empty then."""
         for block in sequence.blocks:
             self._drop(block)
-        sequence.length, sequence.blocks, sequence.states = 0, [], {}
+        sequence.length, sequence.blocks, sequence.states, sequence.frequency_length = 0, [], {}, 0
 
     def _take(self) -> int:
         if self._free:

@@ -2,8 +2,7 @@
 
 A decoding step is many small operations, and what megatron-core's modules do around each of them is a good part of what
 it costs. What a layer does is said by its modules; the shortcut takes layers in which it knows every one of them.
-Shapes: N tokens of all sequences, D width, G key-value heads (local), R queries of each, K head width, O features
-(local), V vocabulary (local).
+Shapes: N tokens of all sequences, D width, R width of a head that is turned, O features (local), V vocabulary (local).
 """
 
 import math
@@ -81,7 +80,7 @@ class DirectLayer:
         Args:
             x_ND: before it.
             batch: the new tokens.
-            cosine, sine: (N, 1, 1, K) of the tokens' angles, the sine's first half negated.
+            cosine, sine: (N, 1, 1, R) of the tokens' angles, the sine's first half negated.
             wanted: tokens by number that are to go through the MLP; None: all.
         """
         number = self._layer.layer_number
@@ -89,8 +88,9 @@ class DirectLayer:
             x_ND = batch.run_component(number, name, getattr(self._layer, name), x_ND[:, None])[:, 0]
         normed = F.rms_norm(x_ND, x_ND.shape[-1:], self._norms[0], self._epsilon)
         qkv = _multiply(normed, self._qkv).contiguous().view(len(x_ND), self._heads, -1, self._width)
-        turned = qkv[:, :, :-1]  # the queries and the key of each group
-        turned.copy_(torch.addcmul(turned * cosine, turned.roll(self._width // 2, -1), sine))
+        width = cosine.shape[-1]
+        turned = qkv[:, :, :-1, :width]  # of the queries and the key of each group
+        turned.copy_(torch.addcmul(turned * cosine, turned.roll(width // 2, -1), sine))
         attended = batch.attend(number, qkv[:, :, :-2], qkv[:, :, -2:]).reshape(len(x_ND), -1)
         if wanted is not None:
             x_ND, attended = x_ND[wanted], attended[wanted]

@@ -18,6 +18,7 @@ from vishwamai_mp.inference.stage import Stage
 from vishwamai_mp.inference.vocabulary import Shard
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.model.decoding import Decoding
+from vishwamai_mp.model.rotary import frequency_length
 from vishwamai_mp.runtime import Runtime
 
 
@@ -73,6 +74,12 @@ class Engine:
         """
         for sequence, tokens in work:
             check_fits(sequence.length + len(tokens) - 1, self.context)
+            if self.outgrows(sequence, len(tokens)):
+                raise UserError(
+                    f"a text outgrows the {sequence.length} tokens whose rotary frequencies it was read with"
+                    f" (model.rope_scaling of rope_type={self.config.model.rope_scaling.rope_type}); only sampling and"
+                    " greedy decoding read such a text again: shorten the prompt or lower max_new_tokens"
+                )
         batch = self.stage.batch(work, self.pool)
         self.computed_tokens += len(batch.tokens)
         every_token = every_token or len(batch.tokens) == len(batch.counts)
@@ -101,6 +108,11 @@ class Engine:
         if group.size() > 1:
             dist.broadcast(chosen, dist.get_global_rank(group, group.size() - 1), group=group)
         return chosen
+
+    def outgrows(self, sequence: KvSequence, count: int) -> bool:
+        """Whether `count` more tokens change the rotary frequencies of those before: they have to be read again."""
+        length = frequency_length(self.config.model, sequence.length + count)
+        return sequence.length > 0 and length != sequence.frequency_length
 
     def fork(self, sequence: KvSequence) -> KvSequence:
         return self.pool.fork(sequence)

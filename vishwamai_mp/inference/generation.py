@@ -112,7 +112,7 @@ class Generator:
             return []
         try:
             output = self.engine.run(
-                [(c._sequence, c.tokens[-1:]) for c in self._running] + [(c._sequence, c.prompt) for c in admitted]
+                [(c._sequence, self._unread(c)) for c in self._running] + [(c._sequence, c.prompt) for c in admitted]
             )
             rows = [_Row(c.options, len(c.prompt) + len(c.tokens), c.prompt + c.tokens) for c in batch]
             top = min(max(c.options.top_log_probs for c in batch), self.engine.config.model.vocab_size)
@@ -216,6 +216,13 @@ class Generator:
                 break
             admitted.append(self._waiting.popleft())
         return admitted
+
+    def _unread(self, completion: Completion) -> list[int]:
+        """What a running request reads next: its last token, or all where that changes the angles of those before."""
+        if not self.engine.outgrows(completion._sequence, 1):
+            return completion.tokens[-1:]
+        self.engine.release(completion._sequence)
+        return completion.prompt + completion.tokens
 
     def _append(self, completion: Completion, token: int, log_prob: float, top: list[tuple[int, float]]) -> None:
         options = completion.options

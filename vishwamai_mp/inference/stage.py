@@ -1,6 +1,6 @@
 """One pipeline stage as generation runs it: the model's own modules, on tokens of many sequences laid end to end.
 
-Shapes: N tokens of all sequences, D width, V vocabulary (local), K head width.
+Shapes: N tokens of all sequences, D width, V vocabulary (local), R width of a head that is turned.
 """
 
 import torch
@@ -11,6 +11,7 @@ from vishwamai_mp.inference.batch import Batch, Work
 from vishwamai_mp.inference.blocks import BlockPool
 from vishwamai_mp.inference.direct_layer import DirectHead, DirectLayer
 from vishwamai_mp.model import VishwamAIModel
+from vishwamai_mp.model.rotary import attention_factor
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime
 
@@ -30,10 +31,8 @@ class Stage:
         assert config.model.head_dim is not None
         self.heads = config.model.num_key_value_heads // config.parallel.tensor_model_parallel_size
         self.width = config.model.head_dim
-        angles = model.rotary(torch.arange(config.model.max_position_embeddings, device=runtime.device))[:, 0, 0]
-        sine = angles.sin()
-        sine[:, : self.width // 2].neg_()  # so that a turn is x · cos + (x with its halves exchanged) · sin
-        self._cosine, self._sine = angles.cos().to(self.dtype), sine.to(self.dtype)
+        positions = torch.arange(config.model.max_position_embeddings, device=runtime.device)
+        self._cosine, self._sine = self._turn(model.rotary(positions, 0))
 
     def pool(self, tokens: int) -> BlockPool:
         """Memory for this stage's keys and values of so many tokens."""
@@ -52,16 +51,33 @@ class Stage:
             wanted: tokens by number; None: all.
         """
         x = self.model.embedding(batch.tokens[None], position_ids=None)[:, 0] if hidden_ND is None else hidden_ND
-        turn = self._cosine[batch.positions][:, None, None], self._sine[batch.positions][:, None, None]
         angles = None
+        if batch.frequency_lengths is None:
+            turn = self._cosine[batch.positions], self._sine[batch.positions]
+        else:
+            angles = self._angles(batch)
+            turn = self._turn(angles)
         for layer, direct in zip(self.layers, self.direct, strict=True):
             if direct is not None and not direct.is_hooked:
                 x = direct(x, batch, *turn, wanted if layer is self.layers[-1] else None)
                 continue
-            angles = self.model.rotary(batch.positions) if angles is None else angles
+            angles = self._angles(batch) if angles is None else angles
             x, _ = layer(hidden_states=x[:, None], attention_mask=None, rotary_pos_emb=angles, inference_context=batch)
             x = x[:, 0]
         return x if wanted is None or len(x) == len(wanted) else x[wanted]
+
+    def _angles(self, batch: Batch) -> Tensor:
+        """Of the new tokens, (N, 1, 1, R)."""
+        if batch.frequency_lengths is None:
+            return self.model.rotary(batch.positions, 0)
+        rows = zip(batch.positions.split(batch.counts), batch.frequency_lengths, strict=True)
+        return torch.cat([self.model.rotary(positions, length) for positions, length in rows])
+
+    def _turn(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of angles, so that a turn is x · cos + (x with its halves exchanged) · sin."""
+        factor, sine = attention_factor(self.settings), angles.sin()
+        sine[..., : sine.shape[-1] // 2].neg_()
+        return (angles.cos() * factor).to(self.dtype), (sine * factor).to(self.dtype)
 
     def normed(self, hidden_ND: Tensor) -> Tensor:
         """What the last stage's logits come from, (N, D)."""

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
@@ -45,8 +46,9 @@ class KvSelfAttention(SelfAttention):
         if inference_context is None:
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **options)
         query, key, value = self.get_query_key_value_tensors(hidden_states)
+        factor = _yarn_get_concentration_factor_from_config(self.config)
         query, key = (
-            apply_rotary_pos_emb(x, rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)
+            apply_rotary_pos_emb(x, rotary_pos_emb, self.config, mscale=factor, cp_group=self.pg_collection.cp)
             for x in (query, key)
         )
         query_NGRK = query[:, 0].unflatten(1, (key.shape[2], -1))

@@ -118,7 +118,7 @@ class VishwamAIModel(GPTModel):
         hidden = self.decoder(
             hidden_states=self.embedding(tokens, position_ids=None) if self.pre_process else None,
             attention_mask=self._mask(local, torch.cat(keys), document_ids),
-            rotary_pos_emb=self.rotary(local if position_ids is None else position_ids[:, local]),
+            rotary_pos_emb=self.rotary(local if position_ids is None else position_ids[:, local], whole.shape[1]),
             context=document_ids,
         )
         return self._head(hidden, labels, whole, document_ids, verdicts) if self.post_process else hidden
@@ -140,7 +140,7 @@ class VishwamAIModel(GPTModel):
             hidden_states=self.embedding(tokens.reshape(1, -1), position_ids=None) if self.pre_process else None,
             attention_mask=None,
             # Each document is turned from position 0 on: attention sees differences of positions only.
-            rotary_pos_emb=self.rotary(torch.arange(length, device=tokens.device)),
+            rotary_pos_emb=self.rotary(torch.arange(length, device=tokens.device), length),
             packed_seq_params=packed,
             context=documents,
         )

@@ -1,5 +1,6 @@
 """From our configuration to megatron-core's `TransformerConfig`: the only place that names its fields."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.model.rotary import attention_factor
 from vishwamai_mp.precision import PrecisionPolicy, check_fp8_hardware, use_transformer_engine
 from vishwamai_mp.runtime import device, is_accelerator
 
@@ -18,7 +20,8 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
     policy = PrecisionPolicy.of(config.precision, config.fp8)
     check_fp8_hardware(policy)
     chunks = parallel.virtual_pipeline_model_parallel_size
-    return TransformerConfig(
+    rotary_factor = attention_factor(model)
+    made = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -54,8 +57,10 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         calculate_per_token_loss=True,
         bias_activation_fusion=fused,
         use_te_activation_func=not fused,  # megatron-core's name for: the layer spec brings the activation (swiglu.py)
-        # The fused kernel turns all rows alike; packed documents it turns each from its start.
-        apply_rope_fusion=fused and (config.data.reset_attention_mask or not config.data.reset_position_ids),
+        # The fused kernel turns all rows alike; packed documents it turns each from its start. It knows no factor.
+        apply_rope_fusion=fused
+        and rotary_factor == 1
+        and (config.data.reset_attention_mask or not config.data.reset_position_ids),
         # Transformer Engine's default, a ring of point-to-point messages, knows no window.
         cp_comm_type="all_gather" if fused and model.sliding_window and parallel.context_parallel_size > 1 else None,
         masked_softmax_fusion=False,
@@ -66,6 +71,11 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         **(policy.fp8.megatron_fields() if policy.fp8 and fused else {}),
         **_recompute_fields(config),
     )
+    if rotary_factor != 1:
+        # No fields: attributes from which megatron-core's attention computes 1 + 0.1 · mscale · ln(scaling factor).
+        made.yarn_rotary_scaling_factor = math.e
+        made.yarn_mscale, made.yarn_mscale_all_dim = 10 * (rotary_factor - 1), 0.0
+    return made
 
 
 def _precision_fields(policy: PrecisionPolicy) -> dict[str, Any]:

@@ -101,15 +101,26 @@ class RopeScaling:
     """Stretches rotary position embeddings beyond `original_max_position_embeddings` positions.
 
     `linear` divides every frequency by `factor` (arXiv 2306.15595); `llama3` divides only the low ones and blends
-    between `low_freq_factor` and `high_freq_factor` (Llama 3.1's rule).
+    between `low_freq_factor` and `high_freq_factor` (Llama 3.1's rule); `yarn` blends between the pairs that turn
+    `beta_fast` and `beta_slow` times in the original context, and sharpens attention (arXiv 2309.00071); `longrope`
+    divides the frequency of each pair by a number of its own (arXiv 2402.13753). The frequencies of `dynamic` and
+    `longrope` depend on a text's length: of a whole row in training and evaluation, of all that has been read in
+    generation. `dynamic` raises `rope_theta` for texts longer than the original context, as far as each needs it;
+    `longrope` has `long_factor` for them.
     """
 
     __pydantic_config__ = _STRICT
-    rope_type: Literal["linear", "llama3"]
-    factor: PositiveFloat
+    rope_type: Literal["linear", "llama3", "dynamic", "yarn", "longrope"]
+    factor: PositiveFloat  # of longrope: it only sets attention_factor
     low_freq_factor: PositiveFloat = 1.0
     high_freq_factor: PositiveFloat = 4.0
     original_max_position_embeddings: PositiveInt = 8192
+    beta_fast: PositiveFloat = 32.0  # of yarn: turns in the original context; pairs with more keep their frequency
+    beta_slow: PositiveFloat = 1.0  # of yarn: pairs with fewer turns are divided by factor
+    truncate: bool = True  # of yarn: the blend begins and ends at whole pairs
+    attention_factor: PositiveFloat | None = None  # of yarn and longrope, on turned queries and keys; as the papers say
+    short_factor: list[PositiveFloat] | None = None  # of longrope, one number a pair: texts in the original context
+    long_factor: list[PositiveFloat] | None = None  # of longrope: longer texts
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ class ModelConfig:
     rms_norm_eps: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
+    rotary_fraction: PositiveFloat = 1.0  # of a head's width that is turned, its first part
     sliding_window: PositiveInt | None = None  # tokens a token sees, itself included; None: all before it
     attention_dropout: NonNegativeFloat = 0.0
     hidden_dropout: NonNegativeFloat = 0.0
