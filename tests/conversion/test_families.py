@@ -77,7 +77,7 @@ def test_a_family_of_the_users_own_goes_in_and_out(workers: WorkerPool, tmp_path
 
 
 def test_the_tool_takes_a_family_by_name(tmp_path: Path) -> None:
-    write_folder(tmp_path / "hf", "Mistral", num_hidden_layers=1, sliding_window=None)
+    write_folder(tmp_path / "hf", "Mistral", num_hidden_layers=1, num_key_value_heads=2, sliding_window=None)
 
     def convert(direction: str, load: str, output: str, *more: str) -> tuple[int, str]:
         options = ["--load", str(tmp_path / load), "--output", str(tmp_path / output), *more]

@@ -189,7 +189,7 @@ def outgrown(override: str) -> None:
     tokens = ours.generate([_TEXT[:7]], SamplingOptions(8))[0].tokens
     for i, token in enumerate(tokens):
         assert int(full_pass(ours, _TEXT[:7] + tokens[:i])[-1].argmax()) == token
-    sequence = CachedSequence()
+    sequence = KvSequence()
     gathered(ours, [(sequence, _TEXT[:9])])
     with pytest.raises(UserError, match="a text outgrows the 9 tokens"):
         gathered(ours, [(sequence, _TEXT[9:10])])

@@ -18,8 +18,9 @@ from vishwamai_mp.conversion.value_kinds import NUMBER, check_kinds
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Read of every family, beside the keys that families name.
 _READ = {
-    "architectures", "auto_map", "layer_types", "model_type", "original_max_position_embeddings", "partial_rotary_factor",
-    "quantization_config", "rope_parameters", "rope_scaling", "rope_theta", *_TOKEN_IDS,
+    "architectures", "auto_map", "layer_types", "model_type", "original_max_position_embeddings",
+    "partial_rotary_factor", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
+    *_TOKEN_IDS,
 }  # fmt: skip
 _KINDS: dict[str, tuple[type, ...]] = {  # of values
     **dict.fromkeys(("architectures", "layer_types"), (list,)),

@@ -26,8 +26,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rope_type", "type"), (str,)),
     **dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor"), NUMBER),
     **dict.fromkeys(("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", _ORIGINAL), NUMBER),
-    "truncate": (bool,),
-    **dict.fromkeys(("short_factor", "long_factor"), (list,)),
 }
 _NAMES = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL}
 

@@ -75,6 +75,7 @@ class Engine:
         for sequence, tokens in work:
             check_fits(sequence.length + len(tokens) - 1, self.context)
             if self.outgrows(sequence, len(tokens)):
+                assert self.config.model.rope_scaling is not None
                 raise UserError(
                     f"a text outgrows the {sequence.length} tokens whose rotary frequencies it was read with"
                     f" (model.rope_scaling of rope_type={self.config.model.rope_scaling.rope_type}); only sampling and"
