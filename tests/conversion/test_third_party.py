@@ -36,6 +36,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped queries, tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 3},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.5}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 2.0,
+            "mscale_all_dim": 0.5,
+        },
+    },
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.5, 2.0, 2.5],
+            "long_factor": [1.0, 3.0, 9.0, 27.0],
+            "original_max_position_embeddings": 64,
+        },
+    },
     "head_dim, eps": {"head_dim": 20, "rms_norm_eps": 1e-3, "num_key_value_heads": 1},
 }
 
@@ -232,8 +250,9 @@ def test_an_import_that_is_exported_is_the_folder_again(tmp_path: Path) -> None:
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported (the MLP here is SwiGLU)"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "rotary scaling 'axial' is not supported; dynamic, linear"),
+        ({"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "'longrope' lacks short_factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1]}}, "give 4, one for"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rotary scaling 'linear' lacks factor"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
         ({"rope_parameters": {"rope_type": "default", "truncate": 3}}, "'default' with truncate=3 is not supported"),

@@ -382,3 +382,41 @@ def damaged() -> str:
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         SamplingOptions(**options)
+
+
+def grown(scaling: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Runs in a worker: greedy texts that outgrow the original context, and each token by a full pass."""
+    ours = generator(f"model.rope_scaling={scaling}")
+    completions = ours.generate(_PROMPTS, SamplingOptions(max_new_tokens=12, temperature=0))
+    model, expected = ours.engine.model.eval(), []
+    for prompt in _PROMPTS:
+        text = list(prompt)
+        for _ in range(12):
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text]))[-1, 0, :250].argmax()))
+        expected.append(text[len(prompt) :])
+    return [completion.tokens for completion in completions], expected
+
+
+_LONGROPE = (
+    "{rope_type: longrope, factor: 4, original_max_position_embeddings: 18, short_factor: [1, 1], long_factor: [9, 9]}"
+)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_texts_that_outgrow_the_original_context_are_read_again(workers, kind):
+    dynamic = "{rope_type: dynamic, factor: 4, original_max_position_embeddings: 18}"
+    ours, full = workers.run(grown, 1, _LONGROPE if kind == "longrope" else dynamic)[0]
+    assert ours == full
+
+
+def read_on(scaling: str) -> None:
+    """Runs in a worker: a sequence grows past the original context by hand."""
+    ours, sequence = generator(f"model.rope_scaling={scaling}"), KvSequence()
+    ours.engine.run([(sequence, [1] * 18)])
+    ours.engine.run([(sequence, [1])])
+
+
+def test_other_readers_are_refused_by_name(workers):
+    with pytest.raises(UserError, match=r"outgrows the 18 tokens.*rope_type=longrope"):
+        workers.run(read_on, 1, _LONGROPE)

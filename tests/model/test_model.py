@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from tests.model.builds import build, pieces, small_config, whole_model
 from vishwamai_mp.config import ModelConfig
+from vishwamai_mp.conversion import rope_scaling
 
 _TOKENS = torch.randint(250, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -22,8 +23,8 @@ def logits(tokens: Tensor, *overrides: str, **arguments: Tensor) -> Tensor:
 
 def hugging_face(model: ModelConfig) -> Any:
     """transformers' model of the same shape: Llama, or Mistral for the sliding window that Llama lacks."""
-    scaling = model.rope_scaling
-    rope = {"rope_type": "default"} if scaling is None else {k: v for k, v in vars(scaling).items() if k[0] != "_"}
+    lengths = rope_scaling.to_hf(model)
+    rope = lengths.pop("rope_scaling") or {"rope_type": "default"}
     shape: dict[str, Any] = {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
@@ -32,10 +33,10 @@ def hugging_face(model: ModelConfig) -> Any:
         "num_key_value_heads": model.num_key_value_heads,
         "head_dim": model.head_dim,
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.rms_norm_eps,
         "tie_word_embeddings": model.tie_word_embeddings,
-        "rope_parameters": {**rope, "rope_theta": model.rope_theta},
+        "rope_parameters": rope,
+        **lengths,
         "attn_implementation": "eager",
     }
     if model.sliding_window:
@@ -76,6 +77,12 @@ _VARIANTS = {
     "wide heads": ["model.head_dim=10"],
     "linear": ["model.rope_scaling={rope_type: linear, factor: 4.0}", "model.rope_theta=500"],
     "llama3": [f"model.rope_scaling={_LLAMA3}"],
+    "yarn": ["model.rope_scaling={rope_type: yarn, factor: 4.0, original_max_position_embeddings: 16}"],
+    "longrope": [
+        "model.rope_scaling={rope_type: longrope, factor: 4.0, original_max_position_embeddings: 16,"
+        " short_factor: [1, 1], long_factor: [1, 8]}"
+    ],
+    "dynamic": ["model.rope_scaling={rope_type: dynamic, factor: 4.0, original_max_position_embeddings: 16}"],
     "window": ["model.sliding_window=7"],
 }
 
