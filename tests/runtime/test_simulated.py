@@ -56,6 +56,8 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     ),
     "first stage, packed, fp32": (2, 0, [*_STAGES, *PACKED, *_SHALLOW, "precision=fp32"]),
     "last stage, packed, values, bf16": (2, 1, [*_STAGES, *PACKED, *_SHALLOW, *VALUES, "precision=bf16"]),
+    "memory, 32 tokens": (1, 0, [*_SHALLOW, *MEMORY, *PACKED, "precision=bf16"]),
+    "memory, 64 tokens": (1, 0, [*_SHALLOW, *MEMORY, *PACKED, "precision=bf16", "training.sequence_length=64"]),
     "chunks, memory, fp32": (2, 0, [*_CHUNKS, *MEMORY, "precision=fp32"]),
     "chunks, adapters, fp16": (2, 1, [*_CHUNKS, *LORA, "precision=fp16"]),
     "context, cache, fp16": (2, 1, [*_CONTEXT, *_SHALLOW, *CACHE, "precision=fp16"]),
@@ -109,6 +111,11 @@ def test_a_step_runs_by_the_rules_of_a_gpu_and_waits_once(found, name):
     assert step["parameters"] > 0
     assert step["at_peak"]["activations"] > 0
     assert sum(step["at_peak"].values()) == step["peak_bytes"]
+
+
+def test_the_memory_launches_as_many_kernels_whatever_the_length(found):
+    """By chunks of torch's operators it would launch some per chunk."""
+    assert found["memory, 32 tokens"]["launches"] == found["memory, 64 tokens"]["launches"]
 
 
 def _real(settings: list[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.neural_memory.chunks import Group, Inputs, unit
+from vishwamai_mp.neural_memory.delta_rule_on_gpu import DeltaRuleOnGpu, supports
 
 _GROUP_TOKENS = 512  # whose chunk-local terms are held at once; the state is kept once per group for backward
 
@@ -54,7 +55,8 @@ def momentum_delta_rule(
     """
     if state is None:
         state = empty_state(keys, values, momentum=log_momentum is not None)
-    final, surprise, *outputs = _DeltaRule.apply(
+    rule = DeltaRuleOnGpu if supports(reads, keys, values) else _DeltaRule
+    final, surprise, *outputs = rule.apply(
         chunk_size, starts, state, keys, values, log_forget, log_momentum, rate, *reads
     )
     return outputs, final, surprise

@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(cls.__name__ not in _PLAIN for cls in types):
             return NotImplemented  # of several tensors, which it takes apart: their operators come here
-        if func.namespace == "transformer_engine_double":
+        if func.namespace == "simulated_accelerator":
             name, _, workspaces, flops = args
             self.memory.claim("workspaces", *workspaces)
             self.launches[name] += 1

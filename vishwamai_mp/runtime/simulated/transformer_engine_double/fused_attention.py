@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
+from vishwamai_mp.runtime.simulated.kernel import launch
 from vishwamai_mp.runtime.simulated.transformer_engine_double.gpu import GPU
-from vishwamai_mp.runtime.simulated.transformer_engine_double.kernel import launch
 
 _NO_BACKEND, _ANY_LENGTH = -1, 1  # of the enumeration NVTE_Fused_Attn_Backend
 _AXES = {"NVTE_SBHD": (1, 2, 0), "NVTE_BSHD": (0, 2, 1), "NVTE_BHSD": (0, 1, 2)}  # of rows, heads, tokens

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vishwamai_mp.runtime.simulated.transformer_engine_double.kernel import launch
+from vishwamai_mp.runtime.simulated.kernel import launch
 
 Lists = Sequence[Sequence[Tensor]]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vishwamai_mp.runtime.simulated.transformer_engine_double.kernel import DTYPES, launch
+from vishwamai_mp.runtime.simulated.kernel import DTYPES, launch
 from vishwamai_mp.runtime.simulated.transformer_engine_double.quantizing import create, quantize_into
 
 

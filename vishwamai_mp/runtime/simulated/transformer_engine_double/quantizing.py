@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vishwamai_mp.runtime.simulated.transformer_engine_double.kernel import DTYPES, launch
+from vishwamai_mp.runtime.simulated.kernel import DTYPES, launch
 
 _BLOCK, _MX_BLOCK = 128, 32
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vishwamai_mp.runtime.simulated.device import NAME
 
-NAMESPACE = "transformer_engine_double"
+NAMESPACE = "simulated_accelerator"
 _library = torch.library.Library(NAMESPACE, "DEF")
 # An operator, so that the recorder sees it where it sees all others: at torch's dispatcher.
 _library.define("kernel(str name, Tensor[] tensors, Tensor[] workspaces, int flops) -> ()")
@@ -20,7 +20,7 @@ def launch(name: str, *arguments: Any, workspaces: Sequence[Tensor] = (), flops:
     """A kernel runs on what `arguments` hold.
 
     Args:
-        name: of the function of `transformer_engine_torch`.
+        name: of the kernel, or of the function of `transformer_engine_torch` that runs it.
         arguments: tensors, quantized tensors, or None.
         workspaces: what libraries keep for themselves from call to call.
         flops: of its matrix products; a multiply-add counts as two.
@@ -32,7 +32,7 @@ def launch(name: str, *arguments: Any, workspaces: Sequence[Tensor] = (), flops:
     for tensor in tensors:
         if tensor.device.type != NAME:
             raise RuntimeError(f"{name}: expected tensors of the accelerator, got one of {tensor.device}")
-    torch.ops.transformer_engine_double.kernel(name, tensors, list(workspaces), flops)
+    torch.ops.simulated_accelerator.kernel(name, tensors, list(workspaces), flops)
 
 
 def parts(tensor: Any) -> list[Tensor]:

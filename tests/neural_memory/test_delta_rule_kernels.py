@@ -1,0 +1,55 @@
+"""The memory's Triton kernels without a GPU: what they compute, and which cases they take."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vishwamai_mp.neural_memory.delta_rule_on_gpu import supports
+
+_PROGRAM = Path(__file__).with_name("kernel_programs.py")
+_needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
+)
+
+
+def _run(*arguments: str) -> dict:
+    run = subprocess.run([sys.executable, str(_PROGRAM), *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@_needs_triton
+def test_the_interpreter_finds_the_results_and_gradients_of_the_cpu():
+    """fp32; widths, ragged lengths, several reads, with and without momentum, documents, carried state."""
+    found = _run("interpret")
+    assert len(found) == 5
+    assert max(found.values()) < 1e-5, found
+
+
+def test_eight_launches_a_call_whatever_its_length():
+    """And the operations of a roofline: the sequential kernels do most of them."""
+    found = _run("roofline")
+    assert list(found) == ["prepare", "scan", "states", "scan_back", "pairs", "vectors", "finish"]
+    assert all(kernel["milliseconds"] > 0 for kernel in found.values())
+
+
+def test_which_cases_kernels_take(monkeypatch):
+    x = torch.empty(4, 1, 2, 128, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr("vishwamai_mp.neural_memory.delta_rule_on_gpu.is_accelerator", lambda tensor: True)
+    assert supports([x, x], x, x)
+    assert not supports([x, x, x], x, x)
+    assert not supports([x.double()], x.double(), x.double())
+    wide = x.new_empty(4, 1, 2, 129)
+    assert not supports([wide], wide, x)
+    monkeypatch.setenv("VISHWAMAI_TRITON", "0")
+    assert not supports([x], x, x)
+
+
+def test_cpus_go_without():
+    x = torch.empty(4, 1, 2, 8)
+    assert not supports([x], x, x)
