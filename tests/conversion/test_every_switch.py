@@ -19,7 +19,6 @@ from vishwamai_mp.conversion.families import family_holding
 _SECTIONS = {"model": ModelConfig, "memory": MemoryConfig, "cache": CacheConfig}
 TRAINING = "only training asks for it: a trained model computes the same with any value"
 REFUSED = "code of the user's own is not exported: see the test of that name"
-PART = "no family that is exported turns a part of a head: see the test of that name"
 ALONE = "only without components: see the tests of other families"
 WIDTH = "the model's width, or the configuration is refused"
 
@@ -36,7 +35,7 @@ SWITCHES = {
     "model.rms_norm_eps": 1e-3,
     "model.rope_theta": 500.0,
     "model.rope_scaling": "{rope_type: llama3, factor: 8, original_max_position_embeddings: 64}",
-    "model.rotary_fraction": PART,
+    "model.rotary_fraction": ALONE,
     "model.sliding_window": 24,
     "model.attention_dropout": TRAINING,
     "model.hidden_dropout": TRAINING,
@@ -68,7 +67,7 @@ SWITCHES = {
     "cache.before_memory": True,
     "cache.carry_state": TRAINING,
 }
-CARRIED = [f"{key}={value}" for key, value in SWITCHES.items() if value not in (TRAINING, WIDTH, REFUSED, ALONE, PART)]
+CARRIED = [f"{key}={value}" for key, value in SWITCHES.items() if value not in (TRAINING, WIDTH, REFUSED, ALONE)]
 
 
 def config_json(overrides: list[str]) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def test_the_folder_carries_it(override: str) -> None:
     assert config_json([*small, *alone]) != config_json(small)
 
 
-@pytest.mark.parametrize("override", ["model.attention_bias=true", "model.qk_norm=head"])
+@pytest.mark.parametrize("override", ["model.attention_bias=true", "model.qk_norm=head", "model.rotary_fraction=0.5"])
 def test_what_the_exported_code_has_not_is_refused_by_name(override: str) -> None:
     assert config_json([override]) != config_json([])
     with pytest.raises(UserError, match=f"{override.partition('=')[0]}=.* with a memory, cache or value head"):
@@ -115,11 +114,6 @@ def test_what_the_exported_code_has_not_is_refused_by_name(override: str) -> Non
 def test_what_no_family_has_together_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"model\.attention_bias and model\.qk_norm together"):
         config_json(["model.attention_bias=true", "model.qk_norm=head"])
-
-
-def test_a_part_of_a_head_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"model\.rotary_fraction"):
-        config_json(["model.rotary_fraction=0.5"])
 
 
 @pytest.mark.parametrize("section", ["memory", "cache"])
@@ -147,5 +141,5 @@ def test_both_sides_compute_the_same_with_all_of_them(workers: WorkerPool, tmp_p
     back, run = (models.step_config(tmp_path / name) for name in ("back", "run"))
     for section in _SECTIONS:
         for field in fields(_SECTIONS[section]):
-            if SWITCHES[f"{section}.{field.name}"] not in (TRAINING, REFUSED, PART):
+            if SWITCHES[f"{section}.{field.name}"] not in (TRAINING, REFUSED):
                 assert getattr(getattr(back, section), field.name) == getattr(getattr(run, section), field.name)

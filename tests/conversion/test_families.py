@@ -30,6 +30,7 @@ def test_a_model_is_exported_as_the_first_family_that_holds_it() -> None:
     assert chosen("model.sliding_window=8") == "MistralForCausalLM"
     assert chosen("model.attention_bias=true") == "Qwen2ForCausalLM"
     assert chosen("model.qk_norm=head") == "Qwen3ForCausalLM"
+    assert chosen("model.rotary_fraction=0.5") == "Phi3ForCausalLM"
     assert family_holding(models.configure([], 1).model, components=True).model_type == "vishwamai"
 
 

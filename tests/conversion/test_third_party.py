@@ -102,17 +102,40 @@ def test_a_mistral_with_a_window_imports_exactly(workers: WorkerPool, tmp_path: 
     assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
 
 
-QWEN: dict[str, tuple[str, dict[str, Any]]] = {
+_PHI = {"pad_token_id": None, "eos_token_id": 2}  # its own lie beyond a small vocabulary
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "Qwen2, tied": ("Qwen2", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
     "Qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 20}),
+    "Phi3, parts": (
+        "Phi3",
+        {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}, **_PHI},
+    ),
+    "Phi3, parts, longrope": (
+        "Phi3",
+        {
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 64,
+            "sliding_window": 50,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.5, 2.0],
+                "long_factor": [1.0, 3.0, 9.0],
+            },
+            **_PHI,
+        },
+    ),
     "Qwen3, tied": ("Qwen3", {"num_key_value_heads": 6, "head_dim": 8, "tie_word_embeddings": True}),
 }
 
 
-@pytest.mark.parametrize("name", QWEN)
-def test_a_qwen_imports_exactly_and_is_exported_as_it_was(workers: WorkerPool, tmp_path: Path, name: str) -> None:
-    family, options = QWEN[name]
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_family_imports_exactly_and_is_exported_as_it_was(
+    workers: WorkerPool, tmp_path: Path, name: str
+) -> None:
+    family, options = OTHERS[name]
     write_folder(tmp_path / "hf", family, **options)
     models.import_(tmp_path / "hf", tmp_path / "run")
     assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
@@ -242,7 +265,7 @@ def test_an_import_that_is_exported_is_the_folder_again(tmp_path: Path) -> None:
         ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM, which has soft-capped logits"),
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel, cannot be converted; Llama, Mistral, Qwen 2, Qwen 3 can, and families of your own",
+            "GPT2LMHeadModel, cannot be converted; Llama, Mistral, Qwen 2, Qwen 3, Phi 3 and 4 can, and families",
         ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "cannot be converted (nearest: Qwen3ForCausalLM)"),
         ({"architectures": None}, "names no architecture"),

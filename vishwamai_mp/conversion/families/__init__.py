@@ -10,6 +10,7 @@ from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.conversion.families.family import Family, Key
 from vishwamai_mp.conversion.families.llama import Llama
 from vishwamai_mp.conversion.families.mistral import Mistral
+from vishwamai_mp.conversion.families.phi3 import Phi3
 from vishwamai_mp.conversion.families.qwen2 import Qwen2
 from vishwamai_mp.conversion.families.qwen3 import Qwen3
 from vishwamai_mp.conversion.families.with_components import WithComponents
@@ -19,7 +20,7 @@ from vishwamai_mp.conversion.value_kinds import check_kinds
 __all__ = ["Family", "Key", "WeightNames", "family_holding", "family_named", "family_of", "model_types"]
 
 # A model is exported as the first of these that can hold it.
-_FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3)
+_FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, Phi3)
 _IMPORTED: tuple[type[Family], ...] = (*_FAMILIES, WithComponents)
 # Why models of these architectures cannot be converted.
 _NO_ROOM_FOR = {
@@ -27,7 +28,6 @@ _NO_ROOM_FOR = {
     "Gemma2ForCausalLM": "soft-capped logits",
     "Gemma3ForCausalLM": "norms of queries and keys",
     "MixtralForCausalLM": "mixture of experts",
-    "Phi3ForCausalLM": "partial rotary embeddings and LongRoPE",
     "CohereForCausalLM": "parallel attention and MLP",
     "OlmoForCausalLM": "norms without weights",
     "Olmo2ForCausalLM": "norms after attention and MLP",

@@ -128,11 +128,9 @@ class Family:
         windowed = any(key.ours == "sliding_window" and config.get(key.theirs) is not None for key in cls.keys)
         whole = {"sliding_attention" if windowed else "full_attention"}
         found = {key: (config.get(key), *wanted) for key, wanted in cls.restricted().items()}
-        found["partial_rotary_factor"] = (
-            rope_scaling.rotary_fraction(config, path),
-            1.0,
-            "heads are turned whole here",
-        )
+        if all(key.ours != "rotary_fraction" for key in cls.keys):
+            fraction = rope_scaling.rotary_fraction(config, path)
+            found["partial_rotary_factor"] = (fraction, 1.0, f"no {cls.architecture} has it")
         found["layer_types"] = (layers or whole, whole, "all layers here attend alike")
         for key, (value, wanted, why) in found.items():
             if value is not None and (value or False) != wanted:
