@@ -37,12 +37,14 @@ SWITCHES = {
     "model.rope_scaling": "{rope_type: llama3, factor: 8, original_max_position_embeddings: 64}",
     "model.rotary_fraction": ALONE,
     "model.sliding_window": 24,
+    "model.layer_pattern": ALONE,
     "model.attention_dropout": TRAINING,
     "model.hidden_dropout": TRAINING,
     "model.attention": REFUSED,
     "model.initializer_range": TRAINING,
     "model.attention_bias": ALONE,
     "model.qk_norm": ALONE,
+    "model.norm_position": ALONE,
     "memory.enabled": True,
     "memory.hidden_size": WIDTH,
     "memory.memory_size": 36,
@@ -109,6 +111,18 @@ def test_what_the_exported_code_has_not_is_refused_by_name(override: str) -> Non
     assert config_json([override]) != config_json([])
     with pytest.raises(UserError, match=f"{override.partition('=')[0]}=.* with a memory, cache or value head"):
         config_json([override, models.MEMORY])
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("layer_pattern=SF", ["model.sliding_window=8", "model.layer_pattern=SF"]),
+        ("norm_position=post", ["model.qk_norm=full", "model.norm_position=post"]),
+    ],
+)
+def test_the_exported_code_has_not_what_only_other_families_have(key: str, overrides: list[str]) -> None:
+    with pytest.raises(UserError, match=f"model.{key}.* with a memory, cache or value head"):
+        config_json([*overrides, models.MEMORY])
 
 
 def test_what_no_family_has_together_is_refused_by_name() -> None:

@@ -102,8 +102,9 @@ def test_a_mistral_with_a_window_imports_exactly(workers: WorkerPool, tmp_path: 
     assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
 
 
+_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 _PHI = {"pad_token_id": None, "eos_token_id": 2}  # its own lie beyond a small vocabulary
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "Qwen2, tied": ("Qwen2", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
     "Qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 20}),
@@ -128,23 +129,27 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "Qwen3, tied": ("Qwen3", {"num_key_value_heads": 6, "head_dim": 8, "tie_word_embeddings": True}),
+    "Olmo2": ("Olmo2", {"num_key_value_heads": 2}),
+    "Olmo2, tied": ("Olmo2", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-3}),
+    "Olmo3": ("Olmo3", {"num_key_value_heads": 2, "num_hidden_layers": 5, "sliding_window": 20}),
+    "Olmo3, tied": ("Olmo3", {"tie_word_embeddings": True, "layer_types": _WINDOWS, "sliding_window": 9}),
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_another_family_imports_exactly_and_is_exported_as_it_was(
-    workers: WorkerPool, tmp_path: Path, name: str
-) -> None:
-    family, options = OTHERS[name]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_imports_exactly_and_is_exported_as_it_was(workers: WorkerPool, tmp_path: Path, name: str) -> None:
+    family, options = FAMILIES[name]
     write_folder(tmp_path / "hf", family, **options)
     models.import_(tmp_path / "hf", tmp_path / "run")
     assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
     models.export(tmp_path / "run", tmp_path / "again")
     original, again = (tensors_of_folder(tmp_path / folder) for folder in ("hf", "again"))
     models.assert_equal(original, again)
-    assert_same_model(workers, tmp_path / "run", tmp_path / "again")
     written = json.loads((tmp_path / "again/config.json").read_text())
     assert written["architectures"] == [f"{family}ForCausalLM"]
+    (result,) = workers.run(models.compare_both, 1, tmp_path / "run", tmp_path / "again", [], 64)
+    assert result.is_equal, result.describe()
+    assert result.tokens == 3 * 64
 
 
 def tensors_of_folder(folder: Path) -> dict[str, torch.Tensor]:

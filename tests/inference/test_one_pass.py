@@ -50,12 +50,14 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.rope_scaling": ["model.rope_scaling={rope_type: linear, factor: 4}"],
     "model.rotary_fraction": ["model.rotary_fraction=0.5"],
     "model.sliding_window": ["model.sliding_window=5"],
+    "model.layer_pattern": ["model.sliding_window=5", "model.layer_pattern=SSF"],
     "model.attention_dropout": ["model.attention_dropout=0.5"],
     "model.hidden_dropout": ["model.hidden_dropout=0.5"],
     "model.initializer_range": ["model.initializer_range=0.2"],
     "model.attention": [_ATTENTION],
     "model.attention_bias": ["model.attention_bias=true"],
-    "model.qk_norm": ["model.qk_norm=head"],
+    "model.qk_norm": ["model.qk_norm=full"],
+    "model.norm_position": ["model.norm_position=sandwich"],
     "memory.enabled": _MEMORY,
     "memory.hidden_size": "the model's, checked by resolve",
     "memory.memory_size": [*_MEMORY, "memory.memory_size=64"],
@@ -88,7 +90,7 @@ _SETTINGS: dict[str, list[str] | str] = {
 _SECTIONS = {"model": ModelConfig, "memory": MemoryConfig, "cache": CacheConfig, "lora": LoraConfig}
 _MODULES_ALONE = (
     *("lora.enabled", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets"),
-    *("model.attention", "model.attention_bias", "model.qk_norm"),
+    *("model.attention", "model.attention_bias", "model.qk_norm", "model.norm_position"),
 )
 _TWICE = "factor: 2, original_max_position_embeddings"
 _DYNAMIC = f"model.rope_scaling={{rope_type: dynamic, {_TWICE}: 9}}"

@@ -41,6 +41,9 @@ VARIANTS = {
         "model.rotary_fraction=0.5",
         "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 8}",
     ],
+    "norms behind, of all heads together, windows of some layers": [
+        *("model.norm_position=post", "model.qk_norm=full", "model.sliding_window=7", "model.layer_pattern=SF"),
+    ],
     "tied": ["model.tie_word_embeddings=true"],
     "packed": ["data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true"],
     "window": ["model.sliding_window=7"],

@@ -47,8 +47,12 @@ _SHAPE_KEYS = (
     "tie_word_embeddings",
     "attention_bias",
     "qk_norm",
+    "norm_position",
 )
-_BEHAVIOUR_KEYS = ("rms_norm_eps", "rope_theta", "rope_scaling", "rotary_fraction", "sliding_window")
+_BEHAVIOUR_KEYS = (
+    *("rms_norm_eps", "rope_theta", "rope_scaling", "rotary_fraction"),
+    *("sliding_window", "layer_pattern"),
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from vishwamai_mp.config.check_fully_sharded import check_fully_sharded
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.extensions import check_combinations
 from vishwamai_mp.config.finetuning import check_trained_parts, check_verdicts, resolve_rows
+from vishwamai_mp.config.layer_windows import check_layer_pattern
 from vishwamai_mp.config.logging import check_logging
 from vishwamai_mp.config.resolve_cache import resolve_cache
 from vishwamai_mp.config.resolve_fp8 import resolve_fp8
@@ -133,6 +134,7 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
     for name in ("attention_dropout", "hidden_dropout"):
         if getattr(model, name) >= 1:
             raise ConfigError(f"model.{name}={getattr(model, name)}: a probability; use a number from 0 to below 1")
+    check_layer_pattern(model)
     return replace(
         model,
         rope_scaling=model.rope_scaling and resolve_scaling(model.rope_scaling),

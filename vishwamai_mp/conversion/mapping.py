@@ -62,10 +62,12 @@ class WeightNames:
     query_norm: str = "self_attn.q_norm"
     key_norm: str = "self_attn.k_norm"
     attention_output: str = "self_attn.o_proj"
+    attention_output_norm: str = "post_attention_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    mlp_output_norm: str = "post_feedforward_layernorm"
 
 
 LLAMA_NAMES = WeightNames()
@@ -119,22 +121,27 @@ def _layer(model: ModelConfig, ours: str, theirs: str, names: WeightNames) -> li
     def norm(name: str, called: str, size: int) -> Mapped:
         return whole(name, f"{theirs}{called}.weight", (size,))
 
-    mapping = [
-        norm(f"{attention}linear_qkv.layer_norm_weight", names.attention_norm, width),
-        _joined(f"{attention}linear_qkv.weight", projections, rows, (width,)),
-    ]
+    norms_inputs, norms_outputs = model.norm_position != "post", model.norm_position != "pre"
+    mapping = [norm(f"{attention}linear_qkv.layer_norm_weight", names.attention_norm, width)] if norms_inputs else []
+    mapping.append(_joined(f"{attention}linear_qkv.weight", projections, rows, (width,)))
     if model.attention_bias:
         mapping.append(_joined(f"{attention}linear_qkv.bias", projections, rows, ()))
-    if model.qk_norm == "head":
-        mapping.append(norm(f"{attention}q_layernorm.weight", names.query_norm, head))
-        mapping.append(norm(f"{attention}k_layernorm.weight", names.key_norm, head))
+    if model.qk_norm != "none":
+        counts = (heads, groups) if model.qk_norm == "full" else (1, 1)
+        mapping.append(norm(f"{attention}q_layernorm.weight", names.query_norm, counts[0] * head))
+        mapping.append(norm(f"{attention}k_layernorm.weight", names.key_norm, counts[1] * head))
+    output = f"{theirs}{names.attention_output}.weight"
+    mapping.append(whole(f"{attention}linear_proj.weight", output, (width, heads * head)))
+    if norms_outputs:
+        mapping.append(norm(f"{ours}self_attn_output_norm.weight", names.attention_output_norm, width))
+    if norms_inputs:
+        mapping.append(norm(f"{mlp}linear_fc1.layer_norm_weight", names.mlp_norm, width))
     gated = [f"{theirs}{names.gate}", f"{theirs}{names.up}"]
     return [
         *mapping,
-        whole(f"{attention}linear_proj.weight", f"{theirs}{names.attention_output}.weight", (width, heads * head)),
-        norm(f"{mlp}linear_fc1.layer_norm_weight", names.mlp_norm, width),
         _joined(f"{mlp}linear_fc1.weight", gated, [((0, inner),), ((inner, 2 * inner),)], (width,)),
         whole(f"{mlp}linear_fc2.weight", f"{theirs}{names.down}.weight", (width, inner)),
+        *([norm(f"{ours}mlp_output_norm.weight", names.mlp_output_norm, width)] if norms_outputs else []),
     ]
 
 

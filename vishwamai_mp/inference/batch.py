@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vishwamai_mp.config import ModelConfig
+from vishwamai_mp.config.layer_windows import layer_window
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, KvSequence
 from vishwamai_mp.inference.reads import Reads, collect, common_beginning, pieces
 from vishwamai_mp.model.rotary import frequency_length
@@ -36,11 +37,12 @@ class Batch:
 
     def __init__(self, work: Work, pool: BlockPool, settings: ModelConfig, first_layer: int) -> None:
         assert settings.num_key_value_heads is not None
-        self.window, self.repeat = settings.sliding_window, settings.num_attention_heads // settings.num_key_value_heads
+        self.settings, self.repeat = settings, settings.num_attention_heads // settings.num_key_value_heads
         self.pool, self.first_layer = pool, first_layer
         self.device, self.dtype = pool.keys_and_values.device, pool.keys_and_values.dtype
         # Scores are computed in this type: 16-bit products without hardware for them are slow.
         self.wide = self.dtype if multiplies_natively(self.dtype) else torch.float32
+        self._known_reads: dict[int | None, list[Reads]] = {}
         self.sequences = [sequence for sequence, _ in work]
         self.counts = [len(tokens) for _, tokens in work]
         self.past = [sequence.length for sequence in self.sequences]
@@ -80,21 +82,27 @@ class Batch:
         """See `KeyValues`."""
         kv = self.pool.keys_and_values[layer - self.first_layer]
         kv[self.blocks, :, :, self.places] = key_value_NG2K
+        window = layer_window(self.settings, layer - 1)
         if len(self.single) == len(self.counts):
-            return self._attend_single(query_NGRK, kv)
+            return self._attend_single(query_NGRK, kv, window)
         out = torch.empty_like(query_NGRK)
         for i, count in enumerate(self.counts):
             if count > 1:
                 rows = slice(self.ends[i] - count, self.ends[i])
-                out[rows] = self._attend_many(query_NGRK[rows], key_value_NG2K[rows], kv, i)
+                out[rows] = self._attend_many(query_NGRK[rows], key_value_NG2K[rows], kv, window, i)
         if self.single:
             singles = self.last[self.single]
-            out[singles] = self._attend_single(query_NGRK[singles], kv)
+            out[singles] = self._attend_single(query_NGRK[singles], kv, window)
         return out
 
-    @cached_property
-    def _reads(self) -> list[Reads]:
-        """What the sequences of `single` read; those with a long beginning in common read it together."""
+    def _reads(self, window: int | None) -> list[Reads]:
+        """What the sequences of `single` read in layers with a window, or without; the same in each of these."""
+        if window not in self._known_reads:
+            self._known_reads[window] = self._find_reads(window)
+        return self._known_reads[window]
+
+    def _find_reads(self, window: int | None) -> list[Reads]:
+        """Those with a long beginning in common read it together."""
         beginnings: dict[int, list[int]] = {}
         for row, i in enumerate(self.single):
             beginnings.setdefault(self.sequences[i].blocks[0], []).append(row)
@@ -102,30 +110,31 @@ class Batch:
         for rows in beginnings.values():
             blocks = [self.sequences[self.single[row]].blocks for row in rows]
             common = common_beginning(blocks) if len(rows) > 1 else []
-            if len(common) < _FEWEST_SHARED_BLOCKS or self.window is not None:
+            if len(common) < _FEWEST_SHARED_BLOCKS or window is not None:
                 rest += rows
             else:  # whole blocks: the one that a sequence writes to is its own
-                reads.append(self._reads_of(rows, common))
-        return [*reads, self._reads_of(sorted(rest), [])] if rest else reads
+                reads.append(self._reads_of(rows, common, window))
+        return [*reads, self._reads_of(sorted(rest), [], window)] if rest else reads
 
-    def _reads_of(self, rows: list[int], common: list[int]) -> Reads:
+    def _reads_of(self, rows: list[int], common: list[int], window: int | None) -> Reads:
         numbers = [self.single[row] for row in rows]
         return Reads.of(
             rows,
             common,
             own=[self.sequences[i].blocks[len(common) :] for i in numbers],
             lengths=[self.past[i] + 1 - len(common) * BLOCK_TOKENS for i in numbers],
-            window=self.window,
+            window=window,
             repeat=self.repeat,
             kv=self.pool.keys_and_values[0],
         )
 
-    def _attend_single(self, query_BGRK: Tensor, kv: Tensor) -> Tensor:
+    def _attend_single(self, query_BGRK: Tensor, kv: Tensor, window: int | None) -> Tensor:
         """One query per sequence: the queries of a group see the same keys, so they take the place of positions."""
-        if len(self._reads) == 1:
-            return self._attend_together(query_BGRK, kv, self._reads[0])
+        found = self._reads(window)
+        if len(found) == 1:
+            return self._attend_together(query_BGRK, kv, found[0])
         out = torch.empty_like(query_BGRK)
-        for reads in self._reads:
+        for reads in found:
             out[reads.rows] = self._attend_together(query_BGRK[reads.rows], kv, reads)
         return out
 
@@ -147,9 +156,11 @@ class Batch:
         out = product(shared.transpose(0, 1).flatten(1, 2), common_v).unflatten(1, (rows, -1)).transpose(0, 1)
         return (out + (reads.mix(own, kv) if in_place else own @ v.to(wide))).to(self.dtype)
 
-    def _attend_many(self, q_NGRK: Tensor, key_value_NG2K: Tensor, kv: Tensor, sequence: int) -> Tensor:
+    def _attend_many(
+        self, q_NGRK: Tensor, key_value_NG2K: Tensor, kv: Tensor, window: int | None, sequence: int
+    ) -> Tensor:
         """All new tokens of one sequence, after those that were read before."""
-        new, past, window = len(q_NGRK), self.past[sequence], self.window
+        new, past = len(q_NGRK), self.past[sequence]
         if past:
             found = collect(pieces([self.sequences[sequence].blocks], kv), kv)
             k_GSK, v_GSK = found[0, ..., : past + new, :].unbind(1)

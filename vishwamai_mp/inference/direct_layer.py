@@ -57,6 +57,7 @@ class DirectLayer:
         return (
             type(attention.core_attention) is CoreAttention
             and attention.core_attention.scale == 1 / math.sqrt(attention.hidden_size_per_attention_head)
+            and not hasattr(layer, "mlp_output_norm")
             and _is_identity(attention.q_layernorm)
             and _is_identity(attention.k_layernorm)
             and isinstance(mlp.activation_func, SwiGLU)

@@ -5,13 +5,15 @@ modules read the new tokens of many sequences laid end to end, and get a `KeyVal
 Shapes: N new tokens of all sequences, D width, G key-value heads (local), R queries of each, K head width.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
+
+from vishwamai_mp.model.width_norm import WidthNorm
 
 
 class KeyValues(Protocol):
@@ -32,6 +34,12 @@ class KeyValues(Protocol):
 
 class KvSelfAttention(SelfAttention):
     """megatron-core's self-attention, whose keys may be kept by a `KeyValues`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for norm in (self.q_layernorm, self.k_layernorm):
+            if isinstance(norm, WidthNorm):
+                norm.group = self.pg_collection.tp
 
     def forward(
         self,

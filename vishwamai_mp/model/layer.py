@@ -1,6 +1,7 @@
 """The transformer layer of VishwamAI."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -19,6 +20,8 @@ class VishwamAILayer(TransformerLayer):
         submodules: attention, SwiGLU and norms.
         components: what makes each component of this layer, by name, in the order they run. Called with megatron-core's
             configuration, the process groups and the layer's number (from 1).
+        output_norm: class of a norm of what attention and MLP add to the residual stream; None: no norm there.
+        mask: which of the masks is this layer's, where there are several.
         shard: called with the layer when it is complete, so that no two layers are ever whole at a time.
         **options: megatron-core's.
     """
@@ -29,11 +32,17 @@ class VishwamAILayer(TransformerLayer):
         submodules: Any,
         *,
         components: Mapping[str, Callable[..., nn.Module]],
+        output_norm: Any = None,
+        mask: int = 0,
         shard: Callable[[nn.Module], None] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(config, submodules, **options)
-        self.component_names = tuple(components)
+        self.component_names, self._mask = tuple(components), mask
+        for part, module in {"self_attn": "self_attention", "mlp": "mlp"}.items() if output_norm else ():
+            norm = output_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            self.add_module(f"{part}_output_norm", norm)
+            getattr(self, module).register_forward_hook(partial(_normed, norm))
         for name, make in components.items():
             self.add_module(name, make(config, options["pg_collection"], self.layer_number))
         if shard is not None:
@@ -42,6 +51,7 @@ class VishwamAILayer(TransformerLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
         *,
         context: Tensor | None = None,
         inference_context: KeyValues | None = None,
@@ -51,10 +61,11 @@ class VishwamAILayer(TransformerLayer):
 
         Args:
             hidden_states: this rank's.
+            attention_mask: (1 or B, masks, Q, S): one, or one without and one with the window.
             context: (B, T) document ids of whole rows, or None. megatron-core carries a tensor of this name to every
                 layer, also through recomputation.
             inference_context: what is known of earlier tokens; hidden states are (N, 1, D) then, sequences end to end.
-            **options: megatron-core's: mask, angles.
+            **options: megatron-core's: angles.
         """
         for name in self.component_names:
             component = getattr(self, name)
@@ -62,7 +73,21 @@ class VishwamAILayer(TransformerLayer):
                 hidden_states, _ = component(hidden_states, context)
             else:
                 hidden_states = inference_context.run_component(self.layer_number, name, component, hidden_states)
+        if attention_mask is not None and attention_mask.shape[1] > 1:
+            attention_mask = attention_mask[:, self._mask : self._mask + 1]
         hidden_states, _ = super().forward(
-            hidden_states=hidden_states, context=None, inference_context=inference_context, **options
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            context=None,
+            inference_context=inference_context,
+            **options,
         )
         return hidden_states, context
+
+
+def _normed(
+    norm: nn.Module, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """A hook of attention and MLP: behind it megatron-core adds residuals, with gradients even where there are none."""
+    x, bias = output
+    return norm(x if bias is None else x + bias), None

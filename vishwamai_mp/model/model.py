@@ -183,7 +183,11 @@ class VishwamAIModel(GPTModel):
         plain = document_ids is None and window is None and self.pg_collection.cp.size() == 1
         if plain or self.attends_without_mask:
             return None
-        return attention_mask(queries, keys, window, document_ids)
+        mask = attention_mask(queries, keys, window, document_ids)
+        if self.model_config.layer_pattern is None:
+            return mask
+        without = attention_mask(queries, keys, None, document_ids)
+        return torch.cat((without, mask), 1)  # layers choose (layer.py)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

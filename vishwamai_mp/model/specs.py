@@ -18,11 +18,13 @@ from torch import nn
 from vishwamai_mp.components.head_sharded import Linears
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.config.extensions import find_extension, is_own
+from vishwamai_mp.config.layer_windows import layer_window
 from vishwamai_mp.model.core_attention import CoreAttention
 from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.swiglu import SwiGLU
+from vishwamai_mp.model.width_norm import WidthNorm
 from vishwamai_mp.precision import use_transformer_engine
 
 
@@ -57,13 +59,23 @@ def layer_spec(
     """
     fused = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm(rms_norm=True)
-    head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.model.qk_norm == "head" else IdentityOp
+    model = config.model
+    norms_inputs, norms_outputs = model.norm_position != "post", model.norm_position != "pre"
     linear_qkv = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    mlp = get_mlp_module_spec_for_backend(backend=backend, use_te_activation_func=not fused)
+    if not norms_inputs:
+        linear_qkv = mlp.submodules.linear_fc1 = backend.column_parallel_linear()
+    separate_norm = norm if norms_inputs and not fused else IdentityOp
     return ModuleSpec(
         module=VishwamAILayer,
-        params={"components": layer_components(config, layer, _linears(backend)), "shard": shard},
+        params={
+            "components": layer_components(config, layer, _linears(backend)),
+            "shard": shard,
+            "output_norm": norm if norms_outputs else None,
+            "mask": int(layer_window(model, layer) is not None) if model.layer_pattern else 0,
+        },
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fused else norm,
+            input_layernorm=separate_norm,
             self_attention=ModuleSpec(
                 module=_attention(config.model.attention),
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -71,13 +83,13 @@ def layer_spec(
                     linear_qkv=linear_qkv,
                     core_attention=backend.core_attention(),
                     linear_proj=backend.row_parallel_linear(),
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
+                    q_layernorm=_query_key_norm(backend, model.qk_norm, model.num_attention_heads),
+                    k_layernorm=_query_key_norm(backend, model.qk_norm, model.num_key_value_heads),
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if fused else norm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, use_te_activation_func=not fused),
+            pre_mlp_layernorm=separate_norm,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={}
             if fused
@@ -107,6 +119,12 @@ def layer_components(config: PretrainConfig, layer: int, linears: Linears) -> di
 
         made["cache"] = partial(DifferentiableCacheAugmentation, config.cache, linears=linears)
     return dict(reversed(made.items())) if config.cache.before_memory else made
+
+
+def _query_key_norm(backend: BackendSpecProvider, kind: str, heads: int | None) -> ModuleSpec | type:
+    if kind == "full":
+        return ModuleSpec(module=WidthNorm, params={"heads": heads})
+    return backend.layer_norm(rms_norm=True, for_qk=True) if kind == "head" else IdentityOp
 
 
 def _attention(name: str) -> type[KvSelfAttention]:

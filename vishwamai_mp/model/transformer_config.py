@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config.layer_windows import layer_windows
 from vishwamai_mp.model.rotary import attention_factor
 from vishwamai_mp.precision import PrecisionPolicy, check_fp8_hardware, use_transformer_engine
 from vishwamai_mp.runtime import device, is_accelerator
@@ -31,6 +32,9 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
+        window_attn_skip_freq=[int(window is not None) for window in layer_windows(model)]
+        if model.layer_pattern
+        else None,
         add_qkv_bias=model.attention_bias,
         qk_layernorm=model.qk_norm == "head",  # gradients of these norms are then summed over tensor parallel ranks
         normalization="RMSNorm",

@@ -38,8 +38,10 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     assert model.intermediate_size is not None
     width = model.hidden_size / _sequence_shards(config)
-    # Inputs and outputs of two norms; gate, up and their product; of dropout the masks, which CPUs keep as numbers.
-    linears = tokens * size * (4 * width + 3 * model.intermediate_size / tensor)
+    # Inputs of norms and of linears after them; gate, up and their product; of dropout the masks, which CPUs keep as
+    # numbers.
+    norms = 4 if model.norm_position == "sandwich" else 2
+    linears = tokens * size * ((norms + 2) * width + 3 * model.intermediate_size / tensor)
     if model.hidden_dropout:
         linears += 2 * tokens * width * (1 if on_gpu else size)
     output = tokens * size * query_width(config) / tensor

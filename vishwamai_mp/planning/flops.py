@@ -1,6 +1,7 @@
 """Floating point operations that the model needs, whatever the implementation does beyond them."""
 
 from vishwamai_mp.config import ModelConfig, PretrainConfig, frozen_parts
+from vishwamai_mp.config.layer_windows import layer_windows
 from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token
 from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token
 from vishwamai_mp.planning.parameters import adapter_parameters, attention_matrices, mlp_matrices
@@ -13,10 +14,10 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     embedding look-up costs none; the output layer counts real tokens only.
     """
     assert model.head_dim is not None
-    seen = mean_keys(sequence_length, model.sliding_window)
+    seen = sum(mean_keys(sequence_length, window) for window in layer_windows(model))  # of all layers
     scores_and_values = 2 * 2 * seen * model.num_attention_heads * model.head_dim
-    layer = 2 * (attention_matrices(model) + mlp_matrices(model)) + scores_and_values
-    return model.num_layers * layer + 2 * model.hidden_size * model.vocab_size
+    matrices = 2 * model.num_layers * (attention_matrices(model) + mlp_matrices(model))
+    return matrices + scores_and_values + 2 * model.hidden_size * model.vocab_size
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:

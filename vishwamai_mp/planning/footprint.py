@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step
+from vishwamai_mp.config.layer_windows import layer_windows
 from vishwamai_mp.planning.activations import number_bytes, stage_activations
 from vishwamai_mp.planning.cache_costs import cache_state_bytes
 from vishwamai_mp.planning.fully_sharded_footprint import fully_sharded_parts, shares_parameters
@@ -84,8 +85,8 @@ def inference_bytes(config: PretrainConfig, tokens: int, sequences: int) -> dict
     assert model.head_dim is not None
     parallel = config.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    keys = 2 * model.num_layers * model.num_key_value_heads * model.head_dim * size
-    seen = min(tokens, model.sliding_window or tokens)
+    keys = 2 * model.num_key_value_heads * model.head_dim * size
+    seen = sum(min(tokens, window or tokens) for window in layer_windows(model))
     state = (memory_state_bytes(config.memory) if config.memory.enabled else 0) + cache_state_bytes(
         config.cache, tokens, size
     )

@@ -6,16 +6,18 @@ from vishwamai_mp.planning.neural_memory_costs import memory_parameters
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one transformer layer: attention, SwiGLU and two norms."""
-    return attention_matrices(model) + attention_vectors(model) + mlp_matrices(model) + 2 * model.hidden_size
+    """Parameters of one transformer layer: attention, SwiGLU and norms."""
+    norms = 4 if model.norm_position == "sandwich" else 2
+    return attention_matrices(model) + attention_vectors(model) + mlp_matrices(model) + norms * model.hidden_size
 
 
 def attention_vectors(model: ModelConfig) -> int:
     """Biases of queries, keys and values, and the weights of the norms of queries and keys, of one layer."""
     assert model.num_key_value_heads is not None
     assert model.head_dim is not None
-    heads = model.num_attention_heads + 2 * model.num_key_value_heads if model.attention_bias else 0
-    return model.head_dim * (heads + (2 if model.qk_norm == "head" else 0))
+    queries, keys = model.num_attention_heads, model.num_key_value_heads
+    norms = {"none": 0, "head": 2, "full": queries + keys}[model.qk_norm]
+    return model.head_dim * ((queries + 2 * keys if model.attention_bias else 0) + norms)
 
 
 def attention_matrices(model: ModelConfig) -> int:

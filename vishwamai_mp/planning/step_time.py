@@ -18,6 +18,7 @@ from vishwamai_mp.config import (
     micro_batches_per_step,
     padded_vocab_size,
 )
+from vishwamai_mp.config.layer_windows import layer_windows
 from vishwamai_mp.planning.activations import key_width, query_width, stage_layers
 from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token
 from vishwamai_mp.planning.flops import mean_keys
@@ -147,7 +148,8 @@ def _layer(config: PretrainConfig, machine: Machine) -> tuple[_Pass, _Pass]:
         (model.intermediate_size / tensor, model.hidden_size),
     ]
     products = sum(_product(tokens, *shape, kind, machine) for shape in shapes) + _components(config, machine)
-    seen = mean_keys(config.training.sequence_length, model.sliding_window)
+    windows = layer_windows(model)
+    seen = sum(mean_keys(config.training.sequence_length, window) for window in windows) / len(windows)
     scores = 4 * tokens * seen * queries / tensor / reached(stack, machine.gpu, "attention")
     if parallel.context_parallel_size > 1:
         scores *= stack.context_attention

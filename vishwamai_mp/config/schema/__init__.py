@@ -142,12 +142,16 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     rotary_fraction: PositiveFloat = 1.0  # of a head's width that is turned, its first part
     sliding_window: PositiveInt | None = None  # tokens a token sees, itself included; None: all before it
+    layer_pattern: str | None = None  # repeated over layers, S: with the window, F: without; None: all alike
     attention_dropout: NonNegativeFloat = 0.0
     hidden_dropout: NonNegativeFloat = 0.0
     attention: Annotated[str, _extension("softmax")] = "softmax"  # or package.module:Class, a KvSelfAttention
     initializer_range: PositiveFloat = 0.02  # standard deviation; divided by √(2·num_layers) on residual outputs
     attention_bias: bool = False  # of queries, keys and values
-    qk_norm: Literal["none", "head"] = "none"  # RMSNorm of each head's queries and keys, before they are turned
+    # RMSNorm of queries and keys before they are turned, of each head alone or of all heads together
+    qk_norm: Literal["none", "head", "full"] = "none"
+    # RMSNorm of what attention and MLP are given (pre), of what they add to the residual stream (post), or both
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vishwamai_mp.config import ModelConfig, UserError
-from vishwamai_mp.conversion import rope_scaling
+from vishwamai_mp.conversion import layer_types, rope_scaling
 from vishwamai_mp.conversion.mapping import WeightNames
 
 
@@ -70,6 +70,8 @@ class Family:
         defaults: what transformers takes where `config.json` does not say, if not what a Llama's does.
         only: keys of `config.json` that are refused unless they have one value, and why.
         neutral: keys of `config.json` that change nothing where the others are as they are accepted.
+        default_pattern: `model.layer_pattern` where `layer_types` is not said, of a family whose layers may differ in
+            their window; None: they are all alike.
         written: keys of `config.json` that an export writes as they stand here.
         weights: what its folders call their tensors.
     """
@@ -82,14 +84,16 @@ class Family:
     defaults: ClassVar[Mapping[str, Any]] = {}
     only: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     neutral: ClassVar[frozenset[str]] = frozenset()
+    default_pattern: ClassVar[str | None] = None
     written: ClassVar[Mapping[str, Any]] = {}
     weights: ClassVar[WeightNames] = WeightNames()
 
     @classmethod
     def all_keys(cls) -> tuple[Key, ...]:
         """The family's own keys, and the common ones that they do not replace."""
-        own = {key.ours for key in cls.keys}
-        return (*(key for key in _COMMON if key.ours not in own), *cls.keys)
+        keys = (*cls.keys, Key("sliding_window", "sliding_window")) if cls.default_pattern else cls.keys
+        own = {key.ours for key in keys}
+        return (*(key for key in _COMMON if key.ours not in own), *keys)
 
     @classmethod
     def restricted(cls) -> dict[str, tuple[Any, str]]:
@@ -114,17 +118,21 @@ class Family:
             UserError: a key is missing, or has a value that this package has not.
         """
         config = {**_COMMON_DEFAULTS, **cls.defaults, **config}
+        windows: dict[str, Any] = {}
+        if cls.default_pattern:
+            windows = layer_types.from_hf(config, path, cls.default_pattern)
+            config = layer_types.with_one_rotary(config, path, windows)
         cls._check(config, path)
         model = dict(cls.has)
         for key in cls.all_keys():
             if key.theirs not in config:
                 raise UserError(f"{path} lacks {key.theirs}")
             model[key.ours] = key.read(config[key.theirs])
-        return model | rope_scaling.from_hf(config, path)
+        return model | windows | rope_scaling.from_hf(config, path)
 
     @classmethod
     def _check(cls, config: Mapping[str, Any], path: Path) -> None:
-        layers = set(config.get("layer_types") or ())
+        layers = set(config.get("layer_types") or () if cls.default_pattern is None else ())
         windowed = any(key.ours == "sliding_window" and config.get(key.theirs) is not None for key in cls.keys)
         whole = {"sliding_attention" if windowed else "full_attention"}
         found = {key: (config.get(key), *wanted) for key, wanted in cls.restricted().items()}
@@ -140,12 +148,14 @@ class Family:
     def write(cls, model: ModelConfig) -> dict[str, Any]:
         """Keys of `config.json` for a model that the family can hold; the inverse of `read`."""
         keys = {key.theirs: key.write(getattr(model, key.ours)) for key in cls.all_keys()}
-        return {**keys, "hidden_act": "silu", **rope_scaling.to_hf(model), **cls.written}
+        layers = layer_types.to_hf(model) if cls.default_pattern else {}
+        return {**keys, "hidden_act": "silu", **rope_scaling.to_hf(model), **layers, **cls.written}
 
     @classmethod
     def lacks(cls, model: ModelConfig) -> list[str]:
         """Our keys, with their values, that a folder of this family could not say."""
         said, found = {key.ours for key in cls.all_keys()} | _ELSEWHERE, []
+        said |= {"layer_pattern"} if cls.default_pattern else set()
         for field in fields(ModelConfig):
             value = getattr(model, field.name)
             if field.name not in said and value != cls.has.get(field.name, field.default):

@@ -1,0 +1,17 @@
+"""OLMo 3: an OLMo 2, three of whose four layers attend within a window."""
+
+from vishwamai_mp.conversion.families.family import Family
+from vishwamai_mp.conversion.families.olmo2 import Olmo2
+
+
+class Olmo3(Family):
+    """See the module."""
+
+    architecture = "Olmo3ForCausalLM"
+    model_type = "olmo3"
+    title = "OLMo 3"
+    has = Olmo2.has
+    defaults = {**Olmo2.defaults, "sliding_window": 4096, "rope_theta": 500000.0}
+    default_pattern = "SSSF"
+    written = Olmo2.written
+    weights = Olmo2.weights

@@ -1,0 +1,72 @@
+"""Layers that differ, in `config.json`: `layer_types`, and `rope_parameters` for each type of layer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vishwamai_mp.config import ModelConfig, UserError
+from vishwamai_mp.config.layer_windows import layer_windows
+from vishwamai_mp.conversion import rope_scaling
+from vishwamai_mp.conversion.value_kinds import check_kinds
+
+_LETTERS = {"sliding_attention": "S", "full_attention": "F"}
+
+
+def to_hf(model: ModelConfig) -> dict[str, Any]:
+    """`layer_types`, and `rope_parameters` as transformers 5 has them for layers that differ."""
+    types = ["full_attention" if window is None else "sliding_attention" for window in layer_windows(model)]
+    rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.rope_scaling:
+        rope |= rope_scaling.to_hf(model)["rope_scaling"]
+    return {"layer_types": types, "rope_parameters": dict.fromkeys(_LETTERS, rope)}
+
+
+def from_hf(config: Mapping[str, Any], path: Path, default: str) -> dict[str, Any]:
+    """`sliding_window` and `layer_pattern` of our section `model`.
+
+    Args:
+        config: `config.json`.
+        path: of it, for messages.
+        default: the pattern where it has no `layer_types`.
+    """
+    check_kinds(config, {"num_hidden_layers": (int,), "layer_types": (list,)}, path)
+    layers, window = config.get("num_hidden_layers") or 0, config.get("sliding_window")
+    letters = default[:layers]
+    if types := config.get("layer_types"):
+        if unknown := [kind for kind in types if kind not in _LETTERS]:
+            raise UserError(f"{path}: {unknown[0]!r} in layer_types is not supported; {' and '.join(_LETTERS)} are")
+        if len(types) != layers:
+            raise UserError(f"{path}: {len(types)} layer_types of {layers} layers")
+        letters = "".join(_LETTERS[kind] for kind in types)
+    if "S" not in letters or window is None:
+        return {"sliding_window": None, "layer_pattern": None}
+    if "F" not in letters:
+        return {"sliding_window": window, "layer_pattern": None}
+    whole = len(letters)
+    length = next(n for n in range(2, whole + 1) if (letters[:n] * (whole // n + 1)).startswith(letters))
+    return {"sliding_window": window, "layer_pattern": letters[:length]}
+
+
+def with_one_rotary(config: Mapping[str, Any], path: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` as it would be if all its layers were of one type, whose rotary embeddings are the model's.
+
+    Raises:
+        UserError: the model has layers of two types, which turn queries and keys each in their own way.
+    """
+    kinds = ["full_attention"] if model["sliding_window"] is None else ["sliding_attention"]
+    kinds = ["full_attention", "sliding_attention"] if model["layer_pattern"] else kinds
+    check_kinds(config, {"rope_parameters": (dict,), "rope_scaling": (dict,)}, path)
+    found, nested = dict(config), config.get("rope_parameters") or {}
+    if nested.keys() & _LETTERS.keys():
+        check_kinds(nested, dict.fromkeys(_LETTERS, (dict,)), path)
+        del found["rope_parameters"]
+        each = [dict(nested.get(kind) or {}) for kind in kinds]
+        old = config.get("rope_scaling") or {}
+        each = [one | (old if kind == "full_attention" else {}) for one, kind in zip(each, kinds, strict=True)]
+        if any(one != each[0] for one in each):
+            raise UserError(f"{path}: rope_parameters={nested} is not supported (all layers here turn alike)")
+        found = {**found, "rope_parameters": each[0], "rope_scaling": None}
+        found["rope_theta"] = each[0].get("rope_theta", config.get("rope_theta"))
+    elif config.get("rope_scaling") and len(kinds) > 1:
+        raise UserError(f"{path}: rope_scaling is of layers without a window only (all layers here turn alike)")
+    return found
