@@ -92,3 +92,36 @@ def test_the_tool_takes_a_family_by_name(tmp_path: Path) -> None:
     assert convert("from-hf", "hf", "run")[0] == 0
     assert convert("to-hf", "run", "out", "--family", "MistralForCausalLM")[0] == 0
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+
+
+def test_norms_of_all_heads_are_whole_in_checkpoints(workers: WorkerPool, tmp_path: Path) -> None:
+    switches = ["model.norm_position=post", "model.qk_norm=full"]
+    workers.run(models.save_run, 1, tmp_path / "one", switches)
+    workers.run(models.save_run, 2, tmp_path / "two", [*switches, "parallel.tensor_model_parallel_size=2"])
+    models.assert_equal(*(models.tensors_of(tmp_path / run) for run in ("one", "two")))
+    models.export(tmp_path / "two", tmp_path / "hf")
+    (result,) = workers.run(models.compare_both, 1, tmp_path / "one", tmp_path / "hf", [], 8)
+    assert result.is_equal, result.describe()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.layer_pattern=SF"], "without model.sliding_window"),
+        (["model.layer_pattern=SSX", "model.sliding_window=8"], "write S for each layer with the window"),
+        (["model.layer_pattern=SS", "model.sliding_window=8"], "leave"),
+    ],
+)
+def test_patterns_that_say_nothing_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        models.configure(overrides, 1)
+
+
+def test_layers_that_turn_in_two_ways_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "hf", "Olmo3", num_hidden_layers=4)
+    path = tmp_path / "hf/config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["full_attention"]["rope_theta"] = 7.0
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="all layers here turn alike"):
+        open_folder(tmp_path / "hf")

@@ -147,9 +147,11 @@ def test_a_family_imports_exactly_and_is_exported_as_it_was(workers: WorkerPool,
     models.assert_equal(original, again)
     written = json.loads((tmp_path / "again/config.json").read_text())
     assert written["architectures"] == [f"{family}ForCausalLM"]
-    (result,) = workers.run(models.compare_both, 1, tmp_path / "run", tmp_path / "again", [], 64)
+    # Where frequencies change with a text's length, transformers keeps keys that were turned by the former ones.
+    tokens = 16 if "longrope" in name else 64
+    (result,) = workers.run(models.compare_both, 1, tmp_path / "run", tmp_path / "again", [], tokens)
     assert result.is_equal, result.describe()
-    assert result.tokens == 3 * 64
+    assert result.tokens == 3 * tokens
 
 
 def tensors_of_folder(folder: Path) -> dict[str, torch.Tensor]:
@@ -270,7 +272,7 @@ def test_an_import_that_is_exported_is_the_folder_again(tmp_path: Path) -> None:
         ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM, which has soft-capped logits"),
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel, cannot be converted; Llama, Mistral, Qwen 2, Qwen 3, Phi 3 and 4 can, and families",
+            "GPT2LMHeadModel, cannot be converted; Llama, Mistral, Qwen 2, Qwen 3, Phi 3 and 4, OLMo 2, OLMo 3 can",
         ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "cannot be converted (nearest: Qwen3ForCausalLM)"),
         ({"architectures": None}, "names no architecture"),

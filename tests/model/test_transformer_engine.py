@@ -48,6 +48,14 @@ _CASES: dict[Any, list[Any]] = {
         for size, layout in ((1, []), (16, _TP8_PP2))
     },
     "plain": [1],
+    "norms behind": [2, *_TP2, "model.norm_position=post", "model.qk_norm=full"],
+    "norms on both sides": [
+        2,
+        *_TP2,
+        "model.norm_position=sandwich",
+        "model.sliding_window=7",
+        "model.layer_pattern=SF",
+    ],
     "window": [2, "model.sliding_window=7", _CONTEXT],
     "documents": [1, _DOCUMENTS, "data.reset_position_ids=true"],
     "own positions": [1, "data.reset_position_ids=true"],
@@ -79,6 +87,15 @@ def test_it_holds_the_same_parameters_under_the_same_names(built, precision):
     assert sum(mark[-1] for mark in ours) == 2 * 4 + 1  # the norms see a part of the sequence each
     assert model["without_mask"] == [True, False]
     assert model["rope_fusion"]
+
+
+@pytest.mark.parametrize("case", ["norms behind", "norms on both sides"])
+def test_norms_stand_where_the_cpus_do(built, case):
+    theirs, ours = built[case]["entries"]
+    assert theirs == ours
+    assert built[case]["equal"] == len(ours) == 3 + 8 * 4
+    theirs, ours = built[case]["marks"]
+    assert theirs == ours
 
 
 @pytest.mark.parametrize("world_size", [1, 16])
