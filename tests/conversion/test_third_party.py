@@ -13,6 +13,8 @@ from vishwamai_mp.checkpoint import read_manifest
 from vishwamai_mp.config import UserError, load_config
 from vishwamai_mp.conversion import safetensors_files
 from vishwamai_mp.conversion.dtypes import BF16, FP32
+from vishwamai_mp.conversion.source import open_source
+from vishwamai_mp.conversion.verify import compare
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
@@ -152,6 +154,9 @@ def test_a_family_imports_exactly_and_is_exported_as_it_was(workers: WorkerPool,
     (result,) = workers.run(models.compare_both, 1, tmp_path / "run", tmp_path / "again", [], tokens)
     assert result.is_equal, result.describe()
     assert result.tokens == 3 * tokens
+    if "longrope" in name:
+        with pytest.raises(UserError, match="change their rotary frequencies beyond 64 tokens"):
+            compare(open_source(tmp_path / "run"), tmp_path / "again", [[1] * 60], 16)
 
 
 def tensors_of_folder(folder: Path) -> dict[str, torch.Tensor]:

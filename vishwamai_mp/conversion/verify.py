@@ -21,6 +21,7 @@ from vishwamai_mp.conversion.dtypes import BF16, FP8, DType
 from vishwamai_mp.conversion.families import Family, model_types
 from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.model import VishwamAIModel, build_model
+from vishwamai_mp.model.rotary import frequency_length
 from vishwamai_mp.runtime import distributed_session
 
 _PROMPT_LENGTHS = (3, 17, 40)
@@ -105,7 +106,11 @@ def random_prompts(source: Source, new_tokens: int) -> list[list[int]]:
     """A few short prompts, the same at every call."""
     model = source.config.model
     generator = torch.Generator().manual_seed(0)
-    room = max(1, model.max_position_embeddings - new_tokens)
+    scaling = model.rope_scaling
+    context = model.max_position_embeddings
+    if scaling and scaling.rope_type in ("dynamic", "longrope"):  # see `_check`
+        context = min(context, scaling.original_max_position_embeddings)
+    room = max(1, context - new_tokens)
     return [
         torch.randint(model.vocab_size, (min(length, room),), generator=generator).tolist()
         for length in _PROMPT_LENGTHS
@@ -122,6 +127,14 @@ def _check(source: Source, prompts: Sequence[Sequence[int]], new_tokens: int) ->
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and {new_tokens} new ones exceed the model's context of"
                 f" {model.max_position_embeddings}; shorten the prompt or lower --tokens"
+            )
+        lengths = (len(prompt), len(prompt) + new_tokens)
+        if len({frequency_length(model, length) for length in lengths}) > 1:
+            # One pass turns all tokens as the longest text's; the first new ones were chosen by a shorter one's.
+            assert model.rope_scaling is not None
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and {new_tokens} new ones change their rotary frequencies beyond"
+                f" {model.rope_scaling.original_max_position_embeddings} tokens; shorten the prompt or lower --tokens"
             )
         if cache.enabled and len(prompt) + new_tokens > held:
             # What generation has dropped by then, one pass over the whole text still reads.
