@@ -1,6 +1,7 @@
 """Families by name: which one a model is exported as, and one of the user's own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,8 @@ def test_the_tool_takes_a_family_by_name(tmp_path: Path) -> None:
     def convert(direction: str, load: str, output: str, *more: str) -> tuple[int, str]:
         options = ["--load", str(tmp_path / load), "--output", str(tmp_path / output), *more]
         command = [sys.executable, "tools/convert_checkpoint.py", direction, *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
         return done.returncode, done.stderr
 
     status, said = convert("from-hf", "hf", "run", "--family", SEED_OSS)
