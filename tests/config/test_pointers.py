@@ -1,5 +1,6 @@
 """What git-lfs leaves in place of a file is named by whatever reads the file; nothing takes it for content."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from vishwamai_mp.checkpoint.manifest import FileRecord, check_files, read_manifest
 from vishwamai_mp.config import UserError, load_config
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import is_pointer, refuse_pointer
 from vishwamai_mp.data.indexed import check_indexed
 from vishwamai_mp.data.json_vocabulary import read_settings
 from vishwamai_mp.data.lines import json_records, text_lines
@@ -73,3 +74,9 @@ def test_a_pointer_in_a_checkpoint_is_named(tmp_path: Path) -> None:
 def test_what_only_begins_like_one_is_content(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(POINTER + "and so on, for longer than any pointer\n" * 40)
     refuse_pointer(tmp_path / "a.txt")
+
+
+def test_a_pipe_is_not_read_to_find_out(tmp_path):
+    """What is read of it is gone; and opening one that nobody writes to waits for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    assert not is_pointer(tmp_path / "pipe")

@@ -61,7 +61,7 @@ class Machine:
 
     def words(self, rank: int) -> memoryview:
         path = shared.file_of(self.folder, rank)
-        while not path.exists():
+        while not path.exists() or not path.stat().st_size:  # made, and then as long as it will be
             time.sleep(0.02)
         return shared.map_words(path)
 

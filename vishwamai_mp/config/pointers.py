@@ -11,8 +11,10 @@ _MOST_BYTES = 1024  # of a pointer, git-lfs's own limit
 def is_pointer(path: Path) -> bool:
     """Whether `path` is what git-lfs puts in place of a large file that it has not downloaded.
 
-    A file that cannot be read is none: its reader says why.
+    A file that cannot be read is none: its reader says why. Nor is a pipe, which can be read once only.
     """
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
