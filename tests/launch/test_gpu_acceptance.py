@@ -13,6 +13,7 @@ from vishwamai_mp.launch.gpu_acceptance import (
     Verdict,
     compare_losses,
     compare_speed,
+    component_trials,
     layouts,
     speed_trials,
     write_results,
@@ -33,7 +34,7 @@ def test_the_plan_runs_in_simulation(tmp_path):
     assert not found["trust"]  # a simulation says nothing about a machine
     states = {verdict["check"]: verdict["state"] for verdict in found["verdicts"]}
     assert [name for name, state in states.items() if state == "passed"] == [
-        *(f"layout: {trial.name}" for trial in layouts(2)),
+        *(f"layout: {trial.name}" for trial in [*layouts(2), *component_trials(2)]),
         *(f"speed: {trial.name}" for trial in speed_trials(2)),
     ]
     assert "simulated" in (tmp_path / "acceptance.html").read_text()
@@ -51,7 +52,7 @@ def test_a_mistake_is_a_line(tmp_path, arguments, message):
 @pytest.mark.parametrize("gpus", [1, 2, 3, 8])
 def test_every_trial_is_possible(tmp_path, gpus):
     acceptance = Acceptance(tmp_path, gpus)
-    for trial in [*layouts(gpus), *speed_trials(gpus)]:
+    for trial in [*layouts(gpus), *component_trials(gpus), *speed_trials(gpus)]:
         assert trial.gpus <= gpus
         acceptance.config(trial)
 

@@ -47,7 +47,7 @@ def everything(rule: Any, inputs: dict[str, Any], starts: Tensor | None, state: 
     leaves = [x.requires_grad_() for x in leaves]
     outputs, final, surprise = rule(**inputs, starts=starts, state=state, **options)
     generator = torch.Generator().manual_seed(1)
-    draw = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (*outputs, final)]
+    draw = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (*outputs, final)]
     loss = sum((x * weight).sum() for x, weight in zip((*outputs, final), draw, strict=True))
     return [*outputs, final, surprise, *torch.autograd.grad(loss, leaves)]
 

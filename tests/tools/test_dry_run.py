@@ -13,7 +13,7 @@ from vishwamai_mp.planning.footprint_advice import stage_memory
 from vishwamai_mp.planning.parameters import total_parameters
 from vishwamai_mp.planning.states import WORKSPACE
 from vishwamai_mp.runtime.fused_layers import python_folder
-from vishwamai_mp.training.shard_tiling import shard_faults
+from vishwamai_mp.training.shard_tiling import Box, shard_faults
 
 _TOOL = Path(__file__).resolve().parents[2] / "tools" / "dry_run.py"
 
@@ -89,7 +89,7 @@ def test_all_ranks_shards_make_up_the_model(recipe):
 
 
 def test_what_is_missing_and_what_is_held_twice_is_a_fault():
-    halves = [(((0, 2), (0, 3)), 0), (((2, 4), (0, 3)), 1)]
+    halves: list[tuple[Box, int]] = [(((0, 2), (0, 3)), 0), (((2, 4), (0, 3)), 1)]
     assert list(shard_faults("w", (4, 3), halves)) == []
     assert list(shard_faults("w", (4, 3), halves[:1])) == ["w: 6 of 12 numbers are on no rank"]
     assert "ranks 0 and 1 both hold" in next(shard_faults("w", (4, 3), [halves[0], (((1, 4), (0, 3)), 1)]))

@@ -35,6 +35,11 @@ _LOSS = 5e-3  # by which losses of two layouts may differ in bf16, as a share
 _RESUMED = 1e-3  # by which those of a resumed run may: GPUs add up in no fixed order
 _SPEED, _MEMORY = 0.5, 1.15  # of what is predicted: at least so fast, at most so much
 _SECONDS = 240  # that a trial may take; a GPU that hangs must not hold the rest up
+# Transformer Engine's quantizers against the emulation, and the memory's kernels against torch's operators.
+_TESTS = {
+    "FP8 operands": "tests/precision/test_gpu.py",
+    "memory kernels": "tests/neural_memory/test_kernels_on_gpu.py",
+}
 _RECIPE: dict[str, Any] = {
     "model": {
         "hidden_size": 512,
@@ -105,6 +110,14 @@ def layouts(gpus: int) -> list[Trial]:
     return found
 
 
+def component_trials(gpus: int) -> list[Trial]:
+    """Runs with memory and cache that must show the same losses; the first is on one GPU."""
+    components = ("memory.enabled=true", "memory.layers=[1]", "cache.enabled=true", "cache.layers=[2]")
+    settings = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+    found = [Trial("memory and cache", 1, components), Trial("memory and cache, tensor", 2, (*components, *settings))]
+    return [trial for trial in found if trial.gpus <= gpus]
+
+
 def speed_trials(gpus: int) -> list[Trial]:
     """Runs whose speed and memory are compared with what is predicted: on all GPUs, as replicas."""
     large = (*_LARGE, f"training.global_batch_size={4 * gpus}")
@@ -165,12 +178,11 @@ class Acceptance:
 
     def judged(self) -> list[Verdict]:
         """All checks, on the GPUs."""
-        verdicts = [self._operands()]
-        expected: list[float] = []
-        for trial in layouts(self.gpus):
-            losses = [record["lm_loss"] for record in self._train(trial)]
-            expected = expected or losses
-            verdicts.append(compare_losses(f"layout: {trial.name}", losses, expected, _LOSS))
+        verdicts = [self._tested(check, tests) for check, tests in _TESTS.items()]
+        for trials in (layouts(self.gpus), component_trials(self.gpus)):
+            curves = [[record["lm_loss"] for record in self._train(trial)] for trial in trials]
+            for trial, losses in zip(trials, curves, strict=True):
+                verdicts.append(compare_losses(f"layout: {trial.name}", losses, curves[0], _LOSS))
         verdicts.append(self._resumed(layouts(self.gpus)[-1]))
         for trial in speed_trials(self.gpus):
             records = self._train(trial)
@@ -189,8 +201,9 @@ class Acceptance:
         doubled = transformer_engine_double.install()
         from vishwamai_mp.training.dry_run import dry_run  # after the double
 
-        verdicts = [Verdict("FP8 operands", "does not apply", "a simulation has no values")]
-        for kind, trials in (("layout", layouts(self.gpus)), ("speed", speed_trials(self.gpus))):
+        verdicts = [Verdict(check, "does not apply", "a simulation has no values") for check in _TESTS]
+        agreeing = [*layouts(self.gpus), *component_trials(self.gpus)]
+        for kind, trials in (("layout", agreeing), ("speed", speed_trials(self.gpus))):
             for trial in trials:
                 found = dry_run(self.config(trial), trial.gpus, 0)
                 sound = found.updated and sum(found.host_waits.values()) == 1
@@ -201,16 +214,15 @@ class Acceptance:
         verdicts.append(Verdict("save and resume", "does not apply", "a simulation has no values"))
         return verdicts
 
-    def _operands(self) -> Verdict:
-        """Transformer Engine's quantizers against the emulation, by the tests of this checkout."""
-        tests = _HERE / "tests" / "precision" / "test_gpu.py"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    def _tested(self, check: str, tests: str) -> Verdict:
+        """By tests of this checkout that need a GPU."""
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(_HERE / tests)]
         run = subprocess.run(command, cwd=_HERE, capture_output=True, text=True)
-        write_whole(self.folder / "operands.log", run.stdout + run.stderr)
+        write_whole(self.folder / f"{check.replace(' ', '-')}.log", run.stdout + run.stderr)
         lines = run.stdout.splitlines()
         says = lines[-1].strip("= ") if lines else "pytest did not run"
         passed = run.returncode == 0 and "passed" in says
-        return Verdict("FP8 operands", "passed" if passed else "failed", says)
+        return Verdict(check, "passed" if passed else "failed", says)
 
     def _resumed(self, trial: Trial) -> Verdict:
         """A run that goes on from a checkpoint in the middle, against the same run undisturbed."""
