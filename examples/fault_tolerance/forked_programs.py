@@ -40,7 +40,7 @@ def begin() -> None:
 
 
 def _start(process: Any, args: Any, *rest: Any) -> None:
-    """What `subprocess.Popen` calls to start its process."""
+    """What `subprocess.Popen` calls to start its process; `rest` as Python 3.11 and 3.12 order it."""
     module = _module(args)
     if module is None:
         _execute(process, args, *rest)

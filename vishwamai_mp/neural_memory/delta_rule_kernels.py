@@ -65,6 +65,25 @@ def _state(states, place, lines, columns, width, value_width):
 
 
 @triton.jit
+def _load_state(states, number, lines, columns, width, value_width, MOMENTUM: tl.constexpr):
+    """(lines, columns) of M and S of a state; M twice where there is no momentum."""
+    place, inside = _state(states, number * (2 if MOMENTUM else 1), lines, columns, width, value_width)
+    memory = tl.load(place, inside, 0.0)
+    momentum = memory
+    if MOMENTUM:
+        momentum = tl.load(place + width * value_width, inside, 0.0)
+    return memory, momentum
+
+
+@triton.jit
+def _put_state(states, number, lines, columns, width, value_width, memory, momentum, MOMENTUM: tl.constexpr):
+    place, inside = _state(states, number * (2 if MOMENTUM else 1), lines, columns, width, value_width)
+    tl.store(place, memory, inside)
+    if MOMENTUM:
+        tl.store(place + width * value_width, momentum, inside)
+
+
+@triton.jit
 def _gate(gate, tokens, row, rows_total, inside):
     return tl.load(gate + tokens.to(tl.int64) * rows_total + row, inside, 0.0).to(tl.float32)
 
@@ -255,13 +274,8 @@ def scan(
 ):  # fmt: skip
     """U, what is read, the last state and Σ‖u‖². Grid: (value blocks, E)."""
     row = tl.program_id(1)
-    parts: tl.constexpr = 2 if MOMENTUM else 1
     lines, cols = tl.arange(0, KP), tl.program_id(0) * VB + tl.arange(0, VB)
-    place, inside = _state(state, row * parts, lines, cols, width, value_width)
-    memory = tl.load(place, inside, 0.0)
-    momentum = memory
-    if MOMENTUM:
-        momentum = tl.load(place + width * value_width, inside, 0.0)
+    memory, momentum = _load_state(state, row, lines, cols, width, value_width, MOMENTUM)
     missed = tl.zeros((VB,), tl.float32)
     for n in range(chunks):
         tokens = n * C + tl.arange(0, C)
@@ -293,10 +307,7 @@ def scan(
             found = tl.dot(weights, update, found, input_precision=PRECISION)
             _put_tile(out, row, rows_total * value_width, value_width, tokens, cols, length, value_width, found)
         memory, momentum = _carry_on(columns, chunk, key, update, memory, momentum, C, MOMENTUM, PRECISION)
-    place, inside = _state(final, row * parts, lines, cols, width, value_width)
-    tl.store(place, memory, inside)
-    if MOMENTUM:
-        tl.store(place + width * value_width, momentum, inside)
+    _put_state(final, row, lines, cols, width, value_width, memory, momentum, MOMENTUM)
     tl.store(surprise + row * tl.num_programs(0) + tl.program_id(0), tl.sum(missed, 0))
 
 
@@ -308,20 +319,12 @@ def states(
 ):  # fmt: skip
     """The state before each chunk, from U. Grid: (value blocks, E)."""
     row = tl.program_id(1)
-    parts: tl.constexpr = 2 if MOMENTUM else 1
     lines, cols = tl.arange(0, KP), tl.program_id(0) * VB + tl.arange(0, VB)
-    place, inside = _state(state, row * parts, lines, cols, width, value_width)
-    memory = tl.load(place, inside, 0.0)
-    momentum = memory
-    if MOMENTUM:
-        momentum = tl.load(place + width * value_width, inside, 0.0)
+    memory, momentum = _load_state(state, row, lines, cols, width, value_width, MOMENTUM)
     for n in range(chunks):
         tokens = n * C + tl.arange(0, C)
         chunk = row * chunks + n
-        place, inside = _state(before, chunk * parts, lines, cols, width, value_width)
-        tl.store(place, memory, inside)
-        if MOMENTUM:
-            tl.store(place + width * value_width, momentum, inside)
+        _put_state(before, chunk, lines, cols, width, value_width, memory, momentum, MOMENTUM)
         key = _tile(keys, row, key_token, key_row, tokens, lines, length, width)
         update = _tile(updates, row, value_width, chunks * C * value_width, tokens, cols, chunks * C, value_width)
         memory, momentum = _carry_on(columns, chunk, key, update, memory, momentum, C, MOMENTUM, PRECISION)
@@ -337,21 +340,13 @@ def scan_back(
 ):  # fmt: skip
     """Gradients of the state after each chunk, of θV − W Z, and of v. Grid: (value blocks, E)."""
     row = tl.program_id(1)
-    parts: tl.constexpr = 2 if MOMENTUM else 1
     lines, cols = tl.arange(0, KP), tl.program_id(0) * VB + tl.arange(0, VB)
-    place, inside = _state(d_final, row * parts, lines, cols, width, value_width)
-    d_memory = tl.load(place, inside, 0.0)
-    d_momentum = d_memory
-    if MOMENTUM:
-        d_momentum = tl.load(place + width * value_width, inside, 0.0)
+    d_memory, d_momentum = _load_state(d_final, row, lines, cols, width, value_width, MOMENTUM)
     for back in range(chunks):
         n = chunks - 1 - back
         tokens = n * C + tl.arange(0, C)
         chunk = row * chunks + n
-        place, inside = _state(d_after, chunk * parts, lines, cols, width, value_width)
-        tl.store(place, d_memory, inside)
-        if MOMENTUM:
-            tl.store(place + width * value_width, d_momentum, inside)
+        _put_state(d_after, chunk, lines, cols, width, value_width, d_memory, d_momentum, MOMENTUM)
         key = _tile(keys, row, key_token, key_row, tokens, lines, length, width)
         scale = _column(columns, chunk, 6, C)
         worth = scale * _column(columns, chunk, 4, C)
@@ -389,10 +384,7 @@ def scan_back(
         if MOMENTUM:
             before_s = (erase * _column(columns, chunk, 3, C))[:, None]
             d_momentum = tl.dot(across, before_s * found, d_momentum, input_precision=PRECISION)
-    place, inside = _state(d_state, row * parts, lines, cols, width, value_width)
-    tl.store(place, d_memory, inside)
-    if MOMENTUM:
-        tl.store(place + width * value_width, d_momentum, inside)
+    _put_state(d_state, row, lines, cols, width, value_width, d_memory, d_momentum, MOMENTUM)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from vishwamai_mp.runtime.simulated.kernel import launch
 
 _WIDEST = 128
 WARPS = 8
+_COLUMNS = 16  # of the state, for one program that goes from chunk to chunk; with 32 it spills five times as much
 
 
 def supports(reads: Sequence[Tensor], keys: Tensor, values: Tensor) -> bool:
@@ -224,7 +225,7 @@ class Launches:
         values = {
             "KP": self.key_block,
             "VP": self.value_block,
-            "VB": min(32, self.value_block),
+            "VB": min(_COLUMNS, self.value_block),
             "READS": len(self.reads),
             "MOMENTUM": self.log_momentum is not None,
             "STARTS": self.starts is not None,
@@ -232,7 +233,7 @@ class Launches:
         return {"C": self.chunk, **{name: values[name] for name in names}, "PRECISION": self.precision}
 
     def _columns_grid(self) -> tuple[int, int]:
-        return -(-self.value_width // min(32, self.value_block)), self.rows
+        return -(-self.value_width // min(_COLUMNS, self.value_block)), self.rows
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty((self.rows, *shape), dtype=torch.float32, device=self.keys.device)
