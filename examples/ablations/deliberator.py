@@ -121,7 +121,7 @@ def deliberate(
     """
     length = tokens.shape[1]
     with torch.no_grad():
-        embedded = model.embedding(tokens, position_ids=None)
+        embedded = model.embed(tokens)
         row = torch.arange(length, device=tokens.device)
         plain = (row[:, None] >= row) & (row[:, None] - row < (window or length))
         hidden = model.decoder(embedded, plain[None, None], rotary_pos_emb=model.rotary(row, length))

@@ -32,12 +32,14 @@ SWITCHES = {
     "model.vocab_size": 251,
     "model.max_position_embeddings": 256,
     "model.tie_word_embeddings": True,
+    "model.embedding_multiplier": ALONE,
     "model.rms_norm_eps": 1e-3,
     "model.rope_theta": 500.0,
     "model.rope_scaling": "{rope_type: llama3, factor: 8, original_max_position_embeddings: 64}",
     "model.rotary_fraction": ALONE,
     "model.sliding_window": 24,
     "model.layer_pattern": ALONE,
+    "model.attention_multiplier": ALONE,
     "model.attention_dropout": TRAINING,
     "model.hidden_dropout": TRAINING,
     "model.attention": REFUSED,
@@ -118,6 +120,8 @@ def test_what_the_exported_code_has_not_is_refused_by_name(override: str) -> Non
     [
         ("layer_pattern=SF", ["model.sliding_window=8", "model.layer_pattern=SF"]),
         ("norm_position=post", ["model.qk_norm=full", "model.norm_position=post"]),
+        ("embedding_multiplier=2.0", ["model.embedding_multiplier=2"]),
+        ("attention_multiplier=0.3", ["model.attention_multiplier=0.3"]),
     ],
 )
 def test_the_exported_code_has_not_what_only_other_families_have(key: str, overrides: list[str]) -> None:

@@ -39,7 +39,7 @@ def both_ways(window: int | None) -> tuple[Tensor, Tensor, bool]:
     assert thinker.latents.grad is not None
     trained = thinker.latents.grad.abs().min() > 0 and all(p.grad is None for p in model.parameters())
     alone = []
-    embedded = model.embedding(tokens, position_ids=None)
+    embedded = model.embed(tokens)
     for i, p in enumerate(POSITIONS.tolist()):
         row = torch.cat((embedded[: p + 1], thinker.latents[i], embedded[p + 1 : p + AHEAD]))
         place = torch.arange(len(row))

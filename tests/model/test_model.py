@@ -39,6 +39,11 @@ def hugging_face(model: ModelConfig) -> Any:
         **lengths,
         "attn_implementation": "eager",
     }
+    if model.attention_multiplier:
+        llama = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+        for layer in llama.model.layers:
+            layer.self_attn.scaling = model.attention_multiplier
+        return llama
     if model.sliding_window:
         return MistralForCausalLM(MistralConfig(**shape, sliding_window=model.sliding_window)).eval()
     return LlamaForCausalLM(LlamaConfig(**shape)).eval()
@@ -53,6 +58,7 @@ def hugging_face_names(weights: dict[str, Tensor], model: ModelConfig) -> dict[s
         "model.norm.weight": weights["decoder.final_layernorm.weight"],
     }
     named["lm_head.weight"] = weights.get("output_layer.weight", named["model.embed_tokens.weight"])
+    named["model.embed_tokens.weight"] = named["model.embed_tokens.weight"] * (model.embedding_multiplier or 1)
     for i in range(model.num_layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         # Rows of a group: its queries' heads, then its key's, then its value's.
@@ -84,6 +90,7 @@ _VARIANTS = {
     ],
     "dynamic": ["model.rope_scaling={rope_type: dynamic, factor: 4.0, original_max_position_embeddings: 16}"],
     "window": ["model.sliding_window=7"],
+    "multipliers": ["model.embedding_multiplier=5", "model.attention_multiplier=2"],
 }
 
 

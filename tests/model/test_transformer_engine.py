@@ -55,6 +55,7 @@ _CASES: dict[Any, list[Any]] = {
         "model.norm_position=sandwich",
         "model.sliding_window=7",
         "model.layer_pattern=SF",
+        "model.attention_multiplier=2",
     ],
     "window": [2, "model.sliding_window=7", _CONTEXT],
     "documents": [1, _DOCUMENTS, "data.reset_position_ids=true"],
@@ -130,6 +131,10 @@ def test_windows_and_context_parallelism_are_its_own(built):
     assert built["window"]["window"] == [6, 0]
     assert built["window"]["cp_comm_type"] == "all_gather"
     assert built["plain"]["window"] == [-1, 0]
+
+
+def test_scores_are_multiplied_as_the_model_says(built):
+    assert [built[case]["scale"] for case in ("norms on both sides", "plain")] == [2.0, 0.5]
 
 
 def test_documents(built):

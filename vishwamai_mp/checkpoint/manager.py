@@ -51,7 +51,7 @@ _SHAPE_KEYS = (
 )
 _BEHAVIOUR_KEYS = (
     *("rms_norm_eps", "rope_theta", "rope_scaling", "rotary_fraction"),
-    *("sliding_window", "layer_pattern"),
+    *("sliding_window", "layer_pattern", "embedding_multiplier", "attention_multiplier"),
 )
 
 

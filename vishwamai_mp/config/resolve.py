@@ -135,8 +135,12 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
         if getattr(model, name) >= 1:
             raise ConfigError(f"model.{name}={getattr(model, name)}: a probability; use a number from 0 to below 1")
     check_layer_pattern(model)
+    # What is so without it is left unsaid, so that a model that only says it differs from none.
+    embedding, attention = model.embedding_multiplier, model.attention_multiplier
     return replace(
         model,
+        embedding_multiplier=None if embedding == 1 else embedding,
+        attention_multiplier=None if attention and math.isclose(attention, 1 / math.sqrt(head_dim)) else attention,
         rope_scaling=model.rope_scaling and resolve_scaling(model.rope_scaling),
         num_key_value_heads=groups,
         head_dim=head_dim,

@@ -247,14 +247,19 @@ def _logits(model: VishwamAIModel, row: Tensor, vocab_size: int) -> Tensor:
 
 
 def _layer_outputs(model: Any, row: Tensor) -> list[Tensor]:
-    """What the embedding and each layer of the checkpoint's model put out, (1, T, D) each."""
+    """What the first layer of the checkpoint's model is given, and what each layer puts out, (1, T, D) each."""
     outputs: list[Tensor] = []
+
+    def record_input(module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
+        outputs.append(options["hidden_states"].transpose(0, 1))
 
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         outputs.append(hidden.transpose(0, 1))
 
-    with _hooks(part.register_forward_hook(record) for part in (model.embedding, *model.decoder.layers)):
+    layers = list(model.decoder.layers)
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    with _hooks([layers[0].register_forward_pre_hook(record_input, with_kwargs=True), *handles]):
         model(row[None])
     return outputs
 
@@ -270,7 +275,11 @@ def _worst(model: Any, row: Tensor, outputs: Sequence[Tensor], logits: Tensor) -
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
         own.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = [part.register_forward_hook(record) for part in (model.model.embed_tokens, *layers)]
+    def record_input(module: nn.Module, inputs: Any) -> None:
+        own.append(inputs[0])
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    handles.append(layers[0].register_forward_pre_hook(record_input))  # before it is fed something else
     handles += [layer.register_forward_pre_hook(feed(x)) for layer, x in zip(layers, outputs, strict=False)]
     handles.append(model.model.norm.register_forward_pre_hook(feed(outputs[-1])))
     with _hooks(handles):

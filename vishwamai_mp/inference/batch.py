@@ -37,6 +37,8 @@ class Batch:
 
     def __init__(self, work: Work, pool: BlockPool, settings: ModelConfig, first_layer: int) -> None:
         assert settings.num_key_value_heads is not None
+        assert settings.head_dim is not None
+        self.scale = settings.attention_multiplier or 1 / math.sqrt(settings.head_dim)
         self.settings, self.repeat = settings, settings.num_attention_heads // settings.num_key_value_heads
         self.pool, self.first_layer = pool, first_layer
         self.device, self.dtype = pool.keys_and_values.device, pool.keys_and_values.dtype
@@ -144,7 +146,7 @@ class Batch:
             k, v = collect(reads.own, kv)[..., : reads.count, :].unbind(2)
             if reads.common is None:
                 return self._softmax_attention(q_BGRK, k, v, reads.mask)
-        q = (q_BGRK * (1 / math.sqrt(q_BGRK.shape[-1]))).to(wide)
+        q = (q_BGRK * self.scale).to(wide)
         scores = reads.scores(q, kv) if in_place else q @ k.to(wide).mT
         scores = scores if reads.mask is None else scores.masked_fill(~reads.mask, -math.inf)
         if reads.common is None:
@@ -182,5 +184,6 @@ class Batch:
             v.to(wide),
             attn_mask=mask,
             is_causal=causal,
+            scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         ).to(self.dtype)

@@ -53,10 +53,11 @@ class DirectLayer:
         attention, mlp, config = layer.self_attention, layer.mlp, layer.config
         if not (type(layer) is VishwamAILayer and type(attention) is KvSelfAttention and type(mlp) is MLP):
             return False
+        scale = config.softmax_scale or 1 / math.sqrt(attention.hidden_size_per_attention_head)
         columns, rows = (attention.linear_qkv, mlp.linear_fc1), (attention.linear_proj, mlp.linear_fc2)
         return (
             type(attention.core_attention) is CoreAttention
-            and attention.core_attention.scale == 1 / math.sqrt(attention.hidden_size_per_attention_head)
+            and attention.core_attention.scale == scale
             and not hasattr(layer, "mlp_output_norm")
             and _is_identity(attention.q_layernorm)
             and _is_identity(attention.k_layernorm)

@@ -50,7 +50,7 @@ class Stage:
             hidden_ND: of the stage before; None on the first.
             wanted: tokens by number; None: all.
         """
-        x = self.model.embedding(batch.tokens[None], position_ids=None)[:, 0] if hidden_ND is None else hidden_ND
+        x = self.model.embed(batch.tokens[None])[:, 0] if hidden_ND is None else hidden_ND
         angles = None
         if batch.frequency_lengths is None:
             turn = self._cosine[batch.positions], self._sine[batch.positions]

@@ -116,7 +116,7 @@ class VishwamAIModel(GPTModel):
             tokens = tokens[:, local]
             labels = labels if labels is None else labels[:, local]
         hidden = self.decoder(
-            hidden_states=self.embedding(tokens, position_ids=None) if self.pre_process else None,
+            hidden_states=self.embed(tokens) if self.pre_process else None,
             attention_mask=self._mask(local, torch.cat(keys), document_ids),
             rotary_pos_emb=self.rotary(local if position_ids is None else position_ids[:, local], whole.shape[1]),
             context=document_ids,
@@ -137,7 +137,7 @@ class VishwamAIModel(GPTModel):
         if not self.pre_process:
             self.decoder.input_tensor = self.decoder.input_tensor.reshape(-1, 1, self.config.hidden_size)
         hidden = self.decoder(
-            hidden_states=self.embedding(tokens.reshape(1, -1), position_ids=None) if self.pre_process else None,
+            hidden_states=self.embed(tokens.reshape(1, -1)) if self.pre_process else None,
             attention_mask=None,
             # Each document is turned from position 0 on: attention sees differences of positions only.
             rotary_pos_emb=self.rotary(torch.arange(length, device=tokens.device), length),
@@ -171,6 +171,14 @@ class VishwamAIModel(GPTModel):
         if self.value_head is None or not (self.training and torch.is_grad_enabled()):
             return losses
         return self.value_head.add_loss(losses, hidden, tokens, document_ids, verdicts)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first layer is given of token ids (B, Q): (Q, B, D)."""
+        embedded, multiplier = self.embedding(tokens, position_ids=None), self.model_config.embedding_multiplier
+        if multiplier is None:
+            return embedded
+        # Rounded as the embedding is, which is how transformers multiplies in 16 bits.
+        return embedded * float(torch.tensor(multiplier, dtype=embedded.dtype, device="cpu"))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the last stage's normed hidden states (Q, B, D): (Q, B, V)."""

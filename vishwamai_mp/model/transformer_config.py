@@ -28,6 +28,7 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_key_value_heads,
         kv_channels=model.head_dim,
+        softmax_scale=model.attention_multiplier,
         ffn_hidden_size=model.intermediate_size,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,

@@ -137,12 +137,14 @@ class ModelConfig:
     vocab_size: PositiveInt = 8192
     max_position_embeddings: PositiveInt = 2048
     tie_word_embeddings: bool = False
+    embedding_multiplier: PositiveFloat | None = None  # of the input embedding's output; 1
     rms_norm_eps: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
     rotary_fraction: PositiveFloat = 1.0  # of a head's width that is turned, its first part
     sliding_window: PositiveInt | None = None  # tokens a token sees, itself included; None: all before it
     layer_pattern: str | None = None  # repeated over layers, S: with the window, F: without; None: all alike
+    attention_multiplier: PositiveFloat | None = None  # of products of queries and keys; 1 / √head_dim
     attention_dropout: NonNegativeFloat = 0.0
     hidden_dropout: NonNegativeFloat = 0.0
     attention: Annotated[str, _extension("softmax")] = "softmax"  # or package.module:Class, a KvSelfAttention
