@@ -11,13 +11,14 @@ Lengths are in tokens, times in seconds. An option that the strategy has no use 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vishwamai_mp.config import UserError
+from vishwamai_mp.config import UserError, run_program
 from vishwamai_mp.opening import find_run
 
 if TYPE_CHECKING:
@@ -218,6 +219,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:  # no launcher waits for an exit status
+        run_program(main)  # imports torch only when the command line is sound
     from vishwamai_mp.runtime.failure import run_distributed_program
 
     run_distributed_program(main)

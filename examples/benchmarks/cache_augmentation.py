@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from turns import say_ratio
 
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.runtime import Runtime, distributed_session
@@ -126,6 +127,8 @@ def cost(module: nn.Module, width: int, tokens: int, rounds: int) -> None:
     for name in arms:
         against = f"{seconds[name] / seconds['cache']:6.1f} × time {kept[name] / kept['cache']:6.1f} × activations"
         print(f"  {name:12} {seconds[name]:7.2f} s {kept[name] / 2**20:9.1f} MiB   {against}")
+    for name in list(arms)[1:]:
+        say_ratio(f"CPU time at {tokens} tokens, {name} attention / cache", seconds[name] / seconds["cache"])
 
 
 def alternate(arms: Mapping[str, Callable[[], tuple[float, float]]], rounds: int) -> list[dict[str, float]]:
@@ -145,6 +148,7 @@ def growth(module: nn.Module, width: int) -> None:
         print(f"  {tokens:6} tokens {seconds[tokens]:7.3f} s  {1e6 * seconds[tokens] / tokens:6.1f} µs/token")
     slope = math.log2(seconds[LENGTHS[-1]] / seconds[LENGTHS[-4]]) / 3
     print(f"  from {LENGTHS[-4]} to {LENGTHS[-1]} tokens time grows as their power {slope:.2f}")
+    say_ratio("power of the tokens that the cache's time grows as", slope)
     plot(seconds, width)
 
 

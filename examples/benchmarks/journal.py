@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from turns import say_ratio
 
 from vishwamai_mp.config import load_config, resolve, run_program
 from vishwamai_mp.data.batches import DocumentRules, make_batch
@@ -44,9 +45,10 @@ def main() -> None:
 def join_and_measure(rank: int, store: str, name: str, steps: int) -> None:
     """Be one of the two ranks."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    text, _ = measure(name, steps)
+    text, share = measure(name, steps)
     if rank == 0:
         print(text)
+        say_ratio("time of the journal / a step", share)
 
 
 def measure(name: str | dict, steps: int, overrides: Sequence[str] = ()) -> tuple[str, float]:

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from turns import say_ratio
+
 WIDTH, LENGTH, BATCH = 256, 1024, 2
 MODULES = ("titans-pytorch", "ours, 1 level", "ours, 3 levels")
 RULES = tuple(f"{name}, {heads} heads" for heads in (1, 2, 4) for name in ("megatron-core rule", "our rule"))
@@ -257,6 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f" {reference[arm]}: {beside['cpu_seconds'] / figures['cpu_seconds']:5.2f} × less CPU,"
             f" {beside['peak_mib'] / figures['peak_mib']:5.2f} × less memory"
         )
+        if beside is not figures:
+            say_ratio(f"CPU time, {reference[arm]} / {arm}", beside["cpu_seconds"] / figures["cpu_seconds"])
     if options.lengths:
         lengths: dict[str, dict[str, float]] = {}
         for length in LENGTHS:  # one at a time: the longest need the memory for themselves

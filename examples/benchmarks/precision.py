@@ -9,24 +9,16 @@ fast a GPU would be. Fails if a recipe's step takes more than `--most` times bf1
 """
 
 import argparse
-import itertools
-from collections.abc import Callable
 from typing import get_args
 
 import torch
-from turns import alternate
+from random_steps import random_step
+from turns import alternate, say_ratio
 
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.config.errors import UserError, run_program
 from vishwamai_mp.config.schema import Precision
 from vishwamai_mp.runtime import distributed_session, multiplies_natively
-
-# isort: split
-from vishwamai_mp.data.batches import BatchStream, DocumentRules
-from vishwamai_mp.model import build_model
-from vishwamai_mp.runtime import Runtime
-from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
-from vishwamai_mp.training.step import TrainStep
 
 BATCH, LENGTH, VOCABULARY = 4, 512, 8192
 _SETTINGS = ["bf16", *(precision for precision in get_args(Precision) if precision.startswith("fp8"))]
@@ -40,7 +32,7 @@ def main() -> None:
     parser.add_argument("--most", type=float, default=2.0, help="highest ratio to bf16 (default: 2)")
     options = parser.parse_args()
     with distributed_session(configuration("bf16", options.layers, options.threads)) as runtime:
-        arms = {name: arm(configuration(name, options.layers, options.threads), runtime) for name in _SETTINGS}
+        arms = {name: random_step(configuration(name, options.layers, options.threads), runtime) for name in _SETTINGS}
         seconds = alternate(arms, options.rounds)
     how = "in bf16" if multiplies_natively(torch.bfloat16) else "in fp32: this CPU has no bf16 matrix product"
     print(
@@ -49,6 +41,8 @@ def main() -> None:
     )
     for name in _SETTINGS:
         print(f"  {name:14} {1e3 * seconds[name]:8.1f} ms/step   {seconds[name] / seconds['bf16']:.2f} × bf16")
+    for name in _SETTINGS[1:]:
+        say_ratio(f"time of a step, {name} / bf16", seconds[name] / seconds["bf16"])
     worst = max(_SETTINGS, key=seconds.__getitem__)
     if seconds[worst] > options.most * seconds["bf16"]:
         raise UserError(f"{worst} takes {seconds[worst] / seconds['bf16']:.2f} times bf16's, more than {options.most}")
@@ -74,27 +68,6 @@ def configuration(precision: str, layers: int, threads: int) -> PretrainConfig:
         },
     }
     return resolve(load_config(recipe), 1)
-
-
-class _RandomTokens:
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.randint(1, VOCABULARY, (LENGTH + 1,), generator=torch.Generator().manual_seed(index))
-
-
-def arm(config: PretrainConfig, runtime: Runtime) -> Callable[[], object]:
-    """Forward, backward and optimizer on a model of its own."""
-    chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
-    step = TrainStep(config, runtime, chunks, build_optimizer(config, runtime, chunks))
-    stream = BatchStream(
-        _RandomTokens(),
-        micro_batch_size=BATCH,
-        global_batch_size=BATCH,
-        data_rank=0,
-        data_parallel_size=1,
-        rules=DocumentRules(0, False, False, False),
-    )
-    numbers = itertools.count()
-    return lambda: step.train([next(stream)], next(numbers), 1e-4, float("inf"))
 
 
 if __name__ == "__main__":

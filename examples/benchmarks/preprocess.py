@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from turns import say_ratio
+
 from vishwamai_mp.config.errors import UserError, run_program
 from vishwamai_mp.data.corpus import Malformed, read_documents
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
@@ -128,10 +130,8 @@ def report(runs: dict[tuple[str, int], list[Run]], size: float, arguments: argpa
             f"per second, {steady_cpu:.2f} MB per CPU second; peak {peak[0]:.0f} and {peak[1]:.0f} MiB"
         )
     ratios = [ours / theirs for ours, theirs in zip(speeds["vishwamai_mp"], speeds["Megatron-LM"], strict=True)]
-    print(
-        f"ratio: 1 copy {ratios[0]:.2f}, {copies} copies {ratios[1]:.2f}, "
-        f"beyond starting up {ratios[2]:.2f}, per CPU second {ratios[3]:.2f}"
-    )
+    for what, ratio in zip(("1 copy", f"{copies} copies", "beyond starting up", "per CPU second"), ratios, strict=True):
+        say_ratio(f"speed of preprocessing, {what}, ours / Megatron-LM", ratio)
     return 0 if same else 1
 
 

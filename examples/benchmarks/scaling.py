@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from turns import say_ratio
+
 LENGTH, SEQUENCES = 512, 8
 # name: (processes, settings)
 LAYOUTS = {
@@ -48,7 +50,9 @@ def main() -> None:
     for name, values in seconds.items():
         median = statistics.median(values)
         speed = SEQUENCES * LENGTH / median
-        print(f"{name:12} {1e3 * median:8.0f} ms/step {speed:7,.0f} tokens/s   {base / median:.2f} of one process")
+        print(f"{name:12} {1e3 * median:8.0f} ms/step {speed:7,.0f} tokens/s")
+    for name in list(seconds)[1:]:
+        say_ratio(f"speed of {name} / one process", base / statistics.median(seconds[name]))
 
 
 def measure(name: str, steps: int) -> float:

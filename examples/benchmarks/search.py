@@ -12,6 +12,7 @@ import json
 import time
 
 import torch
+from turns import say_ratio
 
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 
@@ -60,6 +61,7 @@ def main() -> None:
             }
         )
     )
+    say_ratio("speed of a tree search, shared prefixes / from the prompt", from_prompt / seconds)
 
 
 def seconds_from_prompt(engine: Engine, result: SearchResult) -> float:

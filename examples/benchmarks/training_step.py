@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from turns import alternate
+from turns import alternate, say_ratio
 
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.planning import flops_per_token
@@ -66,12 +66,13 @@ def compare(precision: str, rounds: int, threads: int, folder: Path) -> None:
         print(f"{precision}: {threads} threads, {BATCH} sequences of {LENGTH} tokens, median of {rounds} rounds")
         for name, median in seconds.items():
             print(f"  {name:13} {1e3 * median:8.1f} ms/step {BATCH * LENGTH / median:8,.0f} tokens/s")
-        print(f"  ours / bare, time           {seconds['ours'] / seconds['bare']:.3f}")
-        print(f"  ours / transformers, speed  {seconds['transformers'] / seconds['ours']:.2f}")
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         peak, flops = peak_flops(dtype), flops_per_token(config.model, LENGTH) * BATCH * LENGTH
         note = "" if multiplies_natively(dtype) else " (of fp32: this CPU has no bf16 matrix product)"
-        print(f"  matmul peak {peak / 1e9:.0f} GFLOP/s; model FLOPs / peak {flops / seconds['ours'] / peak:.2f}{note}")
+        print(f"  matmul peak {peak / 1e9:.0f} GFLOP/s{note}")
+        say_ratio(f"speed of a {precision} step, ours / transformers", seconds["transformers"] / seconds["ours"])
+        say_ratio(f"time of a {precision} step, ours / bare", seconds["ours"] / seconds["bare"])
+        say_ratio(f"model FLOPs of a {precision} step / matmul peak", flops / seconds["ours"] / peak)
 
 
 def configuration(precision: str, threads: int, folder: Path) -> PretrainConfig:

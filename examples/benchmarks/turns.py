@@ -16,3 +16,8 @@ def alternate(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
             if number >= 2:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def say_ratio(what: str, value: float) -> None:
+    """Print a ratio as a line for people, which `all.py` collects too."""
+    print(f"ratio  {what}  {value:.4g}", flush=True)

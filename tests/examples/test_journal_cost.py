@@ -1,6 +1,7 @@
 """The step journal costs next to nothing, as its benchmark measures it."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from tests.workers import WorkerPool
@@ -13,7 +14,11 @@ def _cost() -> tuple[str, float]:
     assert spec is not None
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    sys.path.insert(0, str(_EXAMPLE.parent))  # where a program finds its neighbours
+    try:
+        spec.loader.exec_module(benchmark)
+    finally:
+        sys.path.remove(str(_EXAMPLE.parent))
     return benchmark.measure("tiny", 2, ["training.sequence_length=256"])
 
 

@@ -1,6 +1,7 @@
 """One arm of the benchmark, in a process of its own."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 _EXAMPLE = Path(__file__).resolve().parents[2] / "examples/benchmarks/neural_memory.py"
@@ -11,7 +12,11 @@ def test_an_arm_is_timed_and_its_memory_measured():
     assert spec is not None
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    sys.path.insert(0, str(_EXAMPLE.parent))  # where a program finds its neighbours
+    try:
+        spec.loader.exec_module(benchmark)
+    finally:
+        sys.path.remove(str(_EXAMPLE.parent))
     child = benchmark.Child("our rule, 2 heads", None)
     child.run()
     child.run()

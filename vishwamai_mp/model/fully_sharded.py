@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, debug
+from torch.distributed.tensor import DTensor
 
 from vishwamai_mp.config import ConfigError, PretrainConfig
 from vishwamai_mp.precision import PrecisionPolicy
@@ -49,6 +49,8 @@ class ParameterSharding:
             )
         self.compute, self.gradients = compute, GradientSum()
         # torch keeps what it found out by meshes that compare equal: of an earlier session too, whose groups are gone.
+        from torch.distributed.tensor import debug  # takes torch's compiler along: a second of every program's start
+
         debug._clear_sharding_prop_cache()
         self._mesh = DeviceMesh.from_group(group, device().type)
         # Nothing is cast but parameters: angles and losses are fp32 on purpose.
