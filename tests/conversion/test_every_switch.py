@@ -29,11 +29,13 @@ SWITCHES = {
     "model.num_key_value_heads": 3,
     "model.head_dim": 12,
     "model.intermediate_size": 88,
+    "model.activation": ALONE,
     "model.vocab_size": 251,
     "model.max_position_embeddings": 256,
     "model.tie_word_embeddings": True,
     "model.embedding_multiplier": ALONE,
     "model.rms_norm_eps": 1e-3,
+    "model.norm_zero_centered": ALONE,
     "model.rope_theta": 500.0,
     "model.rope_scaling": "{rope_type: llama3, factor: 8, original_max_position_embeddings: 64}",
     "model.rotary_fraction": ALONE,
@@ -122,6 +124,8 @@ def test_what_the_exported_code_has_not_is_refused_by_name(override: str) -> Non
         ("norm_position=post", ["model.qk_norm=full", "model.norm_position=post"]),
         ("embedding_multiplier=2.0", ["model.embedding_multiplier=2"]),
         ("attention_multiplier=0.3", ["model.attention_multiplier=0.3"]),
+        ("activation=geglu", ["model.activation=geglu"]),
+        ("norm_zero_centered=True", ["model.norm_zero_centered=true"]),
     ],
 )
 def test_the_exported_code_has_not_what_only_other_families_have(key: str, overrides: list[str]) -> None:

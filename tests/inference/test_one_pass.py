@@ -42,11 +42,13 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.num_key_value_heads": ["model.num_key_value_heads=2"],
     "model.head_dim": ["model.head_dim=8"],
     "model.intermediate_size": ["model.intermediate_size=64"],
+    "model.activation": ["model.activation=geglu"],
     "model.vocab_size": "the tests' rows are 250 wide; exports and choices test the padding",
     "model.max_position_embeddings": ["model.max_position_embeddings=48"],
     "model.tie_word_embeddings": ["model.tie_word_embeddings=true"],
     "model.embedding_multiplier": ["model.embedding_multiplier=3"],
     "model.rms_norm_eps": ["model.rms_norm_eps=0.1"],
+    "model.norm_zero_centered": ["model.norm_zero_centered=true"],
     "model.rope_theta": ["model.rope_theta=100"],
     "model.rope_scaling": ["model.rope_scaling={rope_type: linear, factor: 4}"],
     "model.rotary_fraction": ["model.rotary_fraction=0.5"],
@@ -93,6 +95,7 @@ _SECTIONS = {"model": ModelConfig, "memory": MemoryConfig, "cache": CacheConfig,
 _MODULES_ALONE = (
     *("lora.enabled", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets"),
     *("model.attention", "model.attention_bias", "model.qk_norm", "model.norm_position"),
+    "model.norm_zero_centered",
 )
 _TWICE = "factor: 2, original_max_position_embeddings"
 _DYNAMIC = f"model.rope_scaling={{rope_type: dynamic, {_TWICE}: 9}}"

@@ -15,17 +15,20 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(norm_module, "row_blocks", lambda rows: [slice(i, i + 3) for i in range(0, len(rows), 3)])
 
 
+@pytest.mark.parametrize("zero_centered", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
-def test_it_is_rms_norm(small_blocks, dtype, tolerance):
+def test_it_is_rms_norm(small_blocks, dtype, tolerance, zero_centered):
     generator = torch.Generator().manual_seed(0)
-    module = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=True), 16, eps=1e-3)
+    config = SimpleNamespace(params_dtype=dtype, sequence_parallel=True, layernorm_zero_centered_gamma=zero_centered)
+    module = RMSNorm(config, 16, eps=1e-3)
+    assert (module.weight + zero_centered).eq(1).all()
     assert getattr(module.weight, "sequence_parallel", False)
     module.weight.data.copy_(torch.randn(16, generator=generator))
     x = torch.randn(4, 2, 16, generator=generator).to(dtype).transpose(0, 1).requires_grad_()  # not contiguous
     gradient = torch.randn(2, 4, 16, generator=generator).to(dtype)
     ours = module(x)
     exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, module.weight))
-    exact = F.rms_norm(exact_x, (16,), exact_weight, 1e-3)
+    exact = F.rms_norm(exact_x, (16,), exact_weight + int(zero_centered), 1e-3)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
     before = x.detach().clone(), gradient.clone()

@@ -56,6 +56,8 @@ _CASES: dict[Any, list[Any]] = {
         "model.sliding_window=7",
         "model.layer_pattern=SF",
         "model.attention_multiplier=2",
+        "model.activation=geglu",
+        "model.norm_zero_centered=true",
     ],
     "window": [2, "model.sliding_window=7", _CONTEXT],
     "documents": [1, _DOCUMENTS, "data.reset_position_ids=true"],
@@ -135,6 +137,10 @@ def test_windows_and_context_parallelism_are_its_own(built):
 
 def test_scores_are_multiplied_as_the_model_says(built):
     assert [built[case]["scale"] for case in ("norms on both sides", "plain")] == [2.0, 0.5]
+
+
+def test_gates_are_of_the_models_kind(built):
+    assert [built[case]["gate"] for case in ("norms on both sides", "plain")] == ["gelu", "silu"]
 
 
 def test_documents(built):

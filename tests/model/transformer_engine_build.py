@@ -149,6 +149,7 @@ def _compared(fused: Any, plain: Any) -> dict[str, Any]:
         "fp8": [fused.config.fp8, fused.config.fp8_recipe, plain.config.fp8],
         "tracker_stays": _tracker_stays(fused),
         "marks": [sorted(_marks(model.sharded_state_dict())) for model in (fused, plain)],
+        "gate": layer.mlp.activation_func.__name__,
         "scale": layer.self_attention.core_attention.softmax_scale,
         "window": layer.self_attention.core_attention.window_size,
         "rope_fusion": fused.config.apply_rope_fusion,

@@ -69,7 +69,10 @@ def test_attention_counts_the_pairs_that_the_mask_allows(window):
 
 _VARIANTS = {
     "biases, norms of queries and keys": ["model.attention_bias=true", "model.qk_norm=head"],
-    "norms of all heads together, on both sides": ["model.norm_position=sandwich", "model.qk_norm=full"],
+    "norms of all heads together, on both sides": [
+        *("model.norm_position=sandwich", "model.qk_norm=full", "model.norm_zero_centered=true"),
+        "model.activation=geglu",
+    ],
     "grouped": [],
     "tied": ["model.tie_word_embeddings=true"],
     "one group": ["model.num_key_value_heads=1"],

@@ -44,7 +44,10 @@ VARIANTS = {
     "norms behind, of all heads together, windows of some layers": [
         *("model.norm_position=post", "model.qk_norm=full", "model.sliding_window=7", "model.layer_pattern=SF"),
     ],
-    "multipliers": ["model.embedding_multiplier=5", "model.attention_multiplier=1"],
+    "multipliers, gated GELU, zero-centered norms": [
+        *("model.embedding_multiplier=5", "model.attention_multiplier=1", "model.activation=geglu"),
+        *("model.norm_zero_centered=true", "model.qk_norm=full"),
+    ],
     "tied": ["model.tie_word_embeddings=true"],
     "packed": ["data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true"],
     "window": ["model.sliding_window=7"],

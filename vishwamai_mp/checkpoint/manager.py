@@ -50,7 +50,7 @@ _SHAPE_KEYS = (
     "norm_position",
 )
 _BEHAVIOUR_KEYS = (
-    *("rms_norm_eps", "rope_theta", "rope_scaling", "rotary_fraction"),
+    *("activation", "rms_norm_eps", "norm_zero_centered", "rope_theta", "rope_scaling", "rotary_fraction"),
     *("sliding_window", "layer_pattern", "embedding_multiplier", "attention_multiplier"),
 )
 

@@ -3,6 +3,7 @@
 Shapes: D width, H heads of this tensor parallel rank.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,10 @@ class HeadShardedModule(MegatronModule):
             "is_expert": False,
             "tp_group": groups.tp,
         }
-        self.norm = linears.norm(config=megatron, hidden_size=width, eps=megatron.layernorm_epsilon)
+        # Its norm multiplies by its weight in every model, so that a component fits into any.
+        plain = copy(megatron)
+        plain.layernorm_zero_centered_gamma = False
+        self.norm = linears.norm(config=plain, hidden_size=width, eps=megatron.layernorm_epsilon)
         self.projection = linears.column(width, heads * features, gather_output=False, **options)
         self.output = linears.row(read_width, width, input_is_parallel=True, **options)
         nn.init.zeros_(self.output.weight)

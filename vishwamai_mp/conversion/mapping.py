@@ -1,6 +1,6 @@
 """Which rows of which checkpoint tensor are which Hugging Face tensor. Both directions read this one table.
 
-Every Hugging Face tensor is a choice of rows of one checkpoint tensor: a whole matrix, one half of the fused SwiGLU
+Every Hugging Face tensor is a choice of rows of one checkpoint tensor: a whole matrix, one half of the fused gated
 projection, or the rows of `linear_qkv`, which megatron-core orders by key-value group: the queries of a group, its
 key, its value. Rotary embeddings turn the two halves of a head on both sides, so no row moves within a head.
 Needs no torch.

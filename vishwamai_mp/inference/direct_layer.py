@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from vishwamai_mp.inference.batch import Batch
 from vishwamai_mp.model import VishwamAILayer, VishwamAIModel
 from vishwamai_mp.model.core_attention import CoreAttention
+from vishwamai_mp.model.gated_units import GatedUnit
 from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.norm import RMSNorm
-from vishwamai_mp.model.swiglu import SwiGLU
 from vishwamai_mp.runtime import multiplies_natively
 from vishwamai_mp.runtime.products import skinny_linear_fp32
 
@@ -42,6 +42,7 @@ class DirectLayer:
         self._epsilon = layer.config.layernorm_epsilon
         self._qkv, self._projection = attention.linear_qkv.weight, attention.linear_proj.weight
         self._fc1, self._fc2 = mlp.linear_fc1.weight, mlp.linear_fc2.weight
+        self._activated = mlp.activation_func.activated
         self._heads = attention.num_query_groups_per_partition
         self._width = attention.hidden_size_per_attention_head
         components = {part for name in layer.component_names for part in getattr(layer, name).modules()}
@@ -61,8 +62,9 @@ class DirectLayer:
             and not hasattr(layer, "mlp_output_norm")
             and _is_identity(attention.q_layernorm)
             and _is_identity(attention.k_layernorm)
-            and isinstance(mlp.activation_func, SwiGLU)
-            and all(type(norm) is RMSNorm for norm in (layer.input_layernorm, layer.pre_mlp_layernorm))
+            and isinstance(mlp.activation_func, GatedUnit)
+            and _is_plain_norm(layer.input_layernorm)
+            and _is_plain_norm(layer.pre_mlp_layernorm)
             and all(type(linear) is ColumnParallelLinear and linear.bias is None for linear in columns)
             and all(type(linear) is RowParallelLinear and linear.bias is None for linear in rows)
             and not (config.rotary_interleaved or config.no_rope_freq or config.attention_output_gate)
@@ -99,7 +101,7 @@ class DirectLayer:
         x_ND = x_ND + self._sum(_multiply(attended, self._projection))
         normed = F.rms_norm(x_ND, x_ND.shape[-1:], self._norms[1], self._epsilon)
         gate, up = _multiply(normed, self._fc1).chunk(2, -1)
-        return x_ND + self._sum(_multiply(F.silu(gate).mul_(up), self._fc2))
+        return x_ND + self._sum(_multiply(self._activated(gate).mul_(up), self._fc2))
 
     def _sum(self, partial: Tensor) -> Tensor:
         """Over the tensor parallel ranks."""
@@ -127,7 +129,7 @@ class DirectHead:
         """Whether the stage has a head, and one that consists of nothing but what is computed here."""
         return (
             model.post_process
-            and type(model.decoder.final_layernorm) is RMSNorm
+            and _is_plain_norm(model.decoder.final_layernorm)
             and type(model.output_layer) is ColumnParallelLinear
             and model.output_layer.bias is None
         )
@@ -156,6 +158,10 @@ def _multiply(x: Tensor, weight: Tensor) -> Tensor:
 def _hooks(parts: Iterable[nn.Module]) -> list[Any]:
     """Where modules keep their forward hooks; each is empty as long as there are none."""
     return [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    return type(module) is RMSNorm and not module.zero_centered
 
 
 def _is_identity(module: nn.Module | None) -> bool:

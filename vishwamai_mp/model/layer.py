@@ -11,13 +11,13 @@ from vishwamai_mp.model.key_values import KeyValues
 
 
 class VishwamAILayer(TransformerLayer):
-    """One decoder layer: its components, then attention and SwiGLU, each behind RMSNorm and a residual connection.
+    """One decoder layer: its components, then attention and the MLP, each behind RMSNorm and a residual connection.
 
     A class of its own because launchers and wrappers (FSDP's layer class to wrap) name it.
 
     Args:
         config: megatron-core's.
-        submodules: attention, SwiGLU and norms.
+        submodules: attention, MLP and norms.
         components: what makes each component of this layer, by name, in the order they run. Called with megatron-core's
             configuration, the process groups and the layer's number (from 1).
         output_norm: class of a norm of what attention and MLP add to the residual stream; None: no norm there.

@@ -67,6 +67,7 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(linear.weight.new_zeros(outputs, lora.rank))
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
         self.groups, self.wide, self.epsilon = groups, wide, megatron.layernorm_epsilon
+        self.zero_centered = megatron.layernorm_zero_centered_gamma
         self.is_row, self.is_gated = target in _ROW_PARALLEL, target == "linear_fc1"
         self.sequence_parallel = megatron.sequence_parallel
         split, whole, dim = (self.a, self.b, 1) if self.is_row else (self.b, self.a, 0)
@@ -77,8 +78,13 @@ class Adapter(nn.Module):
 
     def _add(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         norm = getattr(linear, "layer_norm_weight", None)
-        x = inputs[0] if norm is None else F.rms_norm(inputs[0], norm.shape, norm, self.epsilon)
-        return output[0] + self(x), output[1]
+        return output[0] + self(inputs[0] if norm is None else self._normed(inputs[0], norm)), output[1]
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the linear layer multiplies where its norm is a part of it."""
+        if not self.zero_centered:
+            return F.rms_norm(x, weight.shape, weight, self.epsilon)
+        return F.rms_norm(x.float(), weight.shape, weight.float() + 1, self.epsilon).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, B, I) → (T, B, O)."""

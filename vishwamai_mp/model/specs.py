@@ -20,10 +20,10 @@ from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.config.layer_windows import layer_window
 from vishwamai_mp.model.core_attention import CoreAttention
+from vishwamai_mp.model.gated_units import GATED_UNITS
 from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.norm import RMSNorm
-from vishwamai_mp.model.swiglu import SwiGLU
 from vishwamai_mp.model.width_norm import WidthNorm
 from vishwamai_mp.precision import use_transformer_engine
 
@@ -36,9 +36,6 @@ class TorchSpecProvider(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return CoreAttention
-
-    def activation_func(self) -> type:
-        return SwiGLU
 
 
 def spec_provider() -> BackendSpecProvider:
@@ -62,7 +59,9 @@ def layer_spec(
     model = config.model
     norms_inputs, norms_outputs = model.norm_position != "post", model.norm_position != "pre"
     linear_qkv = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
-    mlp = get_mlp_module_spec_for_backend(backend=backend, use_te_activation_func=not fused)
+    mlp = get_mlp_module_spec_for_backend(backend=backend)
+    if not fused:
+        mlp.submodules.activation_func = GATED_UNITS[model.activation]
     if not norms_inputs:
         linear_qkv = mlp.submodules.linear_fc1 = backend.column_parallel_linear()
     separate_norm = norm if norms_inputs and not fused else IdentityOp

@@ -40,8 +40,10 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         qk_layernorm=model.qk_norm == "head",  # gradients of these norms are then summed over tensor parallel ranks
         normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps,
+        layernorm_zero_centered_gamma=model.norm_zero_centered,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        # megatron-core's fused kernel for gated GELU approximates it by tanh.
+        activation_func={"swiglu": F.silu, "geglu": F.gelu}[model.activation],
         add_bias_linear=False,
         # Initialisation is ours (initialization.py). Without it "cpu initialisation" only means that parameters are
         # allocated on torch's default device, which a meta-device build relies on.
@@ -61,7 +63,7 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         # and context shards then weigh the same in every layout.
         calculate_per_token_loss=True,
         bias_activation_fusion=fused,
-        use_te_activation_func=not fused,  # megatron-core's name for: the layer spec brings the activation (swiglu.py)
+        use_te_activation_func=not fused,  # megatron-core's name for: the layer spec brings it (gated_units.py)
         # The fused kernel turns all rows alike; packed documents it turns each from its start. It knows no factor.
         apply_rope_fusion=fused
         and rotary_factor == 1

@@ -1,8 +1,8 @@
 """Memory of activations: what a rank keeps of a forward pass for the backward pass. A test counts what is really kept.
 
-After Korthikanti et al. (arXiv 2205.05198, sections 4 and 5) for this model: SwiGLU, grouped queries, no biases, and
+After Korthikanti et al. (arXiv 2205.05198, sections 4 and 5) for this model: gated MLP, grouped queries, no biases, and
 an attention that never has all scores at once. Memory and cache are in `component_activations`. What is wide as the
-heads or as SwiGLU is divided over tensor parallel ranks; the residual stream is so under sequence parallelism only.
+heads or as the MLP is divided over tensor parallel ranks; the residual stream is so under sequence parallelism only.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ from vishwamai_mp.planning.neural_memory_costs import memory_parameters
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one transformer layer: attention, SwiGLU and norms."""
+    """Parameters of one transformer layer: attention, gated MLP and norms."""
     norms = 4 if model.norm_position == "sandwich" else 2
     return attention_matrices(model) + attention_vectors(model) + mlp_matrices(model) + norms * model.hidden_size
 
@@ -29,7 +29,7 @@ def attention_matrices(model: ModelConfig) -> int:
 
 
 def mlp_matrices(model: ModelConfig) -> int:
-    """Weights of one layer's SwiGLU: gate, up and down."""
+    """Weights of one layer's MLP: gate, up and down."""
     assert model.intermediate_size is not None
     return 3 * model.hidden_size * model.intermediate_size
 

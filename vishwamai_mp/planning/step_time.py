@@ -193,7 +193,7 @@ def _components(config: PretrainConfig, machine: Machine) -> float:
 
 
 def _elementwise(config: PretrainConfig, kind: str, machine: Machine) -> float:
-    """Norms and residuals of the width; rotary turns of queries and keys; SwiGLU; casts and transposes in few bits."""
+    """Norms and residuals of the width; rotary turns of queries and keys; gated units; casts and transposes for FP8."""
     model, parallel = config.model, config.parallel
     assert model.intermediate_size is not None
     tensor = parallel.tensor_model_parallel_size

@@ -125,7 +125,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases (a Llama, in short)."""
+    """The decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP, no biases (a Llama, in short)."""
 
     __pydantic_config__ = _STRICT
     hidden_size: PositiveInt = 512
@@ -134,11 +134,13 @@ class ModelConfig:
     num_key_value_heads: PositiveInt | None = None  # num_attention_heads
     head_dim: PositiveInt | None = None  # hidden_size / num_attention_heads
     intermediate_size: PositiveInt | None = None  # 8/3 hidden_size, rounded up to 256
+    activation: Literal["swiglu", "geglu"] = "swiglu"  # of the MLP's gates: SiLU, or GELU as approximated by tanh
     vocab_size: PositiveInt = 8192
     max_position_embeddings: PositiveInt = 2048
     tie_word_embeddings: bool = False
     embedding_multiplier: PositiveFloat | None = None  # of the input embedding's output; 1
     rms_norm_eps: PositiveFloat = 1e-5
+    norm_zero_centered: bool = False  # RMSNorms of the decoder multiply by 1 + weight
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
     rotary_fraction: PositiveFloat = 1.0  # of a head's width that is turned, its first part
