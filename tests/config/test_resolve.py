@@ -51,6 +51,10 @@ def _config(*overrides):
         (["model.num_key_value_heads=16"], ["model.num_key_value_heads=16", "use a divisor of 8"]),
         (["model.head_dim=3"], ["model.head_dim=3", "use an even width"]),
         (["model.attention_dropout=1"], ["model.attention_dropout=1.0", "from 0 to below 1"]),
+        (
+            ["model.attention_softcap=50", "model.attention_dropout=0.1"],
+            ["model.attention_softcap=50.0", "set model.attention_dropout=0"],
+        ),
         (["model.hidden_dropout=1.5"], ["model.hidden_dropout=1.5", "from 0 to below 1"]),
         ([_ROPE], ["low_freq_factor=4.0", "high_freq_factor=4.0", "lower it"]),
         ([f"{_TENSOR}=3"], ["model.num_attention_heads=8", f"{_TENSOR}=3", "divides 8"]),

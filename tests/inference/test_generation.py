@@ -127,6 +127,15 @@ def test_texts_that_begin_alike_read_their_beginning_together(workers, layout, v
         torch.testing.assert_close(parts, full, rtol=0, atol=1e-5)
 
 
+@in_both_ways
+def test_scores_are_multiplied_and_capped_wherever_their_keys_are_read(workers, least):
+    overrides = ["model.attention_multiplier=2", "model.attention_softcap=0.5"]
+    for logits in (ragged_logits, branched_logits):
+        parts, full = workers.run(reading, 1, least, logits, overrides)[0]
+        for ours, whole in zip(parts, full, strict=True):
+            torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
+
+
 def branched_logits(overrides: list[str]) -> tuple[Tensor, Tensor]:
     """Runs in a worker: logits of texts of two families and of one of its own, read token by token in one batch.
 

@@ -55,6 +55,8 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.sliding_window": ["model.sliding_window=5"],
     "model.layer_pattern": ["model.sliding_window=5", "model.layer_pattern=SSF"],
     "model.attention_multiplier": ["model.attention_multiplier=3"],
+    "model.attention_softcap": ["model.attention_softcap=0.5"],
+    "model.logit_softcap": ["model.logit_softcap=0.5"],
     "model.attention_dropout": ["model.attention_dropout=0.5"],
     "model.hidden_dropout": ["model.hidden_dropout=0.5"],
     "model.initializer_range": ["model.initializer_range=0.2"],

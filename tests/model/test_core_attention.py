@@ -39,8 +39,8 @@ def inputs(queries: int, keys: int, groups: int, dtype: torch.dtype, seed: int =
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def naive(tensors: list[Tensor], mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(QKᵀ·scale + mask)V, token by token and head by head, in float64."""
+def naive(tensors: list[Tensor], mask: Tensor | None, scale: float, cap: float | None = None) -> Tensor:
+    """softmax(QKᵀ·scale + mask)V, with capped scores if so, token by token and head by head, in float64."""
     query, key, value = tensors
     queries, rows, heads, _ = query.shape
     keys, groups = key.shape[0], key.shape[2]
@@ -51,6 +51,7 @@ def naive(tensors: list[Tensor], mask: Tensor | None, scale: float) -> Tensor:
                 k, v = (x.double()[:, b, h * groups // heads] for x in (key, value))
                 seen = [s for s in range(keys) if (s <= keys - queries + t if mask is None else bool(mask[b, 0, t, s]))]
                 scores = k[seen] @ query.double()[t, b, h] * scale
+                scores = cap * (scores / cap).tanh() if cap else scores
                 out.append(scores.softmax(0) @ v[seen])
     return torch.stack(out).view(queries, rows, -1)
 
@@ -90,6 +91,19 @@ def test_both_kernels_are_softmax_attention(kernel, name, groups, queries, keys)
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(11, 11), (3, 11), (1, 11)])
+@pytest.mark.parametrize("name", ["causal", "window", "documents"])
+def test_scores_with_a_soft_cap(kernel, name, queries, keys):
+    mask, tensors = masks(queries, keys)[name], inputs(queries, keys, 2, torch.float32)
+    ours, theirs = attention(2, softcap=0.7)(*tensors, mask), naive(tensors, mask, 1 / math.sqrt(_WIDTH), 0.7)
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6)
+    weights = torch.randn_like(ours)
+    grads = [torch.autograd.grad((out * weights).sum(), tensors) for out in (ours, theirs)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+    assert (ours - attention(2)(*tensors, mask)).abs().max() > (1e-3 if queries > 1 else 1e-4)
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -59,6 +59,7 @@ _CASES: dict[Any, list[Any]] = {
         "model.activation=geglu",
         "model.norm_zero_centered=true",
     ],
+    "capped scores": [1, "model.attention_softcap=5"],
     "window": [2, "model.sliding_window=7", _CONTEXT],
     "documents": [1, _DOCUMENTS, "data.reset_position_ids=true"],
     "own positions": [1, "data.reset_position_ids=true"],
@@ -137,6 +138,13 @@ def test_windows_and_context_parallelism_are_its_own(built):
 
 def test_scores_are_multiplied_as_the_model_says(built):
     assert [built[case]["scale"] for case in ("norms on both sides", "plain")] == [2.0, 0.5]
+
+
+def test_capped_scores_are_refused(built):
+    assert (
+        "model.attention_softcap=5.0: Transformer Engine's attention has no soft cap"
+        in built["capped scores"]["refused"]
+    )
 
 
 def test_gates_are_of_the_models_kind(built):

@@ -44,7 +44,8 @@ VARIANTS = {
     "norms behind, of all heads together, windows of some layers": [
         *("model.norm_position=post", "model.qk_norm=full", "model.sliding_window=7", "model.layer_pattern=SF"),
     ],
-    "multipliers, gated GELU, zero-centered norms": [
+    "multipliers, soft caps, gated GELU, zero-centered norms": [
+        *("model.attention_softcap=0.5", "model.logit_softcap=3"),
         *("model.embedding_multiplier=5", "model.attention_multiplier=1", "model.activation=geglu"),
         *("model.norm_zero_centered=true", "model.qk_norm=full"),
     ],

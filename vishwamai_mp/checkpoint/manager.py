@@ -52,6 +52,7 @@ _SHAPE_KEYS = (
 _BEHAVIOUR_KEYS = (
     *("activation", "rms_norm_eps", "norm_zero_centered", "rope_theta", "rope_scaling", "rotary_fraction"),
     *("sliding_window", "layer_pattern", "embedding_multiplier", "attention_multiplier"),
+    *("attention_softcap", "logit_softcap"),
 )
 
 

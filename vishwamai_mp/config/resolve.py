@@ -135,6 +135,11 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
         if getattr(model, name) >= 1:
             raise ConfigError(f"model.{name}={getattr(model, name)}: a probability; use a number from 0 to below 1")
     check_layer_pattern(model)
+    if model.attention_softcap and model.attention_dropout:
+        raise ConfigError(
+            f"model.attention_softcap={model.attention_softcap} with model.attention_dropout={model.attention_dropout}:"
+            " attention with a soft cap has no dropout; set model.attention_dropout=0"
+        )
     # What is so without it is left unsaid, so that a model that only says it differs from none.
     embedding, attention = model.embedding_multiplier, model.attention_multiplier
     return replace(

@@ -17,7 +17,9 @@ from vishwamai_mp.config import ModelConfig
 from vishwamai_mp.config.layer_windows import layer_window
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, KvSequence
 from vishwamai_mp.inference.reads import Reads, collect, common_beginning, pieces
+from vishwamai_mp.model.blocked_attention import blocked_attention
 from vishwamai_mp.model.rotary import frequency_length
+from vishwamai_mp.model.softcap import softcap_
 from vishwamai_mp.runtime import multiplies_natively
 from vishwamai_mp.runtime.products import product
 
@@ -39,6 +41,7 @@ class Batch:
         assert settings.num_key_value_heads is not None
         assert settings.head_dim is not None
         self.scale = settings.attention_multiplier or 1 / math.sqrt(settings.head_dim)
+        self.softcap = settings.attention_softcap
         self.settings, self.repeat = settings, settings.num_attention_heads // settings.num_key_value_heads
         self.pool, self.first_layer = pool, first_layer
         self.device, self.dtype = pool.keys_and_values.device, pool.keys_and_values.dtype
@@ -144,16 +147,19 @@ class Batch:
         rows, wide, in_place = q_BGRK.shape[0], self.wide, reads.in_place(kv)
         if not in_place:
             k, v = collect(reads.own, kv)[..., : reads.count, :].unbind(2)
-            if reads.common is None:
+            if reads.common is None and not self.softcap:
                 return self._softmax_attention(q_BGRK, k, v, reads.mask)
         q = (q_BGRK * self.scale).to(wide)
         scores = reads.scores(q, kv) if in_place else q @ k.to(wide).mT
+        scores = softcap_(scores, self.softcap) if self.softcap else scores
         scores = scores if reads.mask is None else scores.masked_fill(~reads.mask, -math.inf)
         if reads.common is None:
-            return reads.mix(scores.softmax(-1), kv)
+            weights = scores.softmax(-1)
+            return reads.mix(weights, kv) if in_place else (weights @ v.to(wide)).to(self.dtype)
         # Keys that all sequences share are read once for all queries: (G, B·R, K) by (G, K, S).
         common_k, common_v = collect(reads.common, kv)[0].to(wide).unbind(1)
         shared = product(q.transpose(0, 1).flatten(1, 2), common_k.mT).unflatten(1, (rows, -1)).transpose(0, 1)
+        shared = softcap_(shared, self.softcap) if self.softcap else shared
         shared, own = torch.cat((shared, scores), -1).softmax(-1).split([shared.shape[-1], reads.count], -1)
         out = product(shared.transpose(0, 1).flatten(1, 2), common_v).unflatten(1, (rows, -1)).transpose(0, 1)
         return (out + (reads.mix(own, kv) if in_place else own @ v.to(wide))).to(self.dtype)
@@ -178,6 +184,11 @@ class Batch:
 
     def _softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         wide = self.wide
+        if self.softcap:
+            repeat = q.shape[1] // k.shape[1]
+            wide_k, wide_v = (x.to(wide).repeat_interleave(repeat, 1) for x in (k, v))
+            seen = mask if mask is None else mask[None, None]
+            return blocked_attention(q.to(wide), wide_k, wide_v, seen, self.scale, self.softcap).to(self.dtype)
         return F.scaled_dot_product_attention(
             q.to(wide),
             k.to(wide),

@@ -23,6 +23,7 @@ from vishwamai_mp.model.core_attention import CoreAttention
 from vishwamai_mp.model.gated_units import GatedUnit
 from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.norm import RMSNorm
+from vishwamai_mp.model.softcap import softcap
 from vishwamai_mp.runtime import multiplies_natively
 from vishwamai_mp.runtime.products import skinny_linear_fp32
 
@@ -121,6 +122,7 @@ class DirectHead:
     def __init__(self, model: VishwamAIModel) -> None:
         self._norm, self._epsilon = model.decoder.final_layernorm.weight, model.config.layernorm_epsilon
         tied = model.share_embeddings_and_output_weights
+        self._softcap = model.model_config.logit_softcap
         self._weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
         self._hooks = _hooks((model.decoder.final_layernorm, model.output_layer))
 
@@ -145,7 +147,8 @@ class DirectHead:
 
     def logits(self, normed_ND: Tensor) -> Tensor:
         """(N, V), this rank's vocabulary."""
-        return _multiply(normed_ND, self._weight)
+        logits = _multiply(normed_ND, self._weight)
+        return softcap(logits, self._softcap) if self._softcap else logits
 
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class CoreAttention(MegatronModule):
     """softmax(QKᵀ/√K + mask)V with grouped queries; under context parallelism keys and values are gathered.
 
     On CPUs by `blocked_attention` or torch's fused kernel, whichever is faster; beyond `_LONGEST` queries or with
-    dropout by the kernel. In fp32 where the CPU cannot multiply 16-bit matrices in hardware.
+    dropout by the kernel, which knows no soft cap. In fp32 where the CPU cannot multiply 16-bit matrices in hardware.
     """
 
     def __init__(
@@ -39,11 +39,13 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        softcap: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+        self.softcap = softcap
         self.context_group = pg_collection.cp
 
     def forward(
@@ -68,7 +70,7 @@ class CoreAttention(MegatronModule):
                 for x in (key, value)
             )
         queries, keys = query.shape[0], key.shape[0]
-        if attention_mask is None and 1 < queries < keys:
+        if attention_mask is None and queries < keys and (queries > 1 or self.softcap):
             ones = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
             attention_mask = ones.tril(keys - queries)
         q_BHQK, k_BGSK, v_BGSK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -85,9 +87,12 @@ class CoreAttention(MegatronModule):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         wide = q.dtype if multiplies_natively(q.dtype) else torch.float32
         q_BHQK, k_BGSK, v_BGSK = (x.to(wide) for x in (q, k, v))
-        if not is_accelerator(q) and 1 < q.shape[2] <= _LONGEST and not dropout:
+        by_blocks = not is_accelerator(q) and 1 < q.shape[2] <= _LONGEST and not dropout
+        if by_blocks or self.softcap:
             repeat = q.shape[1] // k.shape[1]
             k_BHSK, v_BHSK = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (k_BGSK, v_BGSK))
+            if self.softcap:
+                return blocked_attention(q_BHQK, k_BHSK, v_BHSK, mask, self.scale, self.softcap).to(q.dtype)
             attention = _ATTENTION.get((wide, q.shape[2] > _SHORT), blocked_attention)
             return attention(q_BHQK, k_BHSK, v_BHSK, mask, self.scale).to(q.dtype)
         return F.scaled_dot_product_attention(

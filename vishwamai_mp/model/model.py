@@ -28,6 +28,7 @@ from vishwamai_mp.model.lora import add_adapters
 from vishwamai_mp.model.loss import vocab_parallel_cross_entropy
 from vishwamai_mp.model.masks import DocumentBounds, attention_mask, check_packing, document_bounds, packed_documents
 from vishwamai_mp.model.rotary import RotaryEmbedding
+from vishwamai_mp.model.softcap import softcap
 from vishwamai_mp.model.specs import block_spec, spec_provider
 from vishwamai_mp.model.transformer_config import transformer_config
 from vishwamai_mp.model.value_head import ValueHead
@@ -183,7 +184,8 @@ class VishwamAIModel(GPTModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the last stage's normed hidden states (Q, B, D): (Q, B, V)."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden, weight=tied)[0]
+        logits, cap = self.output_layer(hidden, weight=tied)[0], self.model_config.logit_softcap
+        return softcap(logits, cap) if cap else logits
 
     def _mask(self, queries: Tensor, keys: Tensor, document_ids: Tensor | None) -> Tensor | None:
         """None where plain causal order says it all, which attention kernels know by themselves."""

@@ -80,7 +80,7 @@ def layer_spec(
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear_qkv,
-                    core_attention=backend.core_attention(),
+                    core_attention=_core_attention(backend, model.attention_softcap),
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=_query_key_norm(backend, model.qk_norm, model.num_attention_heads),
                     k_layernorm=_query_key_norm(backend, model.qk_norm, model.num_key_value_heads),
@@ -124,6 +124,12 @@ def _query_key_norm(backend: BackendSpecProvider, kind: str, heads: int | None) 
     if kind == "full":
         return ModuleSpec(module=WidthNorm, params={"heads": heads})
     return backend.layer_norm(rms_norm=True, for_qk=True) if kind == "head" else IdentityOp
+
+
+def _core_attention(backend: BackendSpecProvider, softcap: float | None) -> ModuleSpec | type:
+    if softcap is None:
+        return backend.core_attention()
+    return ModuleSpec(module=CoreAttention, params={"softcap": softcap})
 
 
 def _attention(name: str) -> type[KvSelfAttention]:

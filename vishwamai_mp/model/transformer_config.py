@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config import ConfigError, PretrainConfig
 from vishwamai_mp.config.layer_windows import layer_windows
 from vishwamai_mp.model.rotary import attention_factor
 from vishwamai_mp.precision import PrecisionPolicy, check_fp8_hardware, use_transformer_engine
@@ -20,6 +20,11 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
     fused = use_transformer_engine()
     policy = PrecisionPolicy.of(config.precision, config.fp8)
     check_fp8_hardware(policy)
+    if fused and model.attention_softcap:
+        raise ConfigError(
+            f"model.attention_softcap={model.attention_softcap}: Transformer Engine's attention has no soft cap; run"
+            " the model on CPUs"
+        )
     chunks = parallel.virtual_pipeline_model_parallel_size
     rotary_factor = attention_factor(model)
     made = TransformerConfig(

@@ -180,7 +180,8 @@ def _attention(config: PretrainConfig, on_gpu: bool) -> float:
     model, length, context = config.model, config.training.sequence_length, config.parallel.context_parallel_size
     queries, keys, tokens = query_width(config), key_width(config), tokens_of_micro_batch(config)
     share = number_bytes(config) / config.parallel.tensor_model_parallel_size
-    if on_gpu or length // context > _LONGEST or model.attention_dropout:
+    is_long = length // context > _LONGEST and not model.attention_softcap
+    if on_gpu or is_long or model.attention_dropout:
         inputs = _inputs(config, on_gpu) if context == 1 else tokens * (queries + 2 * keys * context) * share
         sums = 4 * tokens * model.num_attention_heads / config.parallel.tensor_model_parallel_size  # fp32, per query
         if on_gpu or not model.attention_dropout:
@@ -196,8 +197,11 @@ def _attention(config: PretrainConfig, on_gpu: bool) -> float:
 
 
 def _head(config: PretrainConfig, on_gpu: bool) -> float:
-    """The last norm, and the logits with their gradient, which a GPU has in fp32 when it makes that of 16 bits."""
+    """The last norm, and the logits with their gradient, which a GPU has in fp32 when it makes that of 16 bits.
+
+    The gradient of capped logits becomes one of logits beside it.
+    """
     width = 2 * config.model.hidden_size / _sequence_shards(config)
-    copies = 3 if on_gpu and number_bytes(config) == 2 else 2
+    copies = (3 if on_gpu and number_bytes(config) == 2 else 2) + (config.model.logit_softcap is not None)
     logits = copies * padded_vocab_size(config) / config.parallel.tensor_model_parallel_size
     return tokens_of_micro_batch(config) * number_bytes(config) * (width + logits)

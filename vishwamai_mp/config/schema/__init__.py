@@ -147,6 +147,8 @@ class ModelConfig:
     sliding_window: PositiveInt | None = None  # tokens a token sees, itself included; None: all before it
     layer_pattern: str | None = None  # repeated over layers, S: with the window, F: without; None: all alike
     attention_multiplier: PositiveFloat | None = None  # of products of queries and keys; 1 / √head_dim
+    attention_softcap: PositiveFloat | None = None  # scores become cap · tanh(score / cap) before the softmax
+    logit_softcap: PositiveFloat | None = None  # and so do logits
     attention_dropout: NonNegativeFloat = 0.0
     hidden_dropout: NonNegativeFloat = 0.0
     attention: Annotated[str, _extension("softmax")] = "softmax"  # or package.module:Class, a KvSelfAttention
