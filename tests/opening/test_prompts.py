@@ -121,8 +121,30 @@ def test_without_a_template_chat_is_refused(folder: Path) -> None:
 
 def test_a_template_cannot_reach_out_of_its_sandbox(folder: Path) -> None:
     prompts = opened(folder, template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(UserError, match="messages: the chat template does not take them"):
+    with pytest.raises(UserError, match=r"messages: the chat template of chat_template\.jinja does not take them"):
         prompts.chat(_MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ '%9999999999d' % 1 }}", "MiB of memory"),
+        ("{{ 'x'.center(10 ** 10) }}", "MiB of memory"),
+        ("{{ '{:>9999999999}'.format(1) }}", "MiB of memory"),
+        ("{{ messages | tojson(indent=10 ** 9) }}", "MiB of memory"),
+        (
+            "{% set a = namespace(b='x') %}{% for i in range(99) %}{% set a.b = a.b ~ a.b %}{% endfor %}",
+            "MiB of memory",
+        ),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "s of processor time"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
+        ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "more than 16777216 characters"),
+    ],
+)
+def test_a_template_cannot_fill_the_machine(folder: Path, template: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"chat_template.jinja does not take them .*{message}"):
+        opened(folder, template=template).chat(_MESSAGES)
+    assert opened(folder, template="{{ messages[0].content }}").render([{"content": "\ud800 ☃"}]) == "\ud800 ☃"
 
 
 def test_a_template_that_writes_tokens_which_are_not_there_is_refused(folder: Path) -> None:
@@ -137,7 +159,7 @@ def test_a_template_that_writes_tokens_which_are_not_there_is_refused(folder: Pa
     [
         ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read"),
         ("tokenizer_config.json", "[]", "is no JSON object"),
-        ("chat_template.jinja", "{% for %}", "chat template beside .* is not valid"),
+        ("chat_template.jinja", "{% for %}", r"chat template of chat_template\.jinja is not valid"),
     ],
 )
 def test_damaged_files_are_named(folder: Path, file: str, content: str, message: str) -> None:
@@ -172,4 +194,5 @@ def test_it_goes_along_when_a_folder_is_imported(folder: Path, tmp_path_factory:
     for file in files:
         shutil.copy(file, run / file.name)
     found = opened(run)
-    assert (found.first, found.template) == ([1], "x")
+    assert found.template is not None
+    assert (found.first, found.template.text) == ([1], "x")

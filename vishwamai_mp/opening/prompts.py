@@ -4,10 +4,8 @@ Beside a tokenizer's file may lie what Hugging Face keeps there: `tokenizer_conf
 `generation_config.json`. They go along when a folder is imported and when a run is trained on.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,8 @@ from vishwamai_mp.config import UserError
 from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
 from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, Tokenizer
+from vishwamai_mp.opening.chat_template import ChatTemplate
 
-_MOST_CHARACTERS = 1 << 24  # of a conversation, as its template writes it
-_LARGEST_EXPONENT = 64
 # Tokenizers of transformers that put BOS first unless they are told not to.
 _BEGIN_WITH_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
@@ -34,7 +31,7 @@ class PromptTokenizer:
         tokenizer: plain.
         first: ids that a prompt begins with: BOS or none.
         end_tokens: ids that end an answer.
-        template: the chat template's text; None: there is none.
+        template: the chat template; None: there is none.
         notes: what the user should know.
 
     Raises:
@@ -85,7 +82,7 @@ class PromptTokenizer:
         return self._encode_marked(self.render(messages))
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation's text by the template. It runs in Jinja's sandbox. Raises as `chat` does."""
+        """The conversation's text by the template. Raises as `chat` does."""
         if self.template is None:
             raise UserError(
                 f"the model has no chat template ({CHAT_TEMPLATE_FILE} or chat_template in {SETTINGS_FILE}, beside"
@@ -93,21 +90,7 @@ class PromptTokenizer:
             )
 
         spelled = {name: self._spelling(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **spelled}
-        try:
-            parts, length = [], 0
-            for part in _environment().from_string(self.template).generate(variables):
-                parts.append(part)
-                length += len(part)
-                if length > _MOST_CHARACTERS:
-                    raise UserError(
-                        f"messages: the chat template makes more than {_MOST_CHARACTERS} characters of them"
-                    )
-            return "".join(parts)
-        except UserError:
-            raise
-        except Exception as error:  # of the template's own code
-            raise UserError(f"messages: the chat template does not take them ({_one_line(error)})") from None
+        return self.template.render(messages, tools=None, documents=None, add_generation_prompt=True, **spelled)
 
     def _encode_marked(self, text: str) -> list[int]:
         """As `encode`, without BOS; but control tokens that are spelled out are themselves."""
@@ -182,7 +165,7 @@ def _end_ids(path: Path) -> list[Any]:
     return ids if isinstance(ids, list) else [ids]
 
 
-def _read_template(path: Path, settings: Mapping[str, Any]) -> str | None:
+def _read_template(path: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
     """The template of its own file, or else of the settings: a text, or several with names."""
     if path.is_file():
         refuse_pointer(path)
@@ -197,40 +180,7 @@ def _read_template(path: Path, settings: Mapping[str, Any]) -> str | None:
             template = named[-1].get("template") if named else None
     if not isinstance(template, str):
         return None
-
-    try:
-        _environment().from_string(template)
-    except Exception as error:  # also RecursionError, of expressions within each other
-        raise UserError(f"the chat template beside {path.parent} is not valid ({_one_line(error)}); mend it") from None
-    return template
-
-
-def _environment() -> Any:
-    """Jinja as transformers sets it up for chat templates."""
-    import jinja2
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("*", "**"))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            """A text times ten thousand millions would fill the memory; conversations need no such products."""
-            texts = [value for value in (left, right) if isinstance(value, str | list | tuple)]
-            counts = [value for value in (left, right) if isinstance(value, int)]
-            too_long = texts and counts and len(texts[0]) * counts[0] > _MOST_CHARACTERS
-            if too_long or (operator == "**" and abs(right) > _LARGEST_EXPONENT):
-                raise jinja2.TemplateError(f"the product {operator} of so much is not computed here")
-            return super().call_binop(context, operator, left, right)
-
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+    return ChatTemplate(template, path.name if path.is_file() else SETTINGS_FILE)
 
 
 def _one_line(error: Exception) -> str:
