@@ -13,5 +13,7 @@ if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi
 PYTHON=.venv/bin/python bash tests/checks.sh
+# Tests start hundreds of processes, each of which would compile the same files.
+unset PYTHONDONTWRITEBYTECODE
 # Two at a time: one alone leaves a second core idle for almost half of the time. A file's tests share what it sets up.
 exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

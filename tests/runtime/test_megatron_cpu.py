@@ -9,13 +9,13 @@ import types
 import pytest
 import torch
 
-from vishwamai_mp.runtime import megatron_cpu
+from vishwamai_mp.runtime import megatron_cpu, rewriting
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adapter does nothing where CUDA exists")
 
 
 def rewritten(source: str) -> str:
-    return ast.unparse(megatron_cpu.rewritten(source, "<test>", megatron_cpu.ToThisDevice()))
+    return ast.unparse(rewriting.rewritten(source, "<test>", megatron_cpu.ToThisDevice()))
 
 
 @pytest.mark.parametrize(

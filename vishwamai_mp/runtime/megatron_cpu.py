@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vishwamai_mp.runtime.device import device, is_accelerator
+from vishwamai_mp.runtime.rewriting import RewritingLoader
 
 _RANDOM = "megatron.core.tensor_parallel.random"
 _JIT = "megatron.core.jit"
@@ -127,18 +128,11 @@ class ToThisDevice(ast.NodeTransformer):
         return node
 
 
-def rewritten(source: str | bytes, path: str, transformer: ast.NodeTransformer) -> ast.Module:
-    """The syntax tree of a module, transformed."""
-    return ast.fix_missing_locations(transformer.visit(ast.parse(source, path)))
+class _Loader(RewritingLoader):
+    transformer = ToThisDevice
 
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> types.CodeType | None:
-        path = self.get_filename(fullname)
-        source = self.get_data(path)
-        if torch.cuda.is_available() or (b"cuda" not in source and b"pin_memory" not in source):
-            return super().get_code(fullname)
-        return compile(rewritten(source, path, ToThisDevice()), path, "exec", dont_inherit=True)
+    def rewrites(self, source: bytes) -> bool:
+        return not torch.cuda.is_available() and (b"cuda" in source or b"pin_memory" in source)
 
     def exec_module(self, module: types.ModuleType) -> None:
         setattr(module, IN_PLACE_OF_CUDA, _in_place_of_cuda)

@@ -13,14 +13,15 @@ import sys
 import types
 from typing import Any
 
-from vishwamai_mp.runtime.megatron_cpu import IN_PLACE_OF_CUDA, ToThisDevice, rewritten
+from vishwamai_mp.runtime.megatron_cpu import IN_PLACE_OF_CUDA, ToThisDevice
+from vishwamai_mp.runtime.rewriting import RewritingLoader
 from vishwamai_mp.runtime.simulated.device import NAME
 from vishwamai_mp.runtime.simulated.transformer_engine_double.gpu import GPU
 
 _ABSENT = ("triton", "einops", "onnxscript", "onnx")
 
 
-class _ToTheGpu(ToThisDevice, ast.NodeTransformer):
+class ToTheGpu(ToThisDevice, ast.NodeTransformer):
     """As in megatron-core, and the idioms that only Transformer Engine uses."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
@@ -57,11 +58,8 @@ class _ToTheGpu(ToThisDevice, ast.NodeTransformer):
         return ast.copy_location(ast.Call(gpu, [self.visit(subject)], []), node)
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> types.CodeType | None:
-        path = self.get_filename(fullname)
-        source = self.get_data(path)
-        return compile(rewritten(source, path, _ToTheGpu()), path, "exec", dont_inherit=True)
+class _Loader(RewritingLoader):
+    transformer = ToTheGpu
 
     def exec_module(self, module: types.ModuleType) -> None:
         setattr(module, IN_PLACE_OF_CUDA, GPU)
