@@ -47,6 +47,7 @@ _CONTEXT = ["parallel.context_parallel_size=2"]
 _REPLICAS = ["parallel.use_distributed_optimizer=true"]
 _SHARDED = ["parallel.fully_sharded=true"]
 _SHALLOW = ["model.num_layers=2"]
+_LONG = ["training.sequence_length=2048", "model.max_position_embeddings=2048"]
 
 # Name: ranks, rank, settings. Each kind of layer, layout and precision is in several.
 _STEPS: dict[str, tuple[int, int, list[str]]] = {
@@ -60,7 +61,15 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "first stage, packed, fp32": (2, 0, [*_STAGES, *PACKED, *_SHALLOW, "precision=fp32"]),
     "last stage, packed, values, bf16": (2, 1, [*_STAGES, *PACKED, *_SHALLOW, *VALUES, "precision=bf16"]),
     "memory, 32 tokens": (1, 0, [*_SHALLOW, *MEMORY, *PACKED, "precision=bf16"]),
-    "memory, 64 tokens": (1, 0, [*_SHALLOW, *MEMORY, *PACKED, "precision=bf16", "training.sequence_length=64"]),
+    "memory, 2048 tokens": (1, 0, [*_SHALLOW, *MEMORY, *PACKED, *_LONG, "precision=bf16"]),
+    "cache, 32 tokens": (1, 0, [*_SHALLOW, *CACHE, "cache.retrieve_segments=2", "precision=bf16"]),
+    "cache, 2048 tokens": (1, 0, [*_SHALLOW, *CACHE, *_LONG, "cache.retrieve_segments=2", "precision=bf16"]),
+    "cache read whole, 32 tokens": (1, 0, [*_SHALLOW, *CACHE, "precision=bf16"]),
+    "cache read whole, 2048 tokens": (
+        1,
+        0,
+        [*_SHALLOW, *CACHE, *_LONG, "cache.retrieve_segments=1024", "precision=bf16"],
+    ),
     "chunks, memory, fp32": (2, 0, [*_CHUNKS, *MEMORY, "precision=fp32"]),
     "chunks, adapters, fp16": (2, 1, [*_CHUNKS, *LORA, "precision=fp16"]),
     "context, cache, fp16": (2, 1, [*_CONTEXT, *_SHALLOW, *CACHE, "precision=fp16"]),
@@ -116,9 +125,10 @@ def test_a_step_runs_by_the_rules_of_a_gpu_and_waits_once(found, name):
     assert sum(step["at_peak"].values()) == step["peak_bytes"]
 
 
-def test_the_memory_launches_as_many_kernels_whatever_the_length(found):
-    """By chunks of torch's operators it would launch some per chunk."""
-    assert found["memory, 32 tokens"]["launches"] == found["memory, 64 tokens"]["launches"]
+@pytest.mark.parametrize("component", ["memory", "cache", "cache read whole"])
+def test_a_component_launches_as_many_kernels_whatever_the_length(found, component):
+    """In the pieces that suit a CPU's caches it would launch some for every 64 or 256 tokens."""
+    assert found[f"{component}, 32 tokens"]["launches"] == found[f"{component}, 2048 tokens"]["launches"]
 
 
 _wait = dist.Work.wait

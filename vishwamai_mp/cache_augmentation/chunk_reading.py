@@ -13,8 +13,9 @@ from torch import Tensor
 from vishwamai_mp.cache_augmentation.read import SAMPLE, Chosen, Everything, Latents, Reading, read
 from vishwamai_mp.cache_augmentation.segments import Segments
 from vishwamai_mp.cache_augmentation.selection import choose, summarise
+from vishwamai_mp.runtime.device import at_once
 
-_QUERIES = 256  # per block, where all segments are read
+_QUERIES = 256  # per block on a CPU, where all segments are read
 
 
 class ChunkReading(NamedTuple):
@@ -55,7 +56,9 @@ class Reader(NamedTuple):
     def __call__(self, q_CBHK: Tensor, start: int) -> ChunkReading:
         """Read for the tokens from position `start` on."""
         if self.latents.keys.shape[1] - 1 <= self.retrieve:
-            return self._aligned(q_CBHK, start, min(_QUERIES, q_CBHK.shape[0]))
+            scores = self.latents.bias.numel()  # of one query of each row and head
+            queries = max(1, at_once(q_CBHK, _QUERIES * scores) // scores)
+            return self._aligned(q_CBHK, start, min(queries, q_CBHK.shape[0]))
         if self.segments.within is None:
             assert start % self.segments.length == 0, "config.resolve refuses this"
             return self._aligned(q_CBHK, start, self.segments.length)

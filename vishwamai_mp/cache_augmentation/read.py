@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vishwamai_mp.runtime import multiplies_natively
+from vishwamai_mp.runtime.device import at_once
 
-_BLOCK_SCORES = 2**19  # computed at once where blocks look at few segments each: 2 MiB
+_BLOCK_SCORES = 2**19  # that a CPU computes at once where blocks look at few segments each: 2 MiB
 SAMPLE = 16  # one query of so many has its entropy measured
 
 
@@ -149,11 +150,13 @@ class _Blocks:
 
     def parts(self) -> list[slice]:
         """Slices of blocks: one block each where it looks at all segments, else as many as fit."""
-        groups, blocks, queries, _ = self.shape
+        groups, blocks, queries, width = self.shape
         size = 1
         if isinstance(self.plan, Chosen):
-            scores = groups * queries * (self.plan.segments.shape[2] + 1) * self.latents.bias.shape[2]
-            size = max(1, _BLOCK_SCORES // scores)
+            segments, latents = self.plan.segments.shape[2], groups * self.latents.bias.shape[2]
+            scores = latents * queries * (segments + 1)
+            largest = max(scores, latents * width * max(queries, segments))  # or the keys that are gathered
+            size = max(1, at_once(self.latents.bias, _BLOCK_SCORES * largest // scores) // largest)
         return [slice(first, min(first + size, blocks)) for first in range(0, blocks, size)]
 
     def take(self, part: slice) -> "_Part":

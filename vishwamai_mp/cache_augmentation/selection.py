@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.cache_augmentation.read import Chosen, Latents
+from vishwamai_mp.runtime.device import at_once
 
-_SCORES = 2**20  # computed at once: 4 MiB
+_SCORES = 2**20  # that a CPU computes at once: 4 MiB
 
 
 class Summaries(NamedTuple):
@@ -48,7 +49,7 @@ def choose(q_GMQK: Tensor, summaries: Summaries, hidden_GMN: Tensor, retrieve: i
         hidden_GMN: segments that a block may not read, the null segment among them.
         retrieve: R.
     """
-    size = max(1, _SCORES // (q_GMQK.shape[0] * q_GMQK.shape[2] * hidden_GMN.shape[2]))
+    size = max(1, at_once(q_GMQK, _SCORES) // (q_GMQK.shape[0] * q_GMQK.shape[2] * hidden_GMN.shape[2]))
     parts = []
     for first in range(0, q_GMQK.shape[1], size):
         part = slice(first, first + size)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SLAB = 64  # tokens that stay in the processor's cache while all taps pass over them
+from vishwamai_mp.runtime.device import at_once
+
+_SLAB = 64  # tokens that stay in a CPU's cache while all taps pass over them
 
 
 def causal_convolution(x: Tensor, weight: Tensor, before: Tensor | None, documents: Tensor | None) -> Tensor:
@@ -29,8 +31,11 @@ def causal_convolution(x: Tensor, weight: Tensor, before: Tensor | None, documen
     return _Convolution.apply(torch.cat((before, x)), weight, documents)
 
 
-def _slabs(length: int) -> list[slice]:
-    return [slice(start, min(start + _SLAB, length)) for start in range(0, length, _SLAB)]
+def _slabs(x: Tensor) -> list[slice]:
+    """Slices of tokens that all taps pass over before the next."""
+    length, width = len(x), x[0].numel()
+    size = max(1, at_once(x, _SLAB * width) // width)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _masked(x: Tensor, documents: Tensor | None, span: slice, delay: int, taps: int) -> Tensor:
@@ -47,7 +52,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, padded: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
         taps = len(weight)
         out = torch.empty_like(padded[taps - 1 :])
-        for span in _slabs(len(out)):
+        for span in _slabs(out):
             torch.mul(padded[span.start + taps - 1 : span.stop + taps - 1], weight[-1], out=out[span])
             for delay in range(1, taps):
                 tap = taps - 1 - delay
@@ -62,7 +67,7 @@ class _Convolution(torch.autograd.Function):
         taps = len(weight)
         d_padded = torch.zeros_like(padded)
         d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for span in _slabs(len(grads[0])):
+        for span in _slabs(grads[0]):
             grad = grads[0][span]
             for tap in range(taps):
                 masked = _masked(grad, documents, span, taps - 1 - tap, taps)

@@ -129,8 +129,18 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def at_once(where: Tensor, on_cpu: int) -> int:
+    """How many numbers to compute at once where a computation is cut into pieces.
+
+    Args:
+        where: a tensor of the device.
+        on_cpu: as many as stay in a CPU's caches until they are used; an accelerator takes a quarter of a gigabyte in
+            fp32, for its memory's sake only: a kernel on fewer costs more to launch than to run.
+    """
+    return 2**26 if is_accelerator(where) else on_cpu
+
+
 def row_blocks(rows_NW: Tensor) -> list[slice]:
-    """Slices of the rows, each a megabyte in fp32, so that what is computed of one stays in a CPU's caches until it is
-    used; on GPUs a quarter of a gigabyte, for their memory's sake only."""
-    count = max(1, 2 ** (26 if is_accelerator(rows_NW) else 18) // max(1, rows_NW.shape[-1]))
+    """Slices of the rows, each a megabyte in fp32 on CPUs, as large as `at_once` says on accelerators."""
+    count = max(1, at_once(rows_NW, 2**18) // max(1, rows_NW.shape[-1]))
     return [slice(first, first + count) for first in range(0, len(rows_NW), count)]
