@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What the step journal costs: a training step with it and without it, in turns, and each of its entries alone.
 
-Two gloo processes train a small model. Steps with and without the journal alternate, so that both see the same machine;
-differences of neighbours are compared, by their median. What phases and collectives cost alone, measured in a loop,
-times their number in a step is a second answer, which noise of the machine does not reach.
+Two gloo processes train a small model. Steps with and without the journal alternate, so that both see the same machine,
+in turns either first; differences of neighbours are compared, by their median. What phases and collectives cost alone,
+measured in a loop, times their number in a step is a second answer, which noise of the machine does not reach.
 
 example: python examples/benchmarks/journal.py --steps 100
 """
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -72,10 +73,13 @@ def measure(name: str | dict, steps: int, overrides: Sequence[str] = ()) -> tupl
     one(0)
     journal, differences, plain = Journal(), [], []
     for number in range(steps):
-        plain.append(one(number))
-        with journal_open(journal):
-            differences.append(one(number) - plain[-1])
+        seconds = {}
+        for noted in (False, True) if number % 2 else (True, False):  # what comes second may find warmer caches
+            with journal_open(journal) if noted else nullcontext():
+                seconds[noted] = one(number)
         journal.words[Word.ENDING] = 0
+        plain.append(seconds[False])
+        differences.append(seconds[True] - seconds[False])
     kinds = Counter(event.kind for event in events(journal.words) if event.step == steps - 1)
     return report(plain, differences, kinds[Kind.PHASE], kinds[Kind.BEGINS])
 
@@ -85,9 +89,12 @@ def report(plain: list[float], differences: list[float], phases: int, collective
     median = statistics.median(plain)
     of_phase, of_collective = seconds_alone()
     whole = phases * of_phase + collectives * of_collective
+    middle = statistics.median(differences)
+    # Of a median, from the median distance to it, as if differences were normally distributed.
+    error = 1.253 * 1.483 * statistics.median(abs(one - middle) for one in differences) / len(differences) ** 0.5
     text = (
         f"a step without the journal: {1e3 * median:.1f} ms (median of {len(plain)})\n"
-        f"with it: {statistics.median(differences) / median:+.2%} (median difference of neighbours)\n"
+        f"with it: {middle / median:+.2%} ± {error / median:.2%} (median difference of neighbours, standard error)\n"
         f"{phases} phases × {1e6 * of_phase:.1f} µs + {collectives} collectives × {1e6 * of_collective:.1f} µs"
         f" = {1e3 * whole:.2f} ms, {whole / median:.3%} of a step"
     )

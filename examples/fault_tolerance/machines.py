@@ -4,6 +4,7 @@ Needs Linux, root and iproute2. Everything that is made is taken away at the end
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK, HOME = "10.77.0", "10.77.0.254"  # HOME is this machine's own address among them
@@ -25,9 +28,10 @@ def why_not() -> str | None:
         return "network namespaces need root on Linux"
     if any(shutil.which(program) is None for program in ("ip", "nsenter", "unshare")):
         return "there is no ip, nsenter or unshare; install iproute2 and util-linux"
-    if _call("ip", "netns", "add", "vmp-probe", check=False):
+    probe = f"vmp-probe-{os.getpid()}"
+    if _call("ip", "netns", "add", probe, check=False):
         return "network namespaces cannot be made here"
-    _call("ip", "netns", "del", "vmp-probe")
+    _call("ip", "netns", "del", probe)
     return None
 
 
@@ -46,6 +50,21 @@ class Machine:
         inside = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--uts", "--mount"]
         return [*inside, "sh", "-c", named, self.name, str(self.hosts), *command]
 
+    def processes(self) -> list[psutil.Process]:
+        """Everything that runs on this machine, however it was started: all that is in its network namespace."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError):
+                if os.path.samefile(f"/proc/{process.pid}/ns/net", f"/run/netns/{self.namespace}"):
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """Kill all of them, as a loss of power does."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
     def cut(self) -> None:
         """Unplug it from the switch: packets vanish both ways, and neither side is told."""
         _call("ip", "link", "set", self.link, "nomaster")
@@ -57,7 +76,15 @@ class Machine:
 
 @contextlib.contextmanager
 def machines(count: int) -> Iterator[list[Machine]]:
-    """`count` machines on one switch."""
+    """`count` machines on one switch. Their names are always the same, so a second call waits for the first to end."""
+    with (Path(tempfile.gettempdir()) / "vishwamai-machines.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _plugged_in(count) as every:
+            yield every
+
+
+@contextlib.contextmanager
+def _plugged_in(count: int) -> Iterator[list[Machine]]:
     descriptor, hosts = tempfile.mkstemp(prefix="hosts-")
     every = [Machine(number, Path(hosts)) for number in range(1, count + 1)]
     names = "".join(f"{machine.address} {machine.name}\n" for machine in every)

@@ -82,11 +82,8 @@ class Job:
 
     def kill(self, node: machines.Machine) -> None:
         """SIGKILL for all of a machine, its launcher included."""
-        launcher = self._processes[node.name]
-        for process in [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        launcher.wait()
+        node.kill()
+        self._processes[node.name].wait()
 
     def steps(self) -> list[int]:
         """Numbers of the steps that were done, in order, over all attempts."""
@@ -110,8 +107,7 @@ class Job:
     def end(self) -> None:
         """Leave nothing running."""
         for node in self.nodes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self.kill(node)
+            self.kill(node)
 
     def _log(self, node: machines.Machine) -> Path:
         return Path(f"{self.run}-{node.name}.log")

@@ -102,15 +102,6 @@ class Cluster:
         command = node.command("slurmd", "-N", node.name, "-f", str(self.folder / "slurm.conf"))
         subprocess.run(command, env=self.environment, check=True, timeout=30)
 
-    def kill_node(self, node: machines.Machine) -> None:
-        """Kill a machine's daemon and all that it runs, as a loss of power does."""
-        daemon = psutil.Process(int((self.folder / f"slurmd-{node.name}.pid").read_text()))
-        namespace = os.readlink(f"/proc/{daemon.pid}/ns/net")
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                if os.readlink(f"/proc/{process.pid}/ns/net") == namespace:
-                    process.kill()
-
 
 @contextlib.contextmanager
 def cluster(folder: Path, count: int) -> Iterator[Cluster]:
@@ -134,8 +125,7 @@ def cluster(folder: Path, count: int) -> Iterator[Cluster]:
             yield slurm
         finally:
             for node in nodes:
-                with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                    slurm.kill_node(node)
+                node.kill()
             for name in ("slurmctld", "munged"):
                 _end_daemon(folder / f"{name}.pid")
 

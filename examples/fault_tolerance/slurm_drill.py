@@ -123,7 +123,7 @@ def node_lost(slurm: Cluster) -> str:
     job.reach(_SAVE_EVERY + 10)
     last = slurm.run("scontrol", "show", "hostnames", slurm.job(job.number)["NodeList"]).split()[-1]
     lost = next(node for node in slurm.nodes if node.name == last)
-    slurm.kill_node(lost)
+    lost.kill()
     try:
         said = _resumed(job, _SAVE_EVERY + 10)
         require(lost.name not in slurm.job(job.number)["NodeList"], f"it ran on {lost.name}")

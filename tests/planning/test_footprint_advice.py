@@ -127,6 +127,8 @@ def test_components_count_where_they_stand():
 
 _BOTH = ["memory.enabled=true", "cache.enabled=true"]
 _FULL = "training.recompute=full"
+# Long rows of a narrow model, whose peak is at the gradient of the logits.
+_LOGITS = ["model.hidden_size=512", "training.sequence_length=4096", "model.max_position_embeddings=4096"]
 
 
 def _split(tensor: int = 1, pipeline: int = 1, chunks: int = 1) -> list[str]:
@@ -153,6 +155,13 @@ def _split(tensor: int = 1, pipeline: int = 1, chunks: int = 1) -> list[str]:
         (4, 0, 8, [_BOTH[1], *_split(2, 2)], 1297),
         (8, 0, 8, ["parallel.fully_sharded=true"], 958),
         (8, 0, 16, ["parallel.fully_sharded=true"], 1050),
+        (8, 0, 8, ["parallel.fully_sharded=true", _FULL], 607),
+        (8, 0, 16, ["parallel.fully_sharded=true", _FULL], 653),
+        (16, 0, 16, ["parallel.fully_sharded=true", _FULL, "model.num_layers=32"], 601),
+        (8, 0, 8, [*_BOTH, "parallel.fully_sharded=true", _FULL], 673),
+        (4, 0, 4, ["parallel.fully_sharded=true", _FULL, *_LOGITS], 551),
+        (1, 0, 1, [_FULL, *_LOGITS], 1370),
+        (1, 0, 1, [_FULL, *_LOGITS, "model.vocab_size=65536"], 3401),
     ],
 )
 def test_the_simulated_peak_with_components(ranks, stage, batch, overrides, measured):

@@ -65,6 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
             probs = (rows[block] - log_sums[block, None]).exp_().mul_(grad[block, None])
             probs.scatter_add_(-1, local[block, None], -onehot[block, None])
             out.flatten(0, 1)[block, : ctx.real] = probs
+            del probs  # before the next block is made
         return out, None, None, None
 
 

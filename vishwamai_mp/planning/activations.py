@@ -12,6 +12,9 @@ from vishwamai_mp.planning.component_activations import component_activations, c
 
 _QUERIES = 64  # that a CPU's attention takes at a time
 _LONGEST = 2048  # queries up to which it keeps its weights
+_LOSS_BLOCK = (
+    2**28
+)  # bytes of logits that a GPU turns into their gradient at a time, in fp32 (`runtime.device.row_blocks`)
 
 
 @dataclass(frozen=True)
@@ -197,11 +200,13 @@ def _attention(config: PretrainConfig, on_gpu: bool) -> float:
 
 
 def _head(config: PretrainConfig, on_gpu: bool) -> float:
-    """The last norm, and the logits with their gradient, which a GPU has in fp32 when it makes that of 16 bits.
+    """The last norm, the logits and their gradient, and the block of it in fp32 that a GPU makes at a time.
 
     The gradient of capped logits becomes one of logits beside it.
     """
+    tokens, size = tokens_of_micro_batch(config), number_bytes(config)
     width = 2 * config.model.hidden_size / _sequence_shards(config)
-    copies = (3 if on_gpu and number_bytes(config) == 2 else 2) + (config.model.logit_softcap is not None)
-    logits = copies * padded_vocab_size(config) / config.parallel.tensor_model_parallel_size
-    return tokens_of_micro_batch(config) * number_bytes(config) * (width + logits)
+    logits = tokens * padded_vocab_size(config) / config.parallel.tensor_model_parallel_size
+    block = min(4 * logits, _LOSS_BLOCK) if on_gpu else 0.0
+    capped = size * logits if config.model.logit_softcap is not None else 0.0
+    return size * (tokens * width + 2 * logits) + max(block, capped)

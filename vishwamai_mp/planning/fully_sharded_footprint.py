@@ -1,4 +1,4 @@
-"""Memory of a rank under fully sharded data parallelism: which of three moments of a step needs most."""
+"""Memory of a rank under fully sharded data parallelism: which of four moments of a step needs most."""
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step, padded_vocab_size
 from vishwamai_mp.planning.activations import StageActivations, number_bytes
@@ -28,21 +28,27 @@ def fully_sharded_parts(config: PretrainConfig, world_size: int, activations: St
     root = embedding_parameters(config.model, padded_vocab_size(config)) + config.model.hidden_size
     table = padded_vocab_size(config) * config.model.hidden_size
     share = stage_parameters(config, 0) / replicas
-    later = micro_batches_per_step(config, world_size) > 1
+    before = share if micro_batches_per_step(config, world_size) > 1 else 0.0  # summed in earlier micro-batches
+    layers = config.model.num_layers
+    one_layer = size * (root + table + 3 * layer) + GRADIENT * layer
     moments = [
         # The logits' gradient, with the last layer fetched.
-        (later, size * (root + layer), activations.kept + activations.head),
+        (before, size * (root + layer), activations.kept + activations.head),
         # The last layer's backward pass, with the output layer's gradient waiting for the embedding's.
-        (later, size * (root + table + 3 * layer) + GRADIENT * layer, activations.kept + activations.again),
+        (before, one_layer, activations.kept + activations.again),
+        # The second layer's, when gradients have come for what went: recomputed layers keep less than those take.
+        (
+            max(before, max(layers - 2, 0) * layer / replicas),
+            one_layer,
+            min(2 / layers, 1) * activations.kept + activations.again,
+        ),
         # The gradients of embedding and output layer are summed: in their type, and in fp32.
-        (True, (2 * size + GRADIENT) * root, 0.0),
+        (share, (2 * size + GRADIENT) * root, 0.0),
     ]
-    _, gradients, gathered, kept = max(
-        (GRADIENT * share * own + whole + there, GRADIENT * share * own, whole, there) for own, whole, there in moments
-    )
+    summed, gathered, kept = max(moments, key=lambda moment: GRADIENT * moment[0] + moment[1] + moment[2])
     return {
         "weights": MAIN * share,
-        "gradients": gradients,
+        "gradients": GRADIENT * summed,
         "optimizer": MOMENTS * share,
         "gathered weights": gathered,
         "activations": kept,
