@@ -63,7 +63,7 @@ def main() -> None:
     if options.check:
         check(options.check, options.json)
         return
-    if not options.config or not options.gpus:
+    if not options.config or options.gpus is None:
         raise UserError("--config and --gpus are needed, or --check")
     if options.gpus < 1 or options.top < 1 or (options.tokens is not None and not 0 < options.tokens < 1e18):
         raise UserError("--gpus, --top and --tokens must be positive")
@@ -84,6 +84,9 @@ def main() -> None:
         from vishwamai_mp.observability.plan_page import plan_page
 
         write_page(options.html, plan_page(plan, config, tokens, nearest), "--html")
+    if not plan.fitting and not plan.too_large:
+        reason = next(iter(plan.refused), "see above")
+        raise UserError(f"no layout of {options.config} is possible on {options.gpus} GPUs: {reason}")
     if not plan.fitting:
         raise UserError(f"{options.config} does not fit on {options.gpus} × {machine.gpu.title}")
     if options.write_config:

@@ -10,11 +10,12 @@ import torch
 from tests.conversion import models
 from tests.workers import WorkerPool
 from vishwamai_mp.checkpoint import read_manifest
-from vishwamai_mp.config import UserError, load_config
+from vishwamai_mp.config import UserError, load_config, resolve
 from vishwamai_mp.conversion import safetensors_files
 from vishwamai_mp.conversion.dtypes import BF16, FP32
 from vishwamai_mp.conversion.source import open_source
 from vishwamai_mp.conversion.verify import compare
+from vishwamai_mp.planning.parameters import parameter_count
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
@@ -84,8 +85,10 @@ def assert_same_model(workers: WorkerPool, run: Path, folder: Path) -> None:
 
     rows = models.random_rows(2, 100, SIZES["vocab_size"])
     (ours,) = workers.run(models.our_logits, 1, run, rows)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor(rows)).logits
+        theirs = model(torch.tensor(rows)).logits
+    assert model.num_parameters() == parameter_count(resolve(load_config(run / "config.yaml")).model)
     assert theirs.abs().max() > 0.5
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 

@@ -98,18 +98,22 @@ def test_what_fits_nowhere_is_told_what_it_lacks(plan, capsys):
     told = capsys.readouterr().out
     assert "more than there is" in told
     assert "the nearest that fits: " in told
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"no layout of 7b is possible on 7 GPUs: .*use 518"):
         plan("--config", "7b", "--gpus", "7", "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["best"] is None
     assert "use 518" in found["rejected"][0]["reason"]
     assert found["nearest_that_fits"]["gpus"] == 8
+    with pytest.raises(UserError, match="does not fit"):
+        plan("--config", "125m", "--gpus", "1", "model.num_layers=20011", "model.hidden_size=12000")  # a prime number
+    assert "no power of two up to 131,072 GPUs holds it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--gpu", "h10"], "did you mean h100"),
+        (["--gpus", "0"], "--gpus, --top and --tokens must be positive"),
         (["--stack", "megatrom"], "did you mean megatron"),
         (["--gpu", "v100-32"], "use precision=fp16"),
         (["--gpu", "a100-80", "precision=fp8_current"], "has no FP8"),

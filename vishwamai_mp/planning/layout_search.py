@@ -11,7 +11,7 @@ from vishwamai_mp.planning.footprint import Footprint, job_footprint
 from vishwamai_mp.planning.hardware import Gpu
 from vishwamai_mp.planning.step_time import Machine, StepTime, step_time, tokens_per_second_per_gpu
 
-_MOST_GPUS = 1 << 17  # up to which a job that does not fit is tried on more
+MOST_GPUS = 1 << 17  # up to which a job that does not fit is tried on more
 _RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 
@@ -124,7 +124,7 @@ def nearest_that_fits(config: PretrainConfig, machine: Machine, more_than: int) 
     Where the global batch has fewer sequences than there would be GPUs, it may grow with them.
     """
     world_size = 1 << more_than.bit_length()
-    while world_size <= _MOST_GPUS:
+    while world_size <= MOST_GPUS:
         batch = config.training.global_batch_size
         for sequences in dict.fromkeys((batch, max(batch, world_size))):
             larger = replace(config, training=replace(config.training, global_batch_size=sequences))

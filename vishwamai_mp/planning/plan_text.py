@@ -10,7 +10,7 @@ from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.planning.flops import training_flops_per_token
 from vishwamai_mp.planning.footprint import inference_bytes, saving_host_bytes, tree_bytes
 from vishwamai_mp.planning.footprint_advice import size_text
-from vishwamai_mp.planning.layout_search import Candidate, Plan
+from vishwamai_mp.planning.layout_search import MOST_GPUS, Candidate, Plan
 from vishwamai_mp.planning.parameters import total_parameters
 
 _REJECTED_SHOWN = 50  # of those that lack memory, the nearest
@@ -133,6 +133,8 @@ def _missing(plan: Plan, nearest: Candidate | None) -> list[str]:
             f"the nearest that fits: {nearest.world_size} GPUs, {nearest.label}, global batch"
             f" {nearest.config.training.global_batch_size}, {size_text(nearest.footprint.total)} per GPU"
         )
+    else:
+        lines.append(f"no power of two up to {MOST_GPUS:,} GPUs holds it: use a smaller model or sequence length")
     return lines
 
 
