@@ -146,18 +146,36 @@ def fit_memory(names: set[str], runs: list[PublishedRun], rounds: int) -> None:
     stacks.KEPT.update(dict.fromkeys(names, best))
 
 
-def rank_agreement(runs: list[PublishedRun]) -> dict[str, float]:
-    """Kendall's tau-b of predicted and measured rates, of sources that have four or more layouts of a model."""
+def by_layout(runs: list[PublishedRun]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Measured and predicted rates of each source's model on a kind of GPU, and of each of its layouts."""
     groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for run, error in zip(runs, errors(runs), strict=True):
         assert run.measured is not None
         key = f"{run.source[:24]} {run.model} {run.machine.gpu.name}"
         groups[key][run.label].append((run.measured, run.measured * (1 + error)))
+    return groups
+
+
+def release_spread(runs: list[PublishedRun]) -> float:
+    """How much faster a layout's fastest row is than its slowest: the median of layouts with several rows."""
+    every = [pairs for layouts in by_layout(runs).values() for pairs in layouts.values() if len(pairs) > 1]
+    spreads = sorted(max(pairs)[0] / min(pairs)[0] - 1 for pairs in every)
+    return spreads[len(spreads) // 2] if spreads else 0.0
+
+
+def rank_agreement(runs: list[PublishedRun], closer: float = 0.0) -> dict[str, float]:
+    """Kendall's tau-b of predicted and measured rates, of sources that have four or more layouts of a model.
+
+    Args:
+        closer: pairs of layouts whose measured rates differ by a smaller share are left out.
+    """
     found = {}
-    for key, layouts in groups.items():
+    for key, layouts in by_layout(runs).items():
         points = [tuple(sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1)) for pairs in layouts.values()]
         if len(points) >= 4:
-            signs = [(_sign(a[0] - b[0]), _sign(a[1] - b[1])) for i, a in enumerate(points) for b in points[:i]]
+            couples = [(a, b) for i, a in enumerate(points) for b in points[:i]]
+            couples = [(a, b) for a, b in couples if max(a[0], b[0]) >= (1 + closer) * min(a[0], b[0])]
+            signs = [(_sign(a[0] - b[0]), _sign(a[1] - b[1])) for a, b in couples]
             norm = math.sqrt(sum(x * x for x, _ in signs) * sum(y * y for _, y in signs))
             found[key] = sum(x * y for x, y in signs) / norm if norm else 0.0
     return found
@@ -186,8 +204,11 @@ def main() -> None:
         print(stacks.STACKS[name], stacks.REACHED[name], sep="\n")
     report("fitted to", errors(fitted))
     report("held out", errors(held_out))
+    spread = release_spread(runs)
+    print(f"Kendall's tau; of pairs that are at least {spread:.1%} apart, the median spread of one layout's rows")
+    beyond = rank_agreement(runs, spread)
     for key, tau in rank_agreement(runs).items():
-        print(f"tau {tau:+.2f}  {key}")
+        print(f"tau {tau:+.2f}; {beyond[key]:+.2f}  {key}")
     if options.memory:
         of_memory(options.memory, options.rounds)
 

@@ -2,7 +2,8 @@
 
 usage: simulated_steps.py [--transformer-engine] < CASES > RESULTS
 
-CASES is a JSON list of [world size, rank, device, [section.key=value ...]]; RESULTS has for each what `dry_run` found.
+CASES is a JSON list of [world size, rank, device, [section.key=value ...]], each with a recipe's path besides or not;
+RESULTS has for each what `dry_run` found.
 With the option layers are Transformer Engine's.
 """
 
@@ -26,8 +27,8 @@ def main() -> None:
     from vishwamai_mp.training.dry_run import dry_run
 
     results = []
-    for world_size, rank, device, overrides in json.load(sys.stdin):
-        config = resolve(load_config(SMALL, overrides), world_size)
+    for world_size, rank, device, overrides, *recipe in json.load(sys.stdin):
+        config = resolve(load_config(recipe[0] if recipe else SMALL, overrides), world_size)
         try:
             with torch.backends.mkldnn.flags(enabled=False):
                 results.append(dry_run(config, world_size, rank, device).to_dict())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.runtime.test_simulated import CACHE, LORA, MEMORY, PACKED, RECOMPUTE, VALUES
+from vishwamai_mp.config import load_config
 from vishwamai_mp.runtime.fused_layers import python_folder
 
 _HERE = Path(__file__).parent
@@ -66,14 +67,34 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
 }
 
 
+_RECIPES = sorted((_HERE.parents[1] / "examples/recipes").glob("*.yaml"))
+
+
+def recipe_case(path: Path) -> list[Any]:
+    """A rank of the last stage but one, or the only; of all layers one a stage, of a step one round of micro-batches.
+
+    Widths, lengths and groups are the recipe's; more layers would be the same again, and take minutes.
+    """
+    gpus = int(path.stem.rsplit("-on-", 1)[1])
+    config = load_config(path)
+    parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
+    replicas = gpus // (parallel.tensor_model_parallel_size * parallel.context_parallel_size * stages)
+    batch = replicas * stages * config.training.micro_batch_size
+    shallow = [f"model.num_layers={stages}", "parallel.virtual_pipeline_model_parallel_size=null"]
+    rank = gpus - gpus // stages - 1 if stages > 1 else gpus - 1
+    return [gpus, rank, "simulated", [*shallow, f"training.global_batch_size={batch}"], str(path)]
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
     """What each step told; all in one process."""
     cases = [[*place, "simulated", [*_WIDE, *settings]] for *place, settings in _STEPS.values()]
+    cases += map(recipe_case, _RECIPES)
     command = [sys.executable, str(_HERE / "simulated_steps.py"), "--transformer-engine"]
     run = subprocess.run(command, input=json.dumps(cases), text=True, capture_output=True)
     assert run.returncode == 0, run.stderr
-    return dict(zip(_STEPS, json.loads(run.stdout.splitlines()[-1]), strict=True))
+    names = [*_STEPS, *(path.stem for path in _RECIPES)]
+    return dict(zip(names, json.loads(run.stdout.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.parametrize("name", _STEPS)
@@ -88,6 +109,14 @@ def test_a_step_runs_and_waits_once(found, name):
     assert all("rotary" in place or "pytorch/utils" in place for place in step["host_copies"]), step["host_copies"]
     assert sum(step["at_peak"].values()) == step["peak_bytes"]
     assert step["at_peak"]["workspaces"] == 32 * 2**20 + 1024  # cuBLAS's on a Hopper or later
+
+
+@pytest.mark.parametrize("name", [path.stem for path in _RECIPES])
+def test_a_rank_of_each_recipe_trains(found, name):
+    step = found[name]
+    assert "error" not in step, step["error"]
+    assert step["updated"]
+    assert sum(step["at_peak"].values()) == step["peak_bytes"]
 
 
 def test_fp8_launches_quantizers_for_the_same_products(found):

@@ -35,11 +35,20 @@ def install() -> None:
     sys.meta_path.insert(0, _Finder())
 
 
+class _Stream(torch.cpu.Stream):
+    """torch.cpu's, which can also be given the event to record, as CUDA's can."""
+
+    def record_event(self, event: Any = None) -> Any:
+        return event
+
+
 class InPlaceOfCuda(types.ModuleType):
     """What `torch.cuda` means inside megatron-core: torch.cpu, completed with what megatron-core needs besides.
 
     Random numbers are the host's. The simulated accelerator draws none: there is no state to keep.
     """
+
+    Stream = _Stream
 
     @property
     def device_type(self) -> str:
