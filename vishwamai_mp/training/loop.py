@@ -3,7 +3,7 @@
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vishwamai_mp.runtime.device import peak_flops
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
 from vishwamai_mp.runtime.step_journal import phase, step
 from vishwamai_mp.training.callbacks.base import Callback
+from vishwamai_mp.training.garbage import garbage_collected_every
 from vishwamai_mp.training.loss_guard import LossGuard, explain
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.schedule import learning_rate
@@ -85,12 +86,16 @@ class Trainer:
         if isinstance(locked, Failure):
             locked.throw("training not started")
         try:
-            with advice_when_out_of_memory(self.config), watched(self.config, self.runtime, self.folder):
-                return self._train()
+            with (
+                advice_when_out_of_memory(self.config),
+                watched(self.config, self.runtime, self.folder),
+                garbage_collected_every(self.config.training.collect_garbage_every) as collect,
+            ):
+                return self._train(collect)
         finally:
             self.lock.release()
 
-    def _train(self) -> TrainerState:
+    def _train(self, collect_garbage: Callable[[int], None]) -> TrainerState:
         self.resume()
         self._settle_ways()
         batches = train_stream(self.config, self.datasets, self.runtime, self.state.consumed_samples)
@@ -103,6 +108,7 @@ class Trainer:
                 record = self._step(batches)
             for callback in self.callbacks:
                 callback.on_step_end(self, record)
+            collect_garbage(self.state.step)
         for callback in self.callbacks:
             callback.on_train_end(self)
         if self.stop_reason:

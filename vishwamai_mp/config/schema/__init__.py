@@ -308,6 +308,7 @@ class TrainingConfig:
     early_stopping_patience: PositiveInt | None = None  # evaluations in a row without a new lowest loss; then stop
     max_skipped_steps: NonNegativeInt = 10  # consecutive non-finite or spiking steps before giving up
     spike_factor: PositiveFloat | None = None  # skip a step whose loss exceeds this multiple of the running mean
+    collect_garbage_every: PositiveInt | None = None  # steps; Python's collector on all ranks at once, not by chance
     threads: PositiveInt | None = None  # CPU threads per process; None: OMP_NUM_THREADS, else cores / processes
     loss: Annotated[str, _extension("cross_entropy")] = "cross_entropy"  # or package.module:function
     callbacks: list[Annotated[str, _extension()]] = field(default_factory=list)  # yours, each package.module:Class
