@@ -28,8 +28,16 @@ _STACK = (
 _execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
-def begin() -> None:
-    """Import the stack and fork what is started as `python -m` one of this project's programs."""
+_scripts: list[str] = []
+
+
+def begin(*scripts: str) -> None:
+    """Import the stack and fork what is started as `python -m` one of this project's programs.
+
+    Args:
+        scripts: paths of files that are forked as well where they are started as `python PATH`.
+    """
+    _scripts.extend(scripts)
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported; a fork has one thread only
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launcher sets it, before torch is imported
     with warnings.catch_warnings():
@@ -41,8 +49,8 @@ def begin() -> None:
 
 def _start(process: Any, args: Any, *rest: Any) -> None:
     """What `subprocess.Popen` calls to start its process; `rest` as Python 3.11 and 3.12 order it."""
-    module = _module(args)
-    if module is None:
+    program = _program(args)
+    if program is None:
         _execute(process, args, *rest)
         return
     environment, start_new_session = rest[5], rest[20]
@@ -51,20 +59,22 @@ def _start(process: Any, args: Any, *rest: Any) -> None:
     sys.stderr.flush()
     process.pid = os.fork()
     if process.pid == 0:
-        _become(module, args, environment, start_new_session, [pipes[0], pipes[3], pipes[5]])
+        _become(program, environment, start_new_session, [pipes[0], pipes[3], pipes[5]])
     process._child_created = True
     process._close_pipe_fds(*pipes)
 
 
-def _module(args: Any) -> str | None:
-    """The program of a command line `python [-u] -m program ...`, where it is one of ours."""
-    if not isinstance(args, list | tuple) or args[0] != sys.executable or "-m" not in args[1:3]:
+def _program(args: Any) -> list[str] | None:
+    """Of a command line `python [-u] [-m] program ...`, the program and its arguments, where it is one of ours."""
+    if not isinstance(args, list | tuple) or args[0] != sys.executable:
         return None
-    module = args[args.index("-m") + 1]
-    return module if module in _PROGRAMS else None
+    rest = list(args[2:] if args[1] == "-u" else args[1:])
+    if rest[0] == "-m" and rest[1] in _PROGRAMS:
+        return rest[1:]
+    return rest if rest[0] in _scripts else None
 
 
-def _become(module: str, args: Sequence[str], environment: Any, session: bool, streams: Sequence[int]) -> NoReturn:
+def _become(program: list[str], environment: Any, session: bool, streams: Sequence[int]) -> NoReturn:
     """Make a new process of this fork, and run the program in it."""
     status = 1
     try:
@@ -81,20 +91,23 @@ def _become(module: str, args: Sequence[str], environment: Any, session: bool, s
         if environment is not None:
             os.environ.clear()
             os.environ.update(environment)
-        sys.argv = [module, *args[args.index("-m") + 2 :]]
-        status = _run(module)
+        sys.argv = list(program)
+        status = _run(program[0])
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(status)
 
 
-def _run(module: str) -> int:
+def _run(program: str) -> int:
     """Returns the exit status."""
     status: Any = 0
-    sys.modules.pop(module, None)  # it is to run, as __main__, not to be found imported
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if program in _scripts:
+            runpy.run_path(program, run_name="__main__")
+        else:
+            sys.modules.pop(program, None)  # it is to run, as __main__, not to be found imported
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = end.code
     if isinstance(status, str):

@@ -21,11 +21,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from killable_job import Job, command, write_corpus  # beside this file
+import forked_programs  # beside this file, as the next
+from killable_job import Job, command, write_corpus
 
 from vishwamai_mp.config import UserError, run_program
 from vishwamai_mp.config.errors import HUNG_STATUS
 
+_JOB = str(Path(__file__).with_name("hanging_job.py"))
 _RANK, _STEP = 2, 12
 _LAYOUT = ["parallel.tensor_model_parallel_size=2", "training.micro_batch_size=1"]
 _SLACK = 15  # seconds from the limit to the end of the job
@@ -63,6 +65,8 @@ def main() -> int:
     options = parse_arguments()
     if not sys.platform.startswith("linux"):
         raise UserError("the watchdog looks at processes in /proc; run this on Linux")
+    if options.forked:
+        forked_programs.begin(_JOB)
     with tempfile.TemporaryDirectory(prefix="hangs-") as temporary:
         folder = Path(temporary)
         (folder / "data").mkdir()
@@ -79,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="*", choices=_TRUTHS, default=list(_TRUTHS), help="which (default: all)")
     parser.add_argument("--limit", type=float, default=10, help="seconds of every phase (%(default)s)")
     parser.add_argument("--machines", type=int, choices=(1, 2), default=1, help="launchers that share the ranks")
+    parser.add_argument("--forked", action="store_true", help="begin processes as forks; see chaos.py")
     parser.add_argument("--steps", type=int, default=1000, help="healthy ones afterwards (%(default)s)")
     return parser.parse_args()
 
@@ -92,7 +97,7 @@ def job_command(folder: Path, run: Path, kind: str, steps: int, limit: float) ->
     whole = command(run, folder / "data/chain", [*settings, "checkpoint.keep_last=2"])
     whole[whole.index("--nproc-per-node") + 1] = "4"
     at = whole.index("-m", 3)  # what the launcher starts
-    program = [str(Path(__file__).with_name("hanging_job.py")), kind, str(_RANK), str(_STEP), str(run) + ".mark"]
+    program = [_JOB, kind, str(_RANK), str(_STEP), str(run) + ".mark"]
     return [*whole[:at], *program, *whole[at + 2 :]]
 
 

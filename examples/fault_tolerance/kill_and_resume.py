@@ -19,7 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from killable_job import LAYOUTS, Job, command, digest, losses, newest_whole, write_corpus  # beside this file
+import forked_programs  # beside this file, as the next
+from killable_job import LAYOUTS, Job, command, digest, losses, newest_whole, write_corpus
 
 from vishwamai_mp.config import UserError, run_program
 
@@ -63,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the data (%(default)s)")
     parser.add_argument("--layout", choices=list(LAYOUTS), default="dp", help="of the two processes (%(default)s)")
     parser.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
+    parser.add_argument("--forked", action="store_true", help="begin processes as forks; see chaos.py")
     parser.add_argument("--work-dir", metavar="FOLDER", help="an empty or new one, kept; default: temporary")
     options = parser.parse_args()
     if options.kills < 1:
@@ -72,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def study(folder: Path, options: argparse.Namespace) -> int:
     """Run both jobs; returns 0 where they are equal."""
+    if options.forked:
+        forked_programs.begin()
     data, moments = folder / "data/chain", random.Random(options.seed)
     data.parent.mkdir()
     write_corpus(data, options.seed)

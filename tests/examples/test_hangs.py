@@ -10,7 +10,7 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples/fault_tolerance/hangs
 
 def test_a_stopped_rank_and_a_collective_left_out():
     kinds = ["stops", "leaves_out_a_collective"]
-    command = [sys.executable, str(_EXAMPLE), "--kinds", *kinds, "--limit", "4", "--steps", "0"]
+    command = [sys.executable, str(_EXAMPLE), "--kinds", *kinds, "--limit", "4", "--steps", "0", "--forked"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     for kind in kinds:

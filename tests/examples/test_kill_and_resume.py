@@ -14,7 +14,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_kills(tmp_path):
-    result = run("--kills", "2", "--async-save", "--work-dir", str(tmp_path / "work"))
+    result = run("--kills", "2", "--async-save", "--forked", "--work-dir", str(tmp_path / "work"))
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line for line in result.stdout.splitlines() if re.match(r" +\d+  \d+\.\d\d s", line)]
     assert len(rows) >= 2
