@@ -1,13 +1,15 @@
 """Gated units against their definition: outputs and gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from vishwamai_mp.model.gated_units import GATED_UNITS
 
-_ACTIVATIONS = {"swiglu": F.silu, "geglu": nn.GELU(approximate="tanh")}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": nn.GELU(approximate="tanh")}
 
 
 @pytest.mark.parametrize("name", GATED_UNITS)
@@ -22,4 +24,5 @@ def test_a_unit_is_its_activation_of_the_gate_times_up(name):
     expected.backward(grad.double())
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
     assert exact.grad is not None
+    assert ours.grad is not None
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=0, atol=1e-6)

@@ -48,7 +48,7 @@ class InPlaceOfCuda(types.ModuleType):
     Random numbers are the host's. The simulated accelerator draws none: there is no state to keep.
     """
 
-    Stream = _Stream
+    Stream: type[Any] = _Stream
 
     @property
     def device_type(self) -> str:

@@ -31,7 +31,9 @@ class Prompts(Protocol):
     """What the service needs of `opening.prompts.PromptTokenizer`."""
 
     end_tokens: tuple[int, ...]
-    template: str | None
+
+    @property
+    def template(self) -> object | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 
