@@ -55,7 +55,11 @@ def main() -> None:
     if arguments.all_ranks:
         check_all_ranks(config, arguments.gpus, arguments.json)
         return
-    from vishwamai_mp.training.dry_run import dry_run, render  # the stack takes seconds; mistakes are told before
+    from vishwamai_mp.training.dry_run import (
+        dry_run,
+        render,
+        render_stages,
+    )  # the stack takes seconds; mistakes are told before
 
     stages = config.parallel.pipeline_model_parallel_size
     first = [stage * arguments.gpus // stages for stage in range(stages)]  # stages are farthest apart in the order
@@ -64,7 +68,7 @@ def main() -> None:
         found = [run.to_dict() for run in runs]
         print(json.dumps(found if arguments.all_stages else found[0], indent=1))
     else:
-        print("\n\n".join(map(render, runs)))
+        print("\n\n".join([*map(render, runs), *([render_stages(runs)] if arguments.all_stages else [])]))
     if arguments.html:
         from vishwamai_mp.observability.dry_run_page import dry_run_page
 

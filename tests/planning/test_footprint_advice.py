@@ -8,6 +8,7 @@ from vishwamai_mp.config import load_config, padded_vocab_size, resolve
 from vishwamai_mp.planning import total_parameters
 from vishwamai_mp.planning.activations import stage_activations
 from vishwamai_mp.planning.component_activations import component_activations
+from vishwamai_mp.planning.flops import stage_flops
 from vishwamai_mp.planning.footprint_advice import advice, rank_memory, stage_memory
 from vishwamai_mp.planning.states import stage_parameters, stage_states
 
@@ -170,3 +171,19 @@ def test_the_simulated_peak_with_components(ranks, stage, batch, overrides, meas
     sizes = ["training.sequence_length=1024", "training.micro_batch_size=1", f"training.global_batch_size={batch}"]
     config = configure("125m", ranks, *(f"model.{key}" for key in shape), *sizes, *overrides)
     assert stage_memory(config, ranks, stage, on_gpu=True).total / 2**20 == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("precision", "peaks"),
+    [  # by tools/dry_run.py --all-stages with Transformer Engine's layers, MiB
+        ("bf16", [22358, 24319, 21966, 23389, 23188, 21278, 23279, 21155]),
+        ("fp8_delayed", [24795, 27155, 24403, 25768, 25948, 23692, 26028, 23584]),
+    ],
+)
+def test_the_flagships_stages(precision, peaks):
+    """As its preset lays it out on 4096 GPUs, with memory and cache: peaks within 2.5 %, FLOPs within 0.1 %."""
+    config = configure("vishwamai-120l", 4096, *_BOTH, f"precision={precision}")
+    predicted = [stage_memory(config, 4096, stage, on_gpu=True).total / 2**20 for stage in range(8)]
+    assert predicted == [pytest.approx(peak, rel=0.025) for peak in peaks]
+    petaflop = [5.558031, 6.179981, 5.558031, 5.811273, 5.926739, 5.558031, 6.179981, 5.661935]
+    assert [stage_flops(config, 4096, stage) / 1e15 for stage in range(8)] == pytest.approx(petaflop, rel=0.001)

@@ -5,6 +5,7 @@ an attention that never has all scores at once. Memory and cache are in `compone
 heads or as the MLP is divided over tensor parallel ranks; the residual stream is so under sequence parallelism only.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, layers_per_stage, padded_vocab_size
@@ -12,9 +13,8 @@ from vishwamai_mp.planning.component_activations import component_activations, c
 
 _QUERIES = 64  # that a CPU's attention takes at a time
 _LONGEST = 2048  # queries up to which it keeps its weights
-_LOSS_BLOCK = (
-    2**28
-)  # bytes of logits that a GPU turns into their gradient at a time, in fp32 (`runtime.device.row_blocks`)
+# Bytes of logits that a GPU turns into their gradient at a time, in fp32 (`runtime.device.row_blocks`).
+_LOSS_BLOCK = 2**28
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class LayerActivations:
 
     Attributes:
         kept: what lies there from the forward pass to the backward pass.
-        again: what recomputation makes anew while the layer's backward pass runs.
+        again: what is there besides while the layer's backward pass runs: what recomputation makes anew and, on a GPU,
+            gradients and gathered sequences.
     """
 
     kept: float
@@ -48,13 +49,37 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
     if model.hidden_dropout:
         linears += 2 * tokens * width * (1 if on_gpu else size)
     output = tokens * size * query_width(config) / tensor
+    working = _working(config) if on_gpu else 0.0
     match config.training.recompute:
         case "none":
-            return LayerActivations(linears + output + _attention(config, on_gpu), 0.0)
+            return LayerActivations(linears + output + _attention(config, on_gpu), working)
         case "selective":
-            return LayerActivations(linears + output + _inputs(config, on_gpu), _attention(config, on_gpu))
+            return LayerActivations(
+                linears + output + _inputs(config, on_gpu), max(_attention(config, on_gpu), working)
+            )
         case _:
-            return LayerActivations(tokens * size * width, linears + output + _attention(config, on_gpu))
+            return LayerActivations(tokens * size * width, linears + output + _attention(config, on_gpu) + working)
+
+
+def _working(config: PretrainConfig) -> float:
+    """What the backward pass of an MLP, the first of its layer, holds more than the forward pass left, on a GPU.
+
+    Either of the second product: the gradients of what it multiplied, of its weights and of the residual stream. Or of
+    the first: those of gate and up, whose values and product are gone, of its input and weights. Under sequence
+    parallelism a product's wide side is gathered; the gradient of its input is whole until it is scattered.
+    """
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    assert model.intermediate_size is not None
+    size, shards = number_bytes(config), _sequence_shards(config)
+    rows = tokens_of_micro_batch(config) * size
+    whole, wide = rows * model.hidden_size, rows * model.intermediate_size / tensor
+    # Fully sharded ranks' gradients of weights are counted with the layer that is gathered.
+    weights = 0.0 if config.parallel.fully_sharded else size * model.intermediate_size * model.hidden_size / tensor
+    gathered, residual = (whole, whole / shards) if shards > 1 else (0.0, whole)
+    second = gathered + wide + weights + residual
+    quantized = 2 * wide if config.precision.startswith("fp8") else 0.0  # gradients of gate and up, twice
+    first = gathered - wide + quantized + whole + 2 * weights + residual + (residual if shards > 1 else 0)
+    return max(first, second)
 
 
 @dataclass(frozen=True)
@@ -63,7 +88,7 @@ class StageActivations:
 
     Attributes:
         kept: of all micro-batches that wait for their backward pass.
-        again: of the layer whose backward pass runs, beside what was kept.
+        again: of the layer whose backward pass runs, beside what was kept, as `LayerActivations` has it.
         head: of the last norm and the logits, when `again` is not there yet; none before the last stage.
     """
 
@@ -91,16 +116,19 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
     per_stage = stage_layers(config)
     kept = per_stage[stage] * layer.kept + chunks * _between_layers(config, stages)
     again, tokens = layer.again, tokens_of_micro_batch(config)
+    carried: Counter[int] = Counter()  # bytes of components by layer
     for section in ("memory", "cache"):
         options = getattr(config, section)
         here = components_on_stage(config, options.layers, per_stage, stage) if options.enabled else 0
-        one = tokens * component_activations(config, section) if here else 0.0
-        if config.training.recompute == "full":
-            again += one  # of the one layer that is made again, which may carry both
-        else:
-            kept += here * one
-    head = _head(config, on_gpu) if stage == stages - 1 else 0.0
-    return StageActivations(micro_batches_underway(config, stage, micro_batches) * kept, again, head)
+        if here:
+            one = tokens * component_activations(config, section)
+            # What fully sharded ranks gather of components is not counted apart: both stand for it, as if in one layer.
+            carried.update({0: one} if config.parallel.fully_sharded else dict.fromkeys(options.layers, one))
+            kept += here * one if config.training.recompute != "full" else 0.0
+    if config.training.recompute == "full":
+        again += max(carried.values(), default=0.0)  # of the one layer that is made again
+    head, buffer = (_head(config, on_gpu), _gathered_for_head(config, on_gpu)) if stage == stages - 1 else (0.0, 0.0)
+    return StageActivations(micro_batches_underway(config, stage, micro_batches) * kept + buffer, again, head)
 
 
 def micro_batches_underway(config: PretrainConfig, stage: int, micro_batches: int) -> float:
@@ -197,6 +225,13 @@ def _attention(config: PretrainConfig, on_gpu: bool) -> float:
     if queries == keys and context == 1:
         return _inputs(config, on_gpu) + weights
     return tokens * queries * (1 + 2 * context) * share + weights
+
+
+def _gathered_for_head(config: PretrainConfig, on_gpu: bool) -> float:
+    """The buffer that megatron-core gathers the output layer's input into, under sequence parallelism, and keeps."""
+    if not on_gpu or _sequence_shards(config) == 1:
+        return 0.0
+    return tokens_of_micro_batch(config) * number_bytes(config) * config.model.hidden_size
 
 
 def _head(config: PretrainConfig, on_gpu: bool) -> float:

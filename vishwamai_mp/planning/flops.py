@@ -1,8 +1,10 @@
 """Floating point operations that the model needs, whatever the implementation does beyond them."""
 
-from vishwamai_mp.config import ModelConfig, PretrainConfig, frozen_parts
+from vishwamai_mp.config import ModelConfig, PretrainConfig, frozen_parts, micro_batches_per_step, padded_vocab_size
 from vishwamai_mp.config.layer_windows import layer_windows
+from vishwamai_mp.planning.activations import stage_layers, tokens_of_micro_batch
 from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token
+from vishwamai_mp.planning.component_activations import components_on_stage
 from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token
 from vishwamai_mp.planning.parameters import adapter_parameters, attention_matrices, mlp_matrices
 
@@ -34,6 +36,41 @@ def training_flops_per_token(config: PretrainConfig) -> float:
     components = memory_forward_flops_per_token(config.memory) + cache_forward_flops_per_token(config.cache, length)
     whole = flops_per_token(config.model, length) + 3 * components
     return whole - 2 * _frozen_matrices(config) + 3 * 2 * adapter_parameters(config)
+
+
+def stage_flops(config: PretrainConfig, world_size: int, stage: int) -> float:
+    """FLOPs that one rank of a pipeline stage computes in a step, as torch counts them.
+
+    Unlike `training_flops_per_token`: recomputation counts, the padding of the vocabulary too, and attention is counted
+    with all pairs of tokens, masked or not, and backward 2.5 times as much as forward, as fused kernels compute it.
+
+    Args:
+        config: resolved.
+        world_size: processes.
+        stage: from 0.
+    """
+    model, parallel, length = config.model, config.parallel, config.training.sequence_length
+    assert model.head_dim is not None
+    per_stage, frozen = stage_layers(config), frozen_parts(config)
+    matrices = 2 * (attention_matrices(model) + mlp_matrices(model))
+    attention = 4 * length * model.num_attention_heads * model.head_dim
+    adapters = 2 * adapter_parameters(config) / model.num_layers
+    components = 0.0
+    for options, whole in (
+        (config.memory, memory_forward_flops_per_token(config.memory)),
+        (config.cache, cache_forward_flops_per_token(config.cache, length)),
+    ):
+        if options.enabled and options.layers:
+            here = components_on_stage(config, options.layers, per_stage, stage)
+            components += whole * here / len(options.layers)
+    forward = per_stage[stage] * (matrices + attention + adapters) + components
+    again = {"none": 0.0, "selective": per_stage[stage] * attention}.get(config.training.recompute, forward)
+    backward = 2 * forward + per_stage[stage] * (attention / 2 - (matrices if "base" in frozen else 0))
+    head = 0.0
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        head = 2 * model.hidden_size * padded_vocab_size(config) * (2 if "embedding" in frozen else 3)
+    tokens = tokens_of_micro_batch(config) * micro_batches_per_step(config, world_size)
+    return tokens * (forward + again + backward + head) / parallel.tensor_model_parallel_size
 
 
 def _frozen_matrices(config: PretrainConfig) -> int:

@@ -9,7 +9,7 @@ from vishwamai_mp.planning.cache_costs import cache_state_bytes
 from vishwamai_mp.planning.fully_sharded_footprint import fully_sharded_parts, shares_parameters
 from vishwamai_mp.planning.neural_memory_costs import memory_state_bytes
 from vishwamai_mp.planning.parameters import total_parameters
-from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, WORKSPACE, stage_parameters
+from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, WORKSPACE, fp8_weights, stage_parameters
 
 # Of CUDA and its libraries, and of each communicator's channels, as NCCL makes them by default.
 _CONTEXT, _COMMUNICATOR = 0.8 * 2**30, 0.2 * 2**30
@@ -41,7 +41,8 @@ def stage_footprint(config: PretrainConfig, world_size: int, stage: int) -> Foot
         stage: from 0.
     """
     parallel, replicas = config.parallel, data_parallel_size(config, world_size)
-    activations = stage_activations(config, stage, micro_batches_per_step(config, world_size), on_gpu=True)
+    micro_batches = micro_batches_per_step(config, world_size)
+    activations = stage_activations(config, stage, micro_batches, on_gpu=True)
     shards = replicas * parallel.context_parallel_size
     if shares_parameters(config, world_size):
         parts = fully_sharded_parts(config, world_size, activations)
@@ -53,6 +54,7 @@ def stage_footprint(config: PretrainConfig, world_size: int, stage: int) -> Foot
             "optimizer": (MOMENTS + main) * parameters / (shards if parallel.use_distributed_optimizer else 1),
             "activations": activations.total,
         }
+        parts["weights"] += fp8_weights(config, stage, micro_batches)
     groups = [parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, shards]
     parts["fragmentation"] = _FRAGMENTATION * parts["activations"]
     parts["libraries"] = WORKSPACE + _CONTEXT + _COMMUNICATOR * sum(ranks > 1 for ranks in groups)

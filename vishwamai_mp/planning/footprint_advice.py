@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from vishwamai_mp.config import ConfigError, PretrainConfig, micro_batches_per_step, resolve
 from vishwamai_mp.planning.activations import stage_activations
 from vishwamai_mp.planning.fully_sharded_footprint import fully_sharded_parts, shares_parameters
-from vishwamai_mp.planning.states import WORKSPACE, stage_states
+from vishwamai_mp.planning.states import WORKSPACE, fp8_weights, stage_states
 
 _WORTH = 0.01  # of the need: what saves less is not mentioned
 
@@ -36,8 +36,9 @@ def rank_memory(config: PretrainConfig, world_size: int, on_gpu: bool) -> RankMe
 
 def stage_memory(config: PretrainConfig, world_size: int, stage: int, on_gpu: bool) -> RankMemory:
     """`rank_memory` of the ranks of one pipeline stage, from 0."""
-    activations = stage_activations(config, stage, micro_batches_per_step(config, world_size), on_gpu)
-    workspace = WORKSPACE if on_gpu else 0
+    micro_batches = micro_batches_per_step(config, world_size)
+    activations = stage_activations(config, stage, micro_batches, on_gpu)
+    workspace = WORKSPACE + fp8_weights(config, stage, micro_batches) if on_gpu else 0
     if shares_parameters(config, world_size):
         parts = fully_sharded_parts(config, world_size, activations)
         kept = parts.pop("activations")

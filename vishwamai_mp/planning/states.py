@@ -1,11 +1,17 @@
 """Memory of parameters, gradients and optimizer state of one rank. A test holds these formulae against built models."""
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, padded_vocab_size
-from vishwamai_mp.planning.activations import number_bytes, stage_layers
+from vishwamai_mp.planning.activations import micro_batches_underway, number_bytes, stage_layers
 from vishwamai_mp.planning.cache_costs import cache_parameters
 from vishwamai_mp.planning.component_activations import components_on_stage
 from vishwamai_mp.planning.neural_memory_costs import memory_parameters
-from vishwamai_mp.planning.parameters import adapter_parameters, embedding_parameters, layer_parameters
+from vishwamai_mp.planning.parameters import (
+    adapter_parameters,
+    attention_matrices,
+    embedding_parameters,
+    layer_parameters,
+    mlp_matrices,
+)
 
 # Bytes per parameter: gradients are summed in fp32; fp32 copies of 16-bit parameters; AdamW's two.
 GRADIENT, MAIN, MOMENTS = 4, 4, 8
@@ -29,6 +35,32 @@ def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
     shared = MOMENTS + (0 if config.precision == "fp32" else MAIN)
     owners = replicas * config.parallel.context_parallel_size  # context parallel ranks share optimizer state as well
     return parameters * (kept + shared / (owners if config.parallel.use_distributed_optimizer else 1))
+
+
+def fp8_weights(config: PretrainConfig, stage: int, micro_batches: int) -> float:
+    """Bytes of the FP8 copies of weights that a rank of a stage makes in a step's first micro-batch, on a GPU.
+
+    Two of each: as it lies and transposed, for the backward pass. Recomputation leaves the transposes of query, key,
+    value, gate and up to the first backward pass of their chunk, and some chunks' come when the peak is past.
+
+    Args:
+        config: resolved.
+        stage: from 0.
+        micro_batches: of a step.
+    """
+    if not config.precision.startswith("fp8"):
+        return 0.0
+    model, parallel = config.model, config.parallel
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    assert model.head_dim is not None
+    assert model.intermediate_size is not None
+    second = model.hidden_size * (model.num_attention_heads * model.head_dim + model.intermediate_size)
+    first = attention_matrices(model) + mlp_matrices(model) - second
+    begun = 1.0
+    if config.training.recompute == "full":
+        passes = (micro_batches - micro_batches_underway(config, stage, micro_batches)) * chunks
+        begun = min(1.0, (1 + passes // parallel.pipeline_model_parallel_size) / chunks)
+    return stage_layers(config)[stage] * (2 * second + (1 + begun) * first) / parallel.tensor_model_parallel_size
 
 
 def stage_parameters(config: PretrainConfig, stage: int) -> float:

@@ -1,5 +1,8 @@
 """One training step of any rank of a job, on a simulated device: what the rank needs and does, found out in seconds."""
 
+import resource
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +14,9 @@ from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
 from vishwamai_mp.data.batches import Batch, DocumentRules, make_batch
 from vishwamai_mp.model import build_model
 from vishwamai_mp.model.fully_sharded import FullySharded
+from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.masks import DocumentBounds
+from vishwamai_mp.planning.flops import stage_flops
 from vishwamai_mp.planning.footprint_advice import stage_memory
 from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
 from vishwamai_mp.runtime.fused_layers import is_doubled
@@ -38,12 +43,17 @@ class DryRun:
         standing_bytes: memory in use before the step.
         predicted_bytes: the peak from `planning`, which runs nothing.
         updated: whether the step ran to its end.
-        flops: of matrix products and attention; a multiply-add counts as two.
+        flops: of matrix products and attention, of all pairs of tokens; a multiply-add counts as two.
+        predicted_flops: the same from `planning`.
         launches: kernels, counted as operators.
+        launches_by_part: of them, those in forward passes, made again or not, by class of the part of a layer; "none"
+            are outside layers and in backward passes.
         host_waits: reads of the device by the host, by place in the program.
         host_copies: copies of the host's tensors to the device, by place.
         collectives: what was exchanged, by operation and group.
         notes: what was done otherwise than asked.
+        seconds: that the simulation took.
+        host_bytes: the most memory that this process has held.
     """
 
     rank: int
@@ -59,11 +69,15 @@ class DryRun:
     predicted_bytes: int
     updated: bool
     flops: int
+    predicted_flops: int
     launches: int
+    launches_by_part: dict[str, int]
     host_waits: dict[str, int]
     host_copies: dict[str, int]
     collectives: list[Communication]
     notes: list[str]
+    seconds: float
+    host_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +92,7 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
         rank: one of them.
         device: as `simulated_job` has it.
     """
-    notes = []
+    began, notes = time.perf_counter(), []
     fp8 = PrecisionPolicy.of(config.precision, config.fp8).fp8 is not None
     if device != "cpu" and fp8 and not is_doubled():
         notes.append(f"precision={config.precision} is simulated as bf16: FP8 is Transformer Engine's")
@@ -104,12 +118,25 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
             predicted_bytes=round(stage.total),
             updated=result.updated,
             flops=sum(recorder.flops.values()),
+            predicted_flops=round(stage_flops(config, world_size, runtime.pipeline_rank)),
             launches=sum(recorder.launches.values()),
+            launches_by_part=_by_part(recorder.launches_within),
             host_waits=dict(recorder.waits),
             host_copies=dict(recorder.host_copies),
             collectives=recorder.communications,
             notes=notes,
+            seconds=time.perf_counter() - began,
+            host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
+
+
+def _by_part(launches: Counter[tuple[str, ...]]) -> dict[str, int]:
+    """Of launches by the classes of modules that they ran within: by that of the layer's part."""
+    found: Counter[str] = Counter()
+    for within, count in launches.items():
+        place = within.index(VishwamAILayer.__name__) + 1 if VishwamAILayer.__name__ in within else len(within)
+        found[within[place] if place < len(within) else "none"] += count
+    return dict(found)
 
 
 @contextmanager
@@ -168,12 +195,47 @@ def render(found: DryRun) -> str:
         *_table(found.at_peak),
         "  activations, by the module that made them:",
         *_table(found.activations_at_peak, indent=4),
-        f"operations  {found.flops:.4g} FLOP in {found.launches:,} kernels",
+        f"operations  {found.flops:.4g} FLOP in {found.launches:,} kernels; predicted {found.predicted_flops:.4g} FLOP",
+        "  kernels of forward passes, made again or not, by the part of a layer:",
+        *(f"    {part:24} {count:,}" for part, count in found.launches_by_part.items()),
         "collectives (operation, group × ranks, count, size):",
         *(f"  {c.operation:14} {c.group} × {c.size}  {c.count:,}  {_size(c.bytes)}" for c in found.collectives),
         f"the host waits for the device {sum(found.host_waits.values()):,} times:",
         *(f"  {place}  {count:,}" for place, count in found.host_waits.items()),
     ]
+    return "\n".join(lines)
+
+
+def render_stages(found: list[DryRun]) -> str:
+    """A table: a line for each rank, peak and FLOPs beside what was predicted."""
+    columns = (
+        "rank",
+        "seconds",
+        "host GiB",
+        "peak GiB",
+        "predicted",
+        "PFLOP",
+        "predicted",
+        "kernels",
+        "exchanges",
+        "waits",
+    )
+    lines = ["".join(f"{name:>11}" for name in columns)]
+    for run in found:
+        peak, predicted, flops = run.peak_bytes, run.predicted_bytes, run.flops
+        cells = (
+            str(run.rank),
+            f"{run.seconds:.0f}",
+            f"{run.host_bytes / 2**30:.2f}",
+            f"{peak / 2**30:.2f}",
+            f"{predicted / peak - 1:+.2%}",
+            f"{flops / 1e15:.4g}",
+            f"{run.predicted_flops / flops - 1:+.2%}",
+            f"{run.launches:,}",
+            f"{sum(one.count for one in run.collectives):,}",
+            f"{sum(run.host_waits.values()):,}",
+        )
+        lines.append("".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)
 
 

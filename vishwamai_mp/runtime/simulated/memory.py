@@ -112,6 +112,11 @@ class Memory:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def within(self) -> tuple[str, ...]:
+        """Classes of the modules whose forward passes run, outermost first."""
+        return tuple(self._modules)
+
     def _set_kind(self, kind: str) -> None:
         self._kind = kind
 

@@ -79,6 +79,8 @@ class Recorder(TorchDispatchMode):
         memory: bytes in use.
         flops: of matrix products and attention, a multiply-add counted as two; by operator.
         launches: operators that ran a kernel on the device, by operator.
+        launches_within: the same by the classes of the modules in whose forward pass they ran, outermost first; of
+            backward passes by none.
         waits: reads of the device by the host, by place in the program ("file:line").
         host_copies: copies from the host to the device, by place.
     """
@@ -93,6 +95,7 @@ class Recorder(TorchDispatchMode):
         self.memory.restart()
         self.flops: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
+        self.launches_within: Counter[tuple[str, ...]] = Counter()
         self.waits: Counter[str] = Counter()
         self.host_copies: Counter[str] = Counter()
         self._sent: dict[tuple[str, str, int], list[int]] = {}
@@ -114,7 +117,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "simulated_accelerator":
             name, _, workspaces, flops = args
             self.memory.claim("workspaces", *workspaces)
-            self.launches[name] += 1
+            self._launched(name)
             self.flops.update({name: flops} if flops else {})
             return None
         if func.namespace == "c10d":
@@ -169,7 +172,11 @@ class Recorder(TorchDispatchMode):
         if func.is_view or func in _NO_KERNEL or func.namespace == "prim":
             return
         if made or any(self._is_here(leaf) for leaf in tree_leaves((args, kwargs))):
-            self.launches[name] += 1
+            self._launched(name)
+
+    def _launched(self, name: str) -> None:
+        self.launches[name] += 1
+        self.launches_within[self.memory.within] += 1
 
     def _communicate(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._overloadpacket.__name__
