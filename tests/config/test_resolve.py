@@ -52,6 +52,17 @@ def _config(*overrides):
         (["model.head_dim=3"], ["model.head_dim=3", "use an even width"]),
         (["model.attention_dropout=1"], ["model.attention_dropout=1.0", "from 0 to below 1"]),
         (
+            ["model.window_rope_theta=7"],
+            ["model.window_rope_theta=7.0", "set model.rope_theta, or model.layer_pattern"],
+        ),
+        (
+            [
+                *("model.layer_pattern=SF", "model.sliding_window=9", "model.window_rope_theta=7"),
+                "model.rope_scaling={rope_type: yarn, factor: 4}",
+            ],
+            ["model.window_rope_theta=7.0", "rope_type=yarn", "linear, llama3 or dynamic"],
+        ),
+        (
             ["model.attention_softcap=50", "model.attention_dropout=0.1"],
             ["model.attention_softcap=50.0", "set model.attention_dropout=0"],
         ),

@@ -41,6 +41,7 @@ SWITCHES = {
     "model.rotary_fraction": ALONE,
     "model.sliding_window": 24,
     "model.layer_pattern": ALONE,
+    "model.window_rope_theta": ALONE,
     "model.attention_multiplier": ALONE,
     "model.attention_softcap": ALONE,
     "model.logit_softcap": ALONE,
@@ -126,6 +127,10 @@ def test_what_the_exported_code_has_not_is_refused_by_name(override: str) -> Non
         ("norm_position=post", ["model.qk_norm=full", "model.norm_position=post"]),
         ("embedding_multiplier=2.0", ["model.embedding_multiplier=2"]),
         ("attention_multiplier=0.3", ["model.attention_multiplier=0.3"]),
+        (
+            "window_rope_theta=7.0",
+            ["model.sliding_window=8", "model.layer_pattern=SF", "model.window_rope_theta=7"],
+        ),
         ("attention_softcap=5.0", ["model.attention_softcap=5"]),
         ("logit_softcap=5.0", ["model.logit_softcap=5"]),
         ("activation=geglu", ["model.activation=geglu"]),

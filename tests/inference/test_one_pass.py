@@ -54,6 +54,7 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.rotary_fraction": ["model.rotary_fraction=0.5"],
     "model.sliding_window": ["model.sliding_window=5"],
     "model.layer_pattern": ["model.sliding_window=5", "model.layer_pattern=SSF"],
+    "model.window_rope_theta": ["model.sliding_window=5", "model.layer_pattern=SSF", "model.window_rope_theta=100"],
     "model.attention_multiplier": ["model.attention_multiplier=3"],
     "model.attention_softcap": ["model.attention_softcap=0.5"],
     "model.logit_softcap": ["model.logit_softcap=0.5"],
@@ -105,6 +106,10 @@ _LONGROPE = "model.rope_scaling={rope_type: longrope, short_factor: [1, 2], long
 _CASES = {name: case for name, case in _SETTINGS.items() if isinstance(case, list)} | {
     "dynamic": [f"model.rope_scaling={{rope_type: dynamic, {_TWICE}: 64}}"],
     "longrope": [_LONGROPE % (_TWICE, 8)],
+    "scaled in layers without the window": [
+        *("model.sliding_window=5", "model.layer_pattern=SSF", "model.window_rope_theta=100"),
+        "model.rope_scaling={rope_type: linear, factor: 4}",
+    ],
     "yarn": [f"model.rope_scaling={{rope_type: yarn, {_TWICE}: 8}}", "model.rotary_fraction=0.5"],
 }
 

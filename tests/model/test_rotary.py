@@ -1,5 +1,7 @@
 """Rotary angles against transformers' own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PhiConfig
@@ -7,7 +9,13 @@ from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from vishwamai_mp.config import ModelConfig, PretrainConfig, RopeScaling, load_config, resolve
 from vishwamai_mp.conversion import rope_scaling
-from vishwamai_mp.model.rotary import RotaryEmbedding, attention_factor, inverse_frequencies, rotary_width
+from vishwamai_mp.model.rotary import (
+    RotaryEmbedding,
+    angles_of_layer,
+    attention_factor,
+    inverse_frequencies,
+    rotary_width,
+)
 
 _SHORT, _LONG = [1.0 + i / 8 for i in range(16)], [1.0 + i * i for i in range(16)]
 _SCALINGS = {
@@ -105,6 +113,15 @@ def test_rows_have_positions_of_their_own():
     assert torch.equal(reset[:, 1], straight[:, 0])
     assert torch.equal(reset[:3, 0], straight[:3, 0])
     assert torch.equal(reset[3:, 0], straight[:3, 0])
+
+
+def test_layers_with_a_window_turn_in_a_way_of_their_own():
+    scaling = RopeScaling("linear", 8.0)
+    model = replace(small_model(scaling, 1e6), window_rope_theta=100.0)
+    angles = RotaryEmbedding(model)(torch.arange(6), 6)
+    assert angles.shape == (6, 1, 2, 32)
+    for kind, alone in enumerate((small_model(scaling, 1e6), small_model(None, 100.0))):
+        assert torch.equal(angles_of_layer(angles, kind), RotaryEmbedding(alone)(torch.arange(6), 6))
 
 
 def test_frequencies_stay_out_of_checkpoints_and_casts():

@@ -55,6 +55,7 @@ _CASES: dict[Any, list[Any]] = {
         "model.norm_position=sandwich",
         "model.sliding_window=7",
         "model.layer_pattern=SF",
+        "model.window_rope_theta=100",
         "model.attention_multiplier=2",
         "model.activation=geglu",
         "model.norm_zero_centered=true",

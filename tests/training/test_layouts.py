@@ -43,6 +43,7 @@ VARIANTS = {
     ],
     "norms behind, of all heads together, windows of some layers": [
         *("model.norm_position=post", "model.qk_norm=full", "model.sliding_window=7", "model.layer_pattern=SF"),
+        "model.window_rope_theta=100",
     ],
     "multipliers, soft caps, gated GELU, zero-centered norms": [
         *("model.attention_softcap=0.5", "model.logit_softcap=3"),

@@ -12,7 +12,7 @@ from vishwamai_mp.config.logging import check_logging
 from vishwamai_mp.config.resolve_cache import resolve_cache
 from vishwamai_mp.config.resolve_fp8 import resolve_fp8
 from vishwamai_mp.config.resolve_memory import resolve_memory
-from vishwamai_mp.config.resolve_rotary import check_rotary, resolve_scaling
+from vishwamai_mp.config.resolve_rotary import check_rotary, resolve_scaling, turns_alike
 from vishwamai_mp.config.resolve_schedule import resolve_schedule
 from vishwamai_mp.config.resolve_tree import resolve_tree
 from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig
@@ -144,6 +144,7 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
     embedding, attention = model.embedding_multiplier, model.attention_multiplier
     return replace(
         model,
+        window_rope_theta=None if turns_alike(model) else model.window_rope_theta,
         embedding_multiplier=None if embedding == 1 else embedding,
         attention_multiplier=None if attention and math.isclose(attention, 1 / math.sqrt(head_dim)) else attention,
         rope_scaling=model.rope_scaling and resolve_scaling(model.rope_scaling),

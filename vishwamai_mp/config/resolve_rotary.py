@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields, replace
 
-from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.schema import ModelConfig, RopeScaling
 
 _KEYS: dict[str, set[str]] = {  # beside rope_type, factor and original_max_position_embeddings
@@ -40,6 +40,24 @@ def check_rotary(model: ModelConfig, head_dim: int) -> None:
         )
     if model.rope_scaling:
         _check_scaling(model.rope_scaling, width // 2)
+    if model.window_rope_theta is None:
+        return
+    if model.layer_pattern is None:
+        raise ConfigError(
+            f"model.window_rope_theta={model.window_rope_theta} without model.layer_pattern: all layers are of one"
+            " kind; set model.rope_theta, or model.layer_pattern and model.sliding_window"
+        )
+    if model.rope_scaling and model.rope_scaling.rope_type in ("yarn", "longrope"):
+        raise ConfigError(
+            f"model.window_rope_theta={model.window_rope_theta} with model.rope_scaling.rope_type="
+            f"{model.rope_scaling.rope_type}: its attention factor would be that of layers with the window too; use"
+            f" linear, llama3 or dynamic, or {leave_out('model.window_rope_theta')}"
+        )
+
+
+def turns_alike(model: ModelConfig) -> bool:
+    """Whether `model.window_rope_theta` says nothing that `model.rope_theta` does not say of all layers."""
+    return model.window_rope_theta in (None, model.rope_theta) and model.rope_scaling is None
 
 
 def _check_scaling(scaling: RopeScaling, pairs: int) -> None:

@@ -23,6 +23,7 @@ from vishwamai_mp.model.core_attention import CoreAttention
 from vishwamai_mp.model.gated_units import GatedUnit
 from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.norm import RMSNorm
+from vishwamai_mp.model.rotary import angles_of_layer
 from vishwamai_mp.model.softcap import softcap
 from vishwamai_mp.runtime import multiplies_natively
 from vishwamai_mp.runtime.products import skinny_linear_fp32
@@ -85,7 +86,7 @@ class DirectLayer:
         Args:
             x_ND: before it.
             batch: the new tokens.
-            cosine, sine: (N, 1, 1, R) of the tokens' angles, the sine's first half negated.
+            cosine, sine: (N, 1, A, R) of the tokens' angles by kind of layer, the sine's first half negated.
             wanted: tokens by number that are to go through the MLP; None: all.
         """
         number = self._layer.layer_number
@@ -93,6 +94,7 @@ class DirectLayer:
             x_ND = batch.run_component(number, name, getattr(self._layer, name), x_ND[:, None])[:, 0]
         normed = F.rms_norm(x_ND, x_ND.shape[-1:], self._norms[0], self._epsilon)
         qkv = _multiply(normed, self._qkv).contiguous().view(len(x_ND), self._heads, -1, self._width)
+        cosine, sine = (angles_of_layer(x, self._layer.kind) for x in (cosine, sine))
         width = cosine.shape[-1]
         turned = qkv[:, :, :-1, :width]  # of the queries and the key of each group
         turned.copy_(torch.addcmul(turned * cosine, turned.roll(width // 2, -1), sine))

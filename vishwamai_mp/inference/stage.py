@@ -67,7 +67,7 @@ class Stage:
         return x if wanted is None or len(x) == len(wanted) else x[wanted]
 
     def _angles(self, batch: Batch) -> Tensor:
-        """Of the new tokens, (N, 1, 1, R)."""
+        """Of the new tokens, (N, 1, A, R)."""
         if batch.frequency_lengths is None:
             return self.model.rotary(batch.positions, 0)
         rows = zip(batch.positions.split(batch.counts), batch.frequency_lengths, strict=True)

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from vishwamai_mp.model.key_values import KeyValues
+from vishwamai_mp.model.rotary import angles_of_layer
 
 
 class VishwamAILayer(TransformerLayer):
@@ -21,7 +22,7 @@ class VishwamAILayer(TransformerLayer):
         components: what makes each component of this layer, by name, in the order they run. Called with megatron-core's
             configuration, the process groups and the layer's number (from 1).
         output_norm: class of a norm of what attention and MLP add to the residual stream; None: no norm there.
-        mask: which of the masks is this layer's, where there are several.
+        kind: which of the masks and of the angles is this layer's, where there are several.
         shard: called with the layer when it is complete, so that no two layers are ever whole at a time.
         **options: megatron-core's.
     """
@@ -33,12 +34,12 @@ class VishwamAILayer(TransformerLayer):
         *,
         components: Mapping[str, Callable[..., nn.Module]],
         output_norm: Any = None,
-        mask: int = 0,
+        kind: int = 0,
         shard: Callable[[nn.Module], None] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(config, submodules, **options)
-        self.component_names, self._mask = tuple(components), mask
+        self.component_names, self.kind = tuple(components), kind
         for part, module in {"self_attn": "self_attention", "mlp": "mlp"}.items() if output_norm else ():
             norm = output_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             self.add_module(f"{part}_output_norm", norm)
@@ -55,6 +56,7 @@ class VishwamAILayer(TransformerLayer):
         *,
         context: Tensor | None = None,
         inference_context: KeyValues | None = None,
+        rotary_pos_emb: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the layer on hidden states (S, B, D).
@@ -65,7 +67,8 @@ class VishwamAILayer(TransformerLayer):
             context: (B, T) document ids of whole rows, or None. megatron-core carries a tensor of this name to every
                 layer, also through recomputation.
             inference_context: what is known of earlier tokens; hidden states are (N, 1, D) then, sequences end to end.
-            **options: megatron-core's: angles.
+            rotary_pos_emb: angles of one kind of layers or of several (rotary.py).
+            **options: megatron-core's.
         """
         for name in self.component_names:
             component = getattr(self, name)
@@ -74,12 +77,13 @@ class VishwamAILayer(TransformerLayer):
             else:
                 hidden_states = inference_context.run_component(self.layer_number, name, component, hidden_states)
         if attention_mask is not None and attention_mask.shape[1] > 1:
-            attention_mask = attention_mask[:, self._mask : self._mask + 1]
+            attention_mask = attention_mask[:, self.kind : self.kind + 1]
         hidden_states, _ = super().forward(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
             context=None,
             inference_context=inference_context,
+            rotary_pos_emb=None if rotary_pos_emb is None else angles_of_layer(rotary_pos_emb, self.kind),
             **options,
         )
         return hidden_states, context

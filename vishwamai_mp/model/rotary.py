@@ -1,9 +1,10 @@
 """Rotary position embeddings (arXiv 2104.09864) for given positions, scaled for texts longer than those trained on.
 
-Shapes: B batch, T tokens (local), N tokens, R width of a head that is turned.
+Shapes: B batch, T tokens (local), N tokens, R width of a head that is turned, A kinds of layers that turn differently.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,24 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
     return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
 
 
+def layer_frequencies(model: ModelConfig, length: int) -> Tensor:
+    """`inverse_frequencies` of all layers alike, or of layers without the window and of those with it, (A, R/2)."""
+    kinds = [inverse_frequencies(model, length)]
+    if model.window_rope_theta:
+        kinds.append(inverse_frequencies(replace(model, rope_theta=model.window_rope_theta, rope_scaling=None)))
+    return torch.stack(kinds)
+
+
+def angles_of_layer(x: Tensor, kind: int) -> Tensor:
+    """Of angles, or what was made of them, (T, 1 or B, A, R), those of a layer: (T, 1 or B, 1, R).
+
+    Args:
+        x: of all kinds of layers.
+        kind: 1 of a layer with the window, where others have none.
+    """
+    return x if x.shape[2] == 1 else x[:, :, kind : kind + 1].contiguous()
+
+
 class RotaryEmbedding(nn.Module):
     """Angles for positions, in megatron-core's layout."""
 
@@ -93,15 +112,15 @@ class RotaryEmbedding(nn.Module):
         self.frequencies: dict[int, Tensor] = {}
 
     def forward(self, positions: Tensor, length: int) -> Tensor:
-        """Angles of `positions`, (T,) or (B, T) integers → (T, 1 or B, 1, R) fp32.
+        """Angles of `positions`, (T,) or (B, T) integers → (T, 1 or B, A, R) fp32.
 
         Args:
             positions: in the text.
             length: of the whole text in tokens, on which `dynamic` and `longrope` scaling depend.
         """
-        angles = positions.float()[..., None] * self._frequencies(length, positions.device)
+        angles = positions.float()[..., None, None] * self._frequencies(length, positions.device)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1)[:, :, None]
+        return angles[:, None] if positions.dim() == 1 else angles.transpose(0, 1)
 
     def _frequencies(self, length: int, device: torch.device) -> Tensor:
         """Copied to the device once: a copy in each pass would hold the host up."""
@@ -110,5 +129,5 @@ class RotaryEmbedding(nn.Module):
         if found is None or found.device != device:
             if len(self.frequencies) == _MOST_LENGTHS:
                 self.frequencies.clear()
-            found = self.frequencies[key] = inverse_frequencies(self.model_config, length).to(device)
+            found = self.frequencies[key] = layer_frequencies(self.model_config, length).to(device)
         return found

@@ -151,7 +151,8 @@ def _between_layers(config: PretrainConfig, stages: int) -> float:
     sent = tokens_of_micro_batch(config) * number_bytes(config) * config.model.hidden_size / _sequence_shards(config)
     assert config.model.head_dim is not None
     own = config.training.sequence_length // config.parallel.context_parallel_size
-    angles = 4 * own * config.model.head_dim if config.training.recompute == "full" else 0
+    kinds = 2 if config.model.window_rope_theta else 1
+    angles = 4 * own * config.model.head_dim * kinds if config.training.recompute == "full" else 0
     return (sent if stages > 1 else 0) + angles
 
 

@@ -146,6 +146,7 @@ class ModelConfig:
     rotary_fraction: PositiveFloat = 1.0  # of a head's width that is turned, its first part
     sliding_window: PositiveInt | None = None  # tokens a token sees, itself included; None: all before it
     layer_pattern: str | None = None  # repeated over layers, S: with the window, F: without; None: all alike
+    window_rope_theta: PositiveFloat | None = None  # of its layers S, without rope_scaling; None: all layers turn alike
     attention_multiplier: PositiveFloat | None = None  # of products of queries and keys; 1 / √head_dim
     attention_softcap: PositiveFloat | None = None  # scores become cap · tanh(score / cap) before the softmax
     logit_softcap: PositiveFloat | None = None  # and so do logits
