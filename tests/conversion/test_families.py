@@ -119,11 +119,11 @@ def test_patterns_that_say_nothing_are_refused(overrides: list[str], message: st
         models.configure(overrides, 1)
 
 
-def test_layers_that_turn_in_two_ways_are_refused(tmp_path: Path) -> None:
+def test_scaling_of_layers_with_a_window_alone_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "hf", "Olmo3", num_hidden_layers=4)
     path = tmp_path / "hf/config.json"
     config = json.loads(path.read_text())
-    config["rope_parameters"]["full_attention"]["rope_theta"] = 7.0
+    config["rope_parameters"]["sliding_attention"] |= {"rope_type": "linear", "factor": 2.0}
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="all layers here turn alike"):
+    with pytest.raises(UserError, match="rotary scaling 'linear' of layers with a window is not supported"):
         open_folder(tmp_path / "hf")

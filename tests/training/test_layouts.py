@@ -36,14 +36,16 @@ UNEVEN = {
 }
 # name: settings under which layouts must agree too
 VARIANTS = {
-    "biases, norms of queries and keys": ["model.attention_bias=true", "model.qk_norm=head"],
+    "biases, norms of queries and keys, two rotary bases": [
+        *("model.attention_bias=true", "model.qk_norm=head"),
+        *("model.sliding_window=7", "model.layer_pattern=SF", "model.window_rope_theta=100"),
+    ],
     "half of each head turned, by yarn": [
         "model.rotary_fraction=0.5",
         "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 8}",
     ],
     "norms behind, of all heads together, windows of some layers": [
         *("model.norm_position=post", "model.qk_norm=full", "model.sliding_window=7", "model.layer_pattern=SF"),
-        "model.window_rope_theta=100",
     ],
     "multipliers, soft caps, gated GELU, zero-centered norms": [
         *("model.attention_softcap=0.5", "model.logit_softcap=3"),

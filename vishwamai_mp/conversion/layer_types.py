@@ -18,7 +18,8 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling:
         rope |= rope_scaling.to_hf(model)["rope_scaling"]
-    return {"layer_types": types, "rope_parameters": dict.fromkeys(_LETTERS, rope)}
+    windowed = {"rope_type": "default", "rope_theta": model.window_rope_theta} if model.window_rope_theta else rope
+    return {"layer_types": types, "rope_parameters": {"full_attention": rope, "sliding_attention": windowed}}
 
 
 def from_hf(config: Mapping[str, Any], path: Path, default: str) -> dict[str, Any]:
@@ -47,26 +48,37 @@ def from_hf(config: Mapping[str, Any], path: Path, default: str) -> dict[str, An
     return {"sliding_window": window, "layer_pattern": letters[:length]}
 
 
-def with_one_rotary(config: Mapping[str, Any], path: Path, model: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` as it would be if all its layers were of one type, whose rotary embeddings are the model's.
+def with_one_rotary(config: Mapping[str, Any], path: Path, model: dict[str, Any]) -> dict[str, Any]:
+    """`config.json` as if all layers were of one type; where windowed ones differ, `window_rope_theta` joins `model`.
+
+    Args:
+        config: `config.json`.
+        path: of it, for messages.
+        model: what `from_hf` says.
 
     Raises:
-        UserError: the model has layers of two types, which turn queries and keys each in their own way.
+        UserError: layers with a window turn queries and keys by more than a base of their own.
     """
     kinds = ["full_attention"] if model["sliding_window"] is None else ["sliding_attention"]
     kinds = ["full_attention", "sliding_attention"] if model["layer_pattern"] else kinds
     check_kinds(config, {"rope_parameters": (dict,), "rope_scaling": (dict,)}, path)
     found, nested = dict(config), config.get("rope_parameters") or {}
+    old = config.get("rope_scaling") or {}
     if nested.keys() & _LETTERS.keys():
         check_kinds(nested, dict.fromkeys(_LETTERS, (dict,)), path)
-        del found["rope_parameters"]
         each = [dict(nested.get(kind) or {}) for kind in kinds]
-        old = config.get("rope_scaling") or {}
         each = [one | (old if kind == "full_attention" else {}) for one, kind in zip(each, kinds, strict=True)]
-        if any(one != each[0] for one in each):
-            raise UserError(f"{path}: rope_parameters={nested} is not supported (all layers here turn alike)")
-        found = {**found, "rope_parameters": each[0], "rope_scaling": None}
+        found |= {"rope_parameters": each[0], "rope_scaling": None}
         found["rope_theta"] = each[0].get("rope_theta", config.get("rope_theta"))
-    elif config.get("rope_scaling") and len(kinds) > 1:
-        raise UserError(f"{path}: rope_scaling is of layers without a window only (all layers here turn alike)")
+        if each[-1] != each[0]:
+            model["window_rope_theta"] = _base(each[-1], config, path)
+    elif old and len(kinds) > 1:  # it is of layers without a window
+        model["window_rope_theta"] = _base({}, config, path)
     return found
+
+
+def _base(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> Any:
+    """`rope_theta` of layers with a window."""
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{path}: rotary scaling {rope['rope_type']!r} of layers with a window is not supported")
+    return rope.get("rope_theta", config.get("rope_theta", 10000.0))

@@ -8,6 +8,8 @@ from typing import Any
 from vishwamai_mp.config import ModelConfig, UserError
 from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.conversion.families.family import Family, Key
+from vishwamai_mp.conversion.families.gemma2 import Gemma2
+from vishwamai_mp.conversion.families.gemma3 import Gemma3
 from vishwamai_mp.conversion.families.llama import Llama
 from vishwamai_mp.conversion.families.mistral import Mistral
 from vishwamai_mp.conversion.families.olmo2 import Olmo2
@@ -22,13 +24,12 @@ from vishwamai_mp.conversion.value_kinds import check_kinds
 __all__ = ["Family", "Key", "WeightNames", "family_holding", "family_named", "family_of", "model_types"]
 
 # A model is exported as the first of these that can hold it.
-_FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, Phi3, Olmo2, Olmo3)
+_FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, Phi3, Olmo2, Olmo3, Gemma2, Gemma3)
 _IMPORTED: tuple[type[Family], ...] = (*_FAMILIES, WithComponents)
 # Why models of these architectures cannot be converted.
 _NO_ROOM_FOR = {
-    "GemmaForCausalLM": "GELU and norm weights offset by one",
-    "Gemma2ForCausalLM": "soft-capped logits",
-    "Gemma3ForCausalLM": "norms of queries and keys",
+    "GemmaForCausalLM": "gated GELU and zero-centered norms without norms of outputs",
+    "Gemma3ForConditionalGeneration": "images beside its text",
     "MixtralForCausalLM": "mixture of experts",
     "CohereForCausalLM": "parallel attention and MLP",
     "OlmoForCausalLM": "norms without weights",

@@ -72,6 +72,7 @@ class Family:
         neutral: keys of `config.json` that change nothing where the others are as they are accepted.
         default_pattern: `model.layer_pattern` where `layer_types` is not said, of a family whose layers may differ in
             their window; None: they are all alike.
+        rotary_by_type: such a family's layers with a window may turn by a base of their own.
         written: keys of `config.json` that an export writes as they stand here.
         weights: what its folders call their tensors.
     """
@@ -85,6 +86,7 @@ class Family:
     only: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     neutral: ClassVar[frozenset[str]] = frozenset()
     default_pattern: ClassVar[str | None] = None
+    rotary_by_type: ClassVar[bool] = False
     written: ClassVar[Mapping[str, Any]] = {}
     weights: ClassVar[WeightNames] = WeightNames()
 
@@ -121,7 +123,7 @@ class Family:
         windows: dict[str, Any] = {}
         if cls.default_pattern:
             windows = layer_types.from_hf(config, path, cls.default_pattern)
-            config = layer_types.with_one_rotary(config, path, windows)
+            config = layer_types.with_one_rotary(config, path, windows) if cls.rotary_by_type else config
         cls._check(config, path)
         model = dict(cls.has)
         for key in cls.all_keys():
@@ -149,6 +151,8 @@ class Family:
         """Keys of `config.json` for a model that the family can hold; the inverse of `read`."""
         keys = {key.theirs: key.write(getattr(model, key.ours)) for key in cls.all_keys()}
         layers = layer_types.to_hf(model) if cls.default_pattern else {}
+        if not cls.rotary_by_type:
+            layers.pop("rope_parameters", None)
         return {**keys, "hidden_act": "silu", **rope_scaling.to_hf(model), **layers, **cls.written}
 
     @classmethod
@@ -156,6 +160,7 @@ class Family:
         """Our keys, with their values, that a folder of this family could not say."""
         said, found = {key.ours for key in cls.all_keys()} | _ELSEWHERE, []
         said |= {"layer_pattern"} if cls.default_pattern else set()
+        said |= {"window_rope_theta"} if cls.rotary_by_type else set()
         for field in fields(ModelConfig):
             value = getattr(model, field.name)
             if field.name not in said and value != cls.has.get(field.name, field.default):

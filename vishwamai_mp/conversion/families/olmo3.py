@@ -13,5 +13,6 @@ class Olmo3(Family):
     has = Olmo2.has
     defaults = {**Olmo2.defaults, "sliding_window": 4096, "rope_theta": 500000.0}
     default_pattern = "SSSF"
+    rotary_by_type = True
     written = Olmo2.written
     weights = Olmo2.weights
