@@ -185,6 +185,16 @@ def test_settings_beside_the_file_say_what_ends_a_text(folders, tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_half_a_surrogate_pair_is_no_token(folders, tmp_path, tokenizer):
+    """JSON can spell one: as a stop text, or as the name of a token."""
+    assert tokenizer.find("\ud800<s>") is None
+    with pytest.raises(UserError, match=r"lone surrogate U\+D800 at character 1"):
+        tokenizer.encode("a\ud800b")
+    (tmp_path / "tokenizer.json").write_bytes((folders["byte_level"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "\\ud800<s>"}')
+    assert PromptTokenizer(tmp_path, 500, add_bos=False).encode("fox")
+
+
 def test_a_conversation_is_encoded_as_transformers_does(folders, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((folders["byte_level"] / "tokenizer.json").read_bytes())
     template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot_id|>{% endfor %}assistant:"

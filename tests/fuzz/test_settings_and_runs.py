@@ -13,8 +13,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.mutations import damaged, emptied, fuzzed, outcome
+from vishwamai_mp.checkpoint import lock
 from vishwamai_mp.checkpoint.manifest import NAME, FileRecord, Manifest, TensorRecord, check_files, read_manifest
-from vishwamai_mp.config import PretrainConfig, TreeConfig, load_config, preset_names
+from vishwamai_mp.components.standalone import read_section
+from vishwamai_mp.config import PretrainConfig, TreeConfig, UserError, load_config, preset_names
+from vishwamai_mp.conversion.journal import Journal
+from vishwamai_mp.data.file_kinds import foreign_tokenizer
 from vishwamai_mp.data.indexed import IndexedWriter, check_indexed
 from vishwamai_mp.data.lines import json_records
 from vishwamai_mp.data.marks import BEGINS, LEARNT
@@ -24,6 +28,7 @@ from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.observability.report import render_report
 from vishwamai_mp.observability.run_folder import Run, read_run
 from vishwamai_mp.observability.writers import JsonLines
+from vishwamai_mp.runtime.choices import read_table
 from vishwamai_mp.training.callbacks.search_samples import Search, search_callbacks
 
 PRESETS = resources.files("vishwamai_mp.config") / "presets"
@@ -195,3 +200,20 @@ def test_prompts(tmp_path: Path, tokenizer: Tokenizer, content: bytes) -> None:
 def test_deep_recipes(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("[" * 3000)
     assert "not valid" in outcome(lambda: load_config(tmp_path / name))
+
+
+def test_what_lies_too_deep_is_damage_to_every_reader_of_json(tmp_path: Path) -> None:
+    """Python's reader gives up on it with an error that is no ValueError."""
+    deep = b'{"a":' * 100_000
+    for name in ("ways.json", "lock", "config.json", ".conversion.json"):
+        (tmp_path / name).write_bytes(deep)
+    with pytest.raises(UserError, match="no table of ways can be read"):
+        read_table(tmp_path / "ways.json")
+    with pytest.raises(UserError, match="is no JSON"):
+        read_section(tmp_path, "memory")
+    with pytest.raises(UserError, match="cannot be read; empty"):
+        Journal(tmp_path, {})
+    assert foreign_tokenizer(deep) is None
+    owner = lock._read(tmp_path / "lock")
+    assert owner is not None
+    assert owner.host == "unknown"

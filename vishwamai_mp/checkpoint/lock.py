@@ -222,7 +222,7 @@ def _read(path: Path) -> Owner | None:
         return Owner(**json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return Owner("unknown", "", 0, "", "unknown", "unknown", "")
 
 

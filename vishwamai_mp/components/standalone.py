@@ -172,7 +172,7 @@ def read_section(folder: str | Path, section: str) -> Any:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a folder of save_pretrained") from None
     except ConfigError as error:
         raise UserError(f"{path} is not of this component: {error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is no JSON; copy the folder again") from None
 
 

@@ -61,7 +61,7 @@ class Journal:
         try:
             state = json.loads(self._path.read_bytes())
             same = state["job"] == json.loads(json.dumps(job))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self._path} cannot be read; empty {self._path.parent} and start again") from None
         if not same:
             raise UserError(

@@ -84,5 +84,5 @@ def _last_record(path: Path, step: int) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}

@@ -17,7 +17,7 @@ def foreign_tokenizer(content: bytes) -> str | None:
     if content[:65536].lstrip().startswith(b"{"):
         try:
             json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return "JSON, such as the tokenizer.json of Hugging Face's tokenizers"
     return None

@@ -99,7 +99,10 @@ class JsonVocabulary:
         return self._spellings.get(token_id, "")
 
     def find(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
+        try:
+            return self._tokenizer.token_to_id(token)
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and no vocabulary holds
+            return None
 
     def content_of(self, token_id: int) -> bytes:
         spelled = self.spelling(token_id)
@@ -136,7 +139,7 @@ class JsonVocabulary:
         if isinstance(said, dict):
             said = said.get("content")
         if isinstance(said, str):
-            found = self._tokenizer.token_to_id(said)
+            found = self.find(said)
             return -1 if found is None else found
         if name in self._settings:  # null: the model has none
             return -1

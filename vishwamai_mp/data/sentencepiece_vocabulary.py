@@ -52,6 +52,10 @@ class SentencePieceVocabulary:
         return self._processor.id_to_piece(token_id)
 
     def find(self, token: str) -> int | None:
+        try:
+            token.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and no vocabulary holds
+            return None
         token_id = self._processor.piece_to_id(token)
         return None if token_id == self.unk_id and self._processor.id_to_piece(self.unk_id) != token else token_id
 

@@ -118,7 +118,7 @@ def read_table(path: Path) -> dict[str, str]:
     """
     try:
         table = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no table of ways can be read from it ({error}); delete it to measure anew") from None
     if not isinstance(table, dict) or not all(isinstance(way, str) for way in table.values()):
         raise UserError(f"{path}: a table of ways is an object of texts; delete it to measure anew")
@@ -143,7 +143,7 @@ def measured(choices: list[Choice] | None = None) -> dict[str, dict[str, float]]
     file = _cache_file()
     try:
         kept = json.loads(file.read_text())["seconds"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = {}
     kept = kept if isinstance(kept, dict) else {}
     found = {choice.name: kept[choice.name] for choice in wanted if _is_whole(kept.get(choice.name), choice)}
