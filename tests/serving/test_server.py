@@ -425,7 +425,11 @@ def under_pressure() -> dict[str, Any]:
         generator.step = slow_step
         found["late"] = post(port, prompt="a", max_tokens=60)
         found["late stream"] = post(port, prompt="a", max_tokens=60, stream=True)
-        found["blocks"] = generator.engine.pool.used_blocks + service._searcher.pool.used_blocks
+        pools = generator.engine.pool, service._searcher.pool
+        deadline = time.monotonic() + 20  # what is told that it is late is cancelled at the next step, not before
+        while any(pool.used_blocks for pool in pools) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        found["blocks"] = sum(pool.used_blocks for pool in pools)
         generator.step = step
         found["after"] = post(port, prompt="a", max_tokens=2)
         return found
