@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.config.errors import UserError, one_line, run_program
 from vishwamai_mp.config.pointers import refuse_pointer
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def read_text(path: Path) -> str:
         refuse_pointer(path)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {path} cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"--chat-template {path} cannot be read ({one_line(error)})") from None
 
 
 if __name__ == "__main__":

@@ -55,11 +55,8 @@ def main() -> None:
     if arguments.all_ranks:
         check_all_ranks(config, arguments.gpus, arguments.json)
         return
-    from vishwamai_mp.training.dry_run import (
-        dry_run,
-        render,
-        render_stages,
-    )  # the stack takes seconds; mistakes are told before
+    # The stack takes seconds to import; mistakes are told before.
+    from vishwamai_mp.training.dry_run import dry_run, render, render_stages
 
     stages = config.parallel.pipeline_model_parallel_size
     first = [stage * arguments.gpus // stages for stage in range(stages)]  # stages are farthest apart in the order

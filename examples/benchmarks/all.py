@@ -30,6 +30,7 @@ from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.observability.page import page
 
 FOLDER = Path(__file__).resolve().parent
+_OUTPUT = "{output}"  # in arguments: the folder of results
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Benchmark:
 
     Attributes:
         quick: arguments of a run that only shows that it works.
-        peer: option of `all.py` that it cannot do without, passed on.
+        peer: option of `all.py`, a peer's folder, that is passed on.
+        needs_peer: whether there is nothing to measure without it.
     """
 
     arguments: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()
     peer: str | None = None
+    needs_peer: bool = False
 
 
 BENCHMARKS = {
@@ -52,13 +55,13 @@ BENCHMARKS = {
     "search": Benchmark(quick=("--prompt-tokens", "128", "--thought-tokens", "2")),
     "components": Benchmark(quick=("--rounds", "1", "--model", "tiny")),
     "precision": Benchmark(("--most", "10"), ("--most", "1000", "--rounds", "1", "--layers", "1")),
-    "neural_memory": Benchmark(quick=("--passes", "1")),
+    "neural_memory": Benchmark(("--output", _OUTPUT), ("--passes", "1"), peer="titans"),
     "cache_augmentation": Benchmark(quick=("--part", "cost", "--tokens", "2048", "--rounds", "1")),
     "scaling": Benchmark(quick=("--rounds", "1", "--steps", "1")),
-    "growth": Benchmark(quick=("--rounds", "1", "--most", "512")),
+    "growth": Benchmark(("--output", _OUTPUT), ("--rounds", "1", "--most", "512")),
     "journal": Benchmark(quick=("--steps", "2")),
     "startup": Benchmark(quick=("--rounds", "1", "--part", "help")),
-    "preprocess": Benchmark(("--input", str(FOLDER.parents[1] / "README.md")), peer="megatron_lm"),
+    "preprocess": Benchmark(("--input", str(FOLDER.parents[1] / "README.md")), peer="megatron_lm", needs_peer=True),
 }
 # Highest instruction set that each library may use. A library that does not know a name ignores it.
 INSTRUCTIONS = {
@@ -114,14 +117,13 @@ def measure(benchmarks: Mapping[str, Benchmark], options: argparse.Namespace) ->
     for name, benchmark in benchmarks.items():
         words = [str(FOLDER / f"{name}.py"), *benchmark.arguments, *(benchmark.quick if options.quick else ())]
         if benchmark.peer:
-            option = f"--{benchmark.peer.replace('_', '-')}"
-            if not getattr(options, benchmark.peer):
+            option, folder = f"--{benchmark.peer.replace('_', '-')}", getattr(options, benchmark.peer)
+            if benchmark.needs_peer and not folder:
                 run.left_out[name] = f"needs {option} FOLDER"
                 print(f"{name}: left out, {run.left_out[name]}", flush=True)
                 continue
-            words += [option, getattr(options, benchmark.peer)]
-        if name == "neural_memory" and options.titans:
-            words += ["--titans", options.titans]
+            words += [option, folder] if folder else []
+        words = [str(options.output) if word == _OUTPUT else word for word in words]
         print(f"== {name}", flush=True)
         start = time.perf_counter()
         ratios, status = ratios_of(words, os.environ | INSTRUCTIONS[options.instructions])

@@ -50,6 +50,21 @@ def test_merged_weights_compute_what_adapters_do(workers: WorkerPool, adapted: P
     assert result.difference < 1e-5
 
 
+def test_adapters_of_another_family_are_merged(workers: WorkerPool, tmp_path: Path) -> None:
+    """Of a Gemma 3, whose keys beyond a Llama's all meet the adapters."""
+    gemma = [
+        *("model.norm_position=sandwich", "model.norm_zero_centered=true", "model.activation=geglu"),
+        *("model.qk_norm=head", "model.logit_softcap=3", "model.sliding_window=9", "model.layer_pattern=SF"),
+        *("model.window_rope_theta=100", "model.attention_multiplier=0.25"),
+    ]
+    width = "model.embedding_multiplier=%r" % models.configure(gemma, 1).model.hidden_size ** 0.5
+    workers.run(models.save_run, 4, tmp_path / "run", [*LORA, *TP2_PP2, *gemma, width])
+    models.export(tmp_path / "run", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]
+    (result,) = workers.run(models.compare_both, 1, tmp_path / "run", tmp_path / "hf", [], 32)
+    assert result.is_equal, result.describe()
+
+
 def test_adapters_matter(workers: WorkerPool, adapted: Path) -> None:
     rows = models.random_rows(2, 40, 250)
     (ours,) = workers.run(models.our_logits, 1, adapted / "run", rows)

@@ -229,6 +229,26 @@ def test_names_of_transformers_4_are_read(workers: WorkerPool, tmp_path: Path) -
     assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
 
 
+def test_names_of_transformers_4_are_read_of_layers_that_turn_differently(workers: WorkerPool, tmp_path: Path) -> None:
+    _, options = FAMILIES["Gemma3, tied"]
+    write_folder(tmp_path / "hf", "Gemma3", shard="1GB", **options)
+    path = tmp_path / "hf/config.json"
+    config = json.loads(original := path.read_text())
+    rope = config.pop("rope_parameters")
+    del config["layer_types"]
+    written = {
+        "rope_theta": rope["full_attention"].pop("rope_theta"),
+        "rope_scaling": rope["full_attention"],
+        "rope_local_base_freq": rope["sliding_attention"]["rope_theta"],
+        "sliding_window_pattern": 6,
+        "cache_implementation": "hybrid",
+    }
+    path.write_text(json.dumps({**config, **written}))
+    models.import_(tmp_path / "hf", tmp_path / "run")
+    path.write_text(original)  # which the transformers of these tests reads
+    assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
+
+
 def test_a_tied_folder_may_repeat_its_embedding(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -28,7 +28,7 @@ def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     few = {
         "good": module.Benchmark(("2.5",)),
         "bad": module.Benchmark(("1",)),
-        "peer": module.Benchmark(peer="megatron_lm"),
+        "peer": module.Benchmark(peer="megatron_lm", needs_peer=True),
     }
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     monkeypatch.setattr(module, "BENCHMARKS", few)

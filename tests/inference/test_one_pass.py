@@ -26,6 +26,11 @@ _CACHE = [
 ]
 _ATTENTION = "model.attention=examples.extensions.cosine_attention:CosineAttention"
 _LORA = ["lora.enabled=true", "lora.rank=4"]
+_AS_GEMMA = [
+    *("model.norm_position=sandwich", "model.norm_zero_centered=true", "model.activation=geglu", "model.qk_norm=head"),
+    *("model.embedding_multiplier=2", "model.attention_multiplier=1", "model.attention_softcap=2"),
+    *("model.logit_softcap=3", "model.sliding_window=5", "model.layer_pattern=SF", "model.window_rope_theta=100"),
+]
 _LAYOUTS = {
     "one process": (1, []),
     "TP2": (2, ["parallel.tensor_model_parallel_size=2"]),
@@ -215,10 +220,13 @@ def test_a_text_that_outgrows_its_frequencies_is_read_again(workers, override):
 
 
 @pytest.mark.parametrize("layout", list(_LAYOUTS))
-@pytest.mark.parametrize("variant", ["plain", "memory and cache"])
-def test_adapters_and_components_at_every_layout(workers, layout, variant):
+@pytest.mark.parametrize(
+    "more",
+    [[], [*_MEMORY, *_CACHE], [*_MEMORY, *_CACHE, *_AS_GEMMA]],
+    ids=["plain", "memory and cache", "memory and cache in a model as Gemma's"],
+)
+def test_adapters_and_components_at_every_layout(workers, layout, more):
     processes, overrides = _LAYOUTS[layout]
-    more = [] if variant == "plain" else [*_MEMORY, *_CACHE]
     for ours, full, _ in workers.run(both, processes, [*overrides, *_LORA, *more]):
         close(ours, full, layout)
     without = workers.run(both, processes, [*overrides, *more])[0][0]
@@ -251,10 +259,12 @@ def merged(overrides: list[str]) -> list[tuple[Tensor, list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["one process", "TP2", "PP2"])
-def test_merged_adapters_generate_what_they_did_beside_the_weights(workers, layout):
+@pytest.mark.parametrize(
+    ("layout", "more"), [("one process", []), ("TP2", []), ("PP2", []), ("TP2", _AS_GEMMA)], ids=str
+)
+def test_merged_adapters_generate_what_they_did_beside_the_weights(workers, layout, more):
     processes, overrides = _LAYOUTS[layout]
-    for beside, within in workers.run(merged, processes, [*overrides, *_LORA, *_MEMORY, *_CACHE]):
+    for beside, within in workers.run(merged, processes, [*overrides, *_LORA, *_MEMORY, *_CACHE, *more]):
         close(within[0], beside[0], layout)
         assert within[1] == beside[1]
 
@@ -284,10 +294,12 @@ def used(overrides: list[str]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("layout", ["one process", "TP2", "PP2"])
-def test_texts_scores_and_searches_follow_the_adapters(workers, layout):
+@pytest.mark.parametrize(
+    ("layout", "more"), [("one process", []), ("TP2", []), ("PP2", []), ("TP2", _AS_GEMMA)], ids=str
+)
+def test_texts_scores_and_searches_follow_the_adapters(workers, layout, more):
     processes, overrides = _LAYOUTS[layout]
-    for found in workers.run(used, processes, [*overrides, *_LORA, *_MEMORY, *_CACHE]):
+    for found in workers.run(used, processes, [*overrides, *_LORA, *_MEMORY, *_CACHE, *more]):
         assert found["greedy"][0] == found["greedy"][1]
         torch.testing.assert_close(*map(torch.tensor, found["scores"]), rtol=0, atol=1e-5)
         ours, full = zip(*found["paths"], strict=True)

@@ -50,7 +50,9 @@ def test_a_caller_who_switched_it_off_finds_it_off():
     gc.disable()
     try:
         with garbage_collected_every(2) as collect:
+            gone = _dropped_cycle()
             collect(2)
+            assert gone() is None
         assert not gc.isenabled()
     finally:
         gc.enable()

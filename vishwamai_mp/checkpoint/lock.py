@@ -31,6 +31,7 @@ import psutil
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.files import aside_of, write_through
+from vishwamai_mp.config.json_text import parse_json
 
 LOCK = "run.lock"
 BEAT_SECONDS = 5.0
@@ -219,10 +220,10 @@ class RunLock:
 def _read(path: Path) -> Owner | None:
     """A lock's owner. A lock that cannot be understood, torn by a crash, has an owner that is nowhere."""
     try:
-        return Owner(**json.loads(path.read_bytes()))
+        return Owner(**parse_json(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         return Owner("unknown", "", 0, "", "unknown", "unknown", "")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import is_pointer, refuse_pointer
 from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 
@@ -112,10 +113,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder}: no checkpoint here ({NAME} is missing)") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         refuse_pointer(path)
         raise UserError(f"{path} cannot be read ({_one_line(error)})") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None

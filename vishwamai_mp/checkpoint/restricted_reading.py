@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from vishwamai_mp.checkpoint.manifest import Manifest
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.errors import one_line
 
 _DCP = "torch.distributed.checkpoint."
 _ALLOWED = {
@@ -82,7 +83,7 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path} refused: not plain checkpoint metadata ({_one_line(error)})") from None
+        raise UserError(f"{path} refused: not plain checkpoint metadata ({one_line(error)})") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise UserError(f"{path} refused: not checkpoint metadata")
     return metadata
@@ -92,8 +93,4 @@ def _check_torch_file(file: io.BytesIO, what: str) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{what} refused: more than plain data ({_one_line(error)[:200]})") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what} refused: more than plain data ({one_line(error)[:200]})") from None

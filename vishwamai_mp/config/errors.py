@@ -20,6 +20,11 @@ def leave_out(key: str) -> str:
     return f"leave it out ({key}=null undoes a recipe's)"
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, for a message of one line; its name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.errors import ConfigError, one_line
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.config.resolve_schedule import shortened_schedule
 from vishwamai_mp.config.schema import Blend, PretrainConfig
@@ -103,13 +103,13 @@ def _read_json(text: str) -> Any:
             raise ValueError(f"the key {twice[0]} stands twice")
         return dict(pairs)
 
-    return json.loads(text, object_pairs_hook=once)
+    return parse_json(text, object_pairs_hook=once)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
 def _apply_aliases(tree: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.files import aside_of, leftovers, replace_durably, sync_folder, write_whole
+from vishwamai_mp.config.json_text import parse_json
 
 _NAME = ".conversion.json"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -59,9 +60,9 @@ class Journal:
 
     def _read(self, job: dict[str, Any]) -> dict[str, Any]:
         try:
-            state = json.loads(self._path.read_bytes())
+            state = parse_json(self._path.read_bytes())
             same = state["job"] == json.loads(json.dumps(job))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{self._path} cannot be read; empty {self._path.parent} and start again") from None
         if not same:
             raise UserError(

@@ -1,6 +1,5 @@
 """The exported folder's README.md: what the model is and how it was trained, from the run folder."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 
 from vishwamai_mp import __version__
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.conversion.dtypes import DType
 from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.data.lines import json_records
@@ -83,6 +83,6 @@ def _last_record(path: Path, step: int) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}

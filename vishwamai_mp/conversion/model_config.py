@@ -4,12 +4,13 @@ Every key of a `config.json` that is imported is either read here, or known to l
 or refused by its name: transformers would let it change the model, and the import would not.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import ConfigError, ModelConfig, PretrainConfig, UserError, load_config, resolve
+from vishwamai_mp.config.errors import one_line
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.conversion import components
 from vishwamai_mp.conversion.families import Family, family_holding
@@ -85,16 +86,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(path.read_bytes())
     except FileNotFoundError:
         if (folder / "adapter_config.json").is_file():
             raise UserError(
                 f"{folder} holds adapters of PEFT, not a model; merge them into their base first (merge_and_unload)"
             ) from None
         raise UserError(f"{folder} is no Hugging Face folder (config.json is missing)") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         refuse_pointer(path)
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path} cannot be read ({one_line(error)})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object")
     return config

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
 
 INDEX = "model.safetensors.index.json"
@@ -101,12 +102,12 @@ def read_header(path: Path) -> dict[str, Entry]:
             if not 2 <= length <= _MOST_HEADER_BYTES:
                 raise UserError(f"{path} is no safetensors file (its header would have {length} bytes)")
             raw, size = file.read(length), os.fstat(file.fileno()).st_size
-        header = json.loads(raw)
+        header = parse_json(raw)
         header.pop("__metadata__", None)
         entries = {name: _entry(name, record, path, 8 + length) for name, record in header.items()}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is no whole safetensors file (its header cannot be read)") from None
@@ -142,8 +143,8 @@ def _read_indexed(folder: Path) -> dict[str, Entry]:
     path = folder / INDEX
     refuse_pointer(path)
     try:
-        places = {str(name): str(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        places = {str(name): str(file) for name, file in parse_json(path.read_bytes())["weight_map"].items()}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} cannot be read, or has no weight_map") from None
     files: dict[str, dict[str, Entry]] = {}
     for file in sorted(set(places.values())):

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import ModelConfig, UserError
+from vishwamai_mp.config.errors import one_line
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.conversion.model_config import token_ids
 from vishwamai_mp.data.file_kinds import foreign_tokenizer
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE
@@ -128,9 +130,9 @@ def imported_files(folder: Path, vocab_size: int) -> tuple[list[Path], str | Non
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value

@@ -2,7 +2,8 @@
 
 import base64
 import binascii
-import json
+
+from vishwamai_mp.config.json_text import parse_json
 
 
 def foreign_tokenizer(content: bytes) -> str | None:
@@ -16,8 +17,8 @@ def foreign_tokenizer(content: bytes) -> str | None:
         return "a tiktoken file (base64 and rank in each line, as Llama 3's)"
     if content[:65536].lstrip().startswith(b"{"):
         try:
-            json.loads(content)
-        except (ValueError, RecursionError):
+            parse_json(content)
+        except ValueError:
             return None
         return "JSON, such as the tokenizer.json of Hugging Face's tokenizers"
     return None

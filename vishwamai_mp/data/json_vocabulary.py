@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.errors import UserError, one_line
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
 
 SETTINGS_FILE = "tokenizer_config.json"
@@ -55,7 +56,7 @@ class JsonVocabulary:
         self.proto: bytes | None = None
         self._path = path
         with self._its_faults():
-            described = json.loads(content)
+            described = parse_json(content)
             self._tokenizer = Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -128,7 +129,7 @@ class JsonVocabulary:
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise UserError(
                 f"tokenizer {self._path} cannot be read as a tokenizer.json of Hugging Face ({reason}): copy it again"
             ) from None
@@ -152,9 +153,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         return {}
     refuse_pointer(path)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); mend it or take it away") from None
+        settings = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); mend it or take it away") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no JSON object; mend it or take it away")
     return settings

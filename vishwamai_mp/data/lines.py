@@ -4,12 +4,12 @@ A line ends with "\\n" or "\\r\\n". `str.splitlines()` and files opened in Pytho
 the former at "\\v", "\\f", U+0085, U+2028 and others too, which stand within texts and JSON strings.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
 
 
@@ -53,7 +53,7 @@ def json_records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _object(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.errors import UserError, one_line
 from vishwamai_mp.data.streams import COMPRESSED_SUFFIXES
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def row_blocks(
                     yield row, _as_bytes(some)
                     row += some.num_rows
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a whole parquet file: {' '.join(str(error).split())}") from error
+            raise UserError(f"{path}: not a whole parquet file: {one_line(error)}") from error
 
 
 def _encodings(metadata: "pyarrow.parquet.FileMetaData", columns: Sequence[str]) -> dict[str, set[str]]:

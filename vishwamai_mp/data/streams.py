@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.errors import UserError, one_line
 from vishwamai_mp.config.pointers import refuse_pointer
 
 if sys.version_info >= (3, 14):
@@ -57,4 +57,4 @@ def open_stream(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             ) from error
         raise UserError(f"{path}: damaged or cut short {path.suffix[1:]} data: {error}") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or ' '.join(str(error).split())}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error

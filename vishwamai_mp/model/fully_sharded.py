@@ -48,9 +48,9 @@ class ParameterSharding:
                 " constraints.txt names, or set it to false"
             )
         self.compute, self.gradients = compute, GradientSum()
-        # torch keeps what it found out by meshes that compare equal: of an earlier session too, whose groups are gone.
         from torch.distributed.tensor import debug  # takes torch's compiler along: a second of every program's start
 
+        # torch keeps what it found out by meshes that compare equal: of an earlier session too, whose groups are gone.
         debug._clear_sharding_prop_cache()
         self._mesh = DeviceMesh.from_group(group, device().type)
         # Nothing is cast but parameters: angles and losses are fp32 on purpose.

@@ -3,6 +3,7 @@
 Shapes: F intermediate width (local).
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class GatedUnit(nn.Module):
+class GatedUnit(nn.Module, ABC):
     """activated(gate) · up of a fused projection: (…, 2F) → (…, F).
 
     megatron-core constructs activations with the `TransformerConfig`, which says nothing that is needed here.
@@ -20,14 +21,14 @@ class GatedUnit(nn.Module):
         super().__init__()
 
     @staticmethod
+    @abstractmethod
     def activated(gate: Tensor) -> Tensor:
         """The activation, as a new tensor."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def differentiate(grad: Tensor, gate: Tensor, out: Tensor) -> None:
         """Write the gradient of `gate` to `out`, from that of `activated(gate)`."""
-        raise NotImplementedError
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         return _Gated.apply(gate_and_up, type(self))

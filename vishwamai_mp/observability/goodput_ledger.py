@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.config.json_text import parse_json
 
 NAME = "goodput.json"
 PARTS = ("useful", "repeated", "data", "saving", "evaluating", "between", "starting", "down")
@@ -89,11 +90,11 @@ def read_ledger(folder: Path) -> Ledger:
         ValueError: it cannot be understood.
     """
     try:
-        found = json.loads((folder / NAME).read_bytes())
+        found = parse_json((folder / NAME).read_bytes())
         return Ledger(list(map(_attempt, found["attempts"])))
     except FileNotFoundError:
         return Ledger([])
-    except (KeyError, TypeError, ValueError, RecursionError, OSError):
+    except (KeyError, TypeError, ValueError, OSError):
         raise ValueError(f"{NAME}: cannot be understood") from None
 
 

@@ -1,6 +1,5 @@
 """Reads what a run folder tells, be the run over, killed, still going or edited by hand. Needs no torch."""
 
-import json
 import math
 from array import array
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import yaml
 from vishwamai_mp.checkpoint import Manifest, check_files
 from vishwamai_mp.checkpoint.store import candidates, step_of
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.observability.goodput_ledger import Ledger, read_ledger
 from vishwamai_mp.observability.timeline import Timeline, read_timeline
@@ -99,7 +99,7 @@ def read_run(folder: Path) -> Run:
         fp8=read_curves(fp8_file, notes) if fp8_file.is_file() else {},
         config=_mapping(config_text, yaml.safe_load, "config.yaml", notes),
         config_text=config_text,
-        environment=_mapping(_text(folder / "environment.json", notes), json.loads, "environment.json", notes),
+        environment=_mapping(_text(folder / "environment.json", notes), parse_json, "environment.json", notes),
         checkpoints=list(_checkpoints(folder / "checkpoints")),
         profiles={file.name: _text(file, notes) for file in sorted((folder / "profile").glob("*.txt"))},
         goodput=_ledger(folder, notes),
@@ -133,12 +133,12 @@ def read_curves(path: Path, notes: list[str]) -> dict[str, Curve]:
 def _record(line: str) -> dict[str, Any] | None:
     """A line's numbers, `null` and what is not finite as NaN, other values left out; None: no such line."""
     try:
-        found = json.loads(line)
+        found = parse_json(line)
         if not isinstance(found, dict) or type(found.get("step")) is not int or not 0 <= found["step"] < 2**62:
             return None
         numbers = {key: math.nan if value is None else value for key, value in found.items()}
         kept = {key: float(value) for key, value in numbers.items() if type(value) in (int, float)}
-    except (ValueError, OverflowError, RecursionError):
+    except (ValueError, OverflowError):
         return None
     return kept | {"step": found["step"]}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.diagnosis import shared
 from vishwamai_mp.diagnosis.shared import Group, Kind, Operation, Phase
 
@@ -149,7 +150,7 @@ def read_timeline(folder: Path) -> Timeline | None:
         ValueError: it cannot be understood.
     """
     try:
-        found = json.loads((folder / NAME).read_bytes())
+        found = parse_json((folder / NAME).read_bytes())
         slow = [
             Slow(str(x["phase"]), float(x["median"]), [(int(a), str(b), float(c)) for a, b, c in x["slowest"]])
             for x in found["slow"]
@@ -161,7 +162,7 @@ def read_timeline(folder: Path) -> Timeline | None:
         return Timeline(int(found["step"]), int(found["steps"]), slow, ranks)
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, OSError):
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
         raise ValueError(f"{NAME}: cannot be understood") from None
 
 

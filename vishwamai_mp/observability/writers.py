@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, UserError, to_dict
+from vishwamai_mp.config.errors import one_line
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.observability.panels import tensorboard_layout
 
@@ -48,8 +50,8 @@ class JsonLines:
 
 def _step_of(line: str) -> float:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return float(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf  # the torn last line of a killed run
 
 
@@ -98,7 +100,7 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             raise ConfigError(
-                f"logging.report_to names wandb, which cannot begin a run: {' '.join(str(error).split())} Set"
+                f"logging.report_to names wandb, which cannot begin a run: {one_line(error)} Set"
                 " WANDB_API_KEY, set WANDB_MODE=offline to send the run later, or leave wandb out"
             ) from error
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.errors import one_line
 
 MOST_CHARACTERS = 1 << 24  # of a conversation, as its template writes it
 SECONDS = 2  # of processor time for a conversation
@@ -43,7 +44,7 @@ class ChatTemplate:
         try:
             _environment().parse(text)
         except Exception as error:  # also RecursionError, of expressions within each other
-            raise UserError(f"the chat template of {name} is not valid ({_one_line(error)}); mend it") from None
+            raise UserError(f"the chat template of {name} is not valid ({one_line(error)}); mend it") from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The conversation's text.
@@ -54,7 +55,7 @@ class ChatTemplate:
         try:
             asked = json.dumps([self.text, {"messages": messages, **variables}])
         except (ValueError, RecursionError) as error:
-            raise UserError(f"messages: they cannot be handed to a chat template ({_one_line(error)})") from None
+            raise UserError(f"messages: they cannot be handed to a chat template ({one_line(error)})") from None
         written, problem = _process(os.getpid()).ask(asked)
         if written is None:
             raise UserError(f"messages: the chat template of {self.name} does not take them ({problem})")
@@ -155,7 +156,7 @@ def _answer(line: bytes) -> bytes:
     except MemoryError:
         problem = f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"
     except Exception as error:  # of the template's own code
-        problem = _one_line(error) or type(error).__name__
+        problem = one_line(error)[:500]
     return json.dumps((None, problem)).encode()
 
 
@@ -175,10 +176,6 @@ def _limit(what: int, amount: int) -> None:
     """Lowers the soft limit, which for the processor's time is raised again with each conversation."""
     _, hard = resource.getrlimit(what)
     resource.setrlimit(what, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 if __name__ == "__main__":

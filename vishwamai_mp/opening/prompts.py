@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.errors import one_line
 from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
 from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, Tokenizer
@@ -172,7 +173,7 @@ def _read_template(path: Path, settings: Mapping[str, Any]) -> ChatTemplate | No
         try:
             template: Any = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({_one_line(error)}); mend it or take it away") from None
+            raise UserError(f"{path} cannot be read ({one_line(error)}); mend it or take it away") from None
     else:
         template = settings.get("chat_template")
         if isinstance(template, list):
@@ -181,7 +182,3 @@ def _read_template(path: Path, settings: Mapping[str, Any]) -> ChatTemplate | No
     if not isinstance(template, str):
         return None
     return ChatTemplate(template, path.name if path.is_file() else SETTINGS_FILE)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

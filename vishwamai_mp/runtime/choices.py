@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.config.json_text import parse_json
 
 _CLEARLY = 0.95  # another way than the first must need less than this share of its time
 _MOST_SECONDS = 5.0  # of the clock for one choice: a run waits meanwhile, on a busy machine for minutes otherwise
@@ -117,8 +118,8 @@ def read_table(path: Path) -> dict[str, str]:
         UserError: it cannot be read, or is no table.
     """
     try:
-        table = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        table = parse_json(path.read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: no table of ways can be read from it ({error}); delete it to measure anew") from None
     if not isinstance(table, dict) or not all(isinstance(way, str) for way in table.values()):
         raise UserError(f"{path}: a table of ways is an object of texts; delete it to measure anew")
@@ -142,8 +143,8 @@ def measured(choices: list[Choice] | None = None) -> dict[str, dict[str, float]]
     wanted = list(_choices.values()) if choices is None else choices
     file = _cache_file()
     try:
-        kept = json.loads(file.read_text())["seconds"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        kept = parse_json(file.read_text())["seconds"]
+    except (OSError, ValueError, KeyError, TypeError):
         kept = {}
     kept = kept if isinstance(kept, dict) else {}
     found = {choice.name: kept[choice.name] for choice in wanted if _is_whole(kept.get(choice.name), choice)}

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from vishwamai_mp.config import UserError, run_program
-from vishwamai_mp.config.errors import USER_ERROR_STATUS
+from vishwamai_mp.config.errors import USER_ERROR_STATUS, one_line
 
 _ONLY_PASSED = (__file__, str(Path(__file__).with_name("step_journal.py")))  # files that a failing call comes through
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -82,7 +82,7 @@ def describe_loss(error: BaseException, rank: str, silent: str | None) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in _ONLY_PASSED]
     ours = [frame for frame in frames if "vishwamai_mp" in Path(frame.filename).parts]
     where = f" in {ours[-1].name} ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
-    what = " ".join(str(error).split())[:200]
+    what = one_line(error)[:200]
     if silent is None:
         who = "Which rank is at fault is not known here: the others' logs and machines may tell"
     elif silent:

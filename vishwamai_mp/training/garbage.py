@@ -19,17 +19,19 @@ def garbage_collected_every(steps: int | None) -> Iterator[Callable[[int], None]
     Yields:
         What to call with the number of finished steps after each step.
     """
-    if steps is None or not gc.isenabled():
+    if steps is None:
         yield lambda _: None
         return
+
+    def collect(finished: int) -> None:
+        if finished % steps == 0:
+            gc.collect()
+
+    was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        yield lambda finished: _collect_if(finished % steps == 0)
+        yield collect
     finally:
-        gc.enable()
-
-
-def _collect_if(due: bool) -> None:
-    if due:
-        gc.collect()
+        if was_on:
+            gc.enable()
