@@ -15,5 +15,5 @@ fi
 PYTHON=.venv/bin/python bash tests/checks.sh
 # Tests start hundreds of processes, each of which would compile the same files.
 unset PYTHONDONTWRITEBYTECODE
-# Three at a time on two cores: tests wait for other processes half of the time. A file's tests share what it sets up.
-exec .venv/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Two at a time: one alone leaves a second core idle for almost half of the time. A file's tests share what it sets up.
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
