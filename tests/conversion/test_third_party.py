@@ -176,6 +176,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "Granite": (
+        "Granite",
+        {
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "Granite, tied": (
+        "Granite",
+        {
+            "head_dim": 20,
+            "tie_word_embeddings": True,
+            "rope_parameters": LLAMA3,
+            "residual_multiplier": 2.0,
+            "attention_multiplier": 20**-0.5,  # as if it were not said
+        },
+    ),
     "Gemma3, capped logits": (
         "Gemma3",
         {
@@ -351,7 +371,7 @@ def test_an_import_that_is_exported_is_the_folder_again(tmp_path: Path) -> None:
         (
             {"architectures": ["GPT2LMHeadModel"]},
             "GPT2LMHeadModel, cannot be converted; Llama, Mistral, Qwen 2, Qwen 3, Phi 3 and 4, OLMo 2, OLMo 3, "
-            "Gemma 2, Gemma 3 can",
+            "Gemma 2, Gemma 3, Granite 3 can",
         ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "cannot be converted (nearest: Qwen3ForCausalLM)"),
         ({"architectures": None}, "names no architecture"),

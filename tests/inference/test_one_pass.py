@@ -26,10 +26,11 @@ _CACHE = [
 ]
 _ATTENTION = "model.attention=examples.extensions.cosine_attention:CosineAttention"
 _LORA = ["lora.enabled=true", "lora.rank=4"]
-_AS_GEMMA = [
+_MANY_KEYS = [
     *("model.norm_position=sandwich", "model.norm_zero_centered=true", "model.activation=geglu", "model.qk_norm=head"),
     *("model.embedding_multiplier=2", "model.attention_multiplier=1", "model.attention_softcap=2"),
-    *("model.logit_softcap=3", "model.sliding_window=5", "model.layer_pattern=SF", "model.window_rope_theta=100"),
+    *("model.residual_multiplier=0.5", "model.logit_multiplier=2", "model.logit_softcap=3"),
+    *("model.sliding_window=5", "model.layer_pattern=SF", "model.window_rope_theta=100"),
 ]
 _LAYOUTS = {
     "one process": (1, []),
@@ -52,6 +53,7 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.max_position_embeddings": ["model.max_position_embeddings=48"],
     "model.tie_word_embeddings": ["model.tie_word_embeddings=true"],
     "model.embedding_multiplier": ["model.embedding_multiplier=3"],
+    "model.residual_multiplier": ["model.residual_multiplier=0.3"],
     "model.rms_norm_eps": ["model.rms_norm_eps=0.1"],
     "model.norm_zero_centered": ["model.norm_zero_centered=true"],
     "model.rope_theta": ["model.rope_theta=100"],
@@ -62,6 +64,7 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.window_rope_theta": ["model.sliding_window=5", "model.layer_pattern=SSF", "model.window_rope_theta=100"],
     "model.attention_multiplier": ["model.attention_multiplier=3"],
     "model.attention_softcap": ["model.attention_softcap=0.5"],
+    "model.logit_multiplier": ["model.logit_multiplier=7"],
     "model.logit_softcap": ["model.logit_softcap=0.5"],
     "model.attention_dropout": ["model.attention_dropout=0.5"],
     "model.hidden_dropout": ["model.hidden_dropout=0.5"],
@@ -222,8 +225,8 @@ def test_a_text_that_outgrows_its_frequencies_is_read_again(workers, override):
 @pytest.mark.parametrize("layout", list(_LAYOUTS))
 @pytest.mark.parametrize(
     "more",
-    [[], [*_MEMORY, *_CACHE], [*_MEMORY, *_CACHE, *_AS_GEMMA]],
-    ids=["plain", "memory and cache", "memory and cache in a model as Gemma's"],
+    [[], [*_MEMORY, *_CACHE], [*_MEMORY, *_CACHE, *_MANY_KEYS]],
+    ids=["plain", "memory and cache", "memory and cache in a model with many keys"],
 )
 def test_adapters_and_components_at_every_layout(workers, layout, more):
     processes, overrides = _LAYOUTS[layout]
@@ -260,7 +263,7 @@ def merged(overrides: list[str]) -> list[tuple[Tensor, list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "more"), [("one process", []), ("TP2", []), ("PP2", []), ("TP2", _AS_GEMMA)], ids=str
+    ("layout", "more"), [("one process", []), ("TP2", []), ("PP2", []), ("TP2", _MANY_KEYS)], ids=str
 )
 def test_merged_adapters_generate_what_they_did_beside_the_weights(workers, layout, more):
     processes, overrides = _LAYOUTS[layout]
@@ -295,7 +298,7 @@ def used(overrides: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "more"), [("one process", []), ("TP2", []), ("PP2", []), ("TP2", _AS_GEMMA)], ids=str
+    ("layout", "more"), [("one process", []), ("TP2", []), ("PP2", []), ("TP2", _MANY_KEYS)], ids=str
 )
 def test_texts_scores_and_searches_follow_the_adapters(workers, layout, more):
     processes, overrides = _LAYOUTS[layout]

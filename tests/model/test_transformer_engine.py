@@ -57,6 +57,8 @@ _CASES: dict[Any, list[Any]] = {
         "model.layer_pattern=SF",
         "model.window_rope_theta=100",
         "model.attention_multiplier=2",
+        "model.residual_multiplier=0.2",
+        "model.logit_multiplier=0.2",
         "model.activation=geglu",
         "model.norm_zero_centered=true",
     ],

@@ -66,7 +66,7 @@ _SEQUENCE = "parallel.sequence_parallel=true"
         (1, ["training.recompute=full"]),
         (1, ["training.sequence_length=2304", "training.micro_batch_size=1"]),  # torch's fused attention
         (1, ["model.attention_dropout=0.1", "model.hidden_dropout=0.1"]),
-        (1, ["model.attention_softcap=5", "model.activation=geglu"]),
+        (1, ["model.attention_softcap=5", "model.activation=geglu", "model.residual_multiplier=0.2"]),
         (2, [_TENSOR]),
         (2, [_TENSOR, _SEQUENCE]),
         (2, ["parallel.context_parallel_size=2"]),

@@ -50,6 +50,7 @@ VARIANTS = {
     "multipliers, soft caps, gated GELU, zero-centered norms": [
         *("model.attention_softcap=0.5", "model.logit_softcap=3"),
         *("model.embedding_multiplier=5", "model.attention_multiplier=1", "model.activation=geglu"),
+        *("model.residual_multiplier=0.5", "model.logit_multiplier=2"),
         *("model.norm_zero_centered=true", "model.qk_norm=full"),
     ],
     "tied": ["model.tie_word_embeddings=true"],

@@ -53,7 +53,7 @@ _BEHAVIOUR_KEYS = (
     *("activation", "rms_norm_eps", "norm_zero_centered", "rope_theta", "rope_scaling", "rotary_fraction"),
     "window_rope_theta",
     *("sliding_window", "layer_pattern", "embedding_multiplier", "attention_multiplier"),
-    *("attention_softcap", "logit_softcap"),
+    *("residual_multiplier", "logit_multiplier", "attention_softcap", "logit_softcap"),
 )
 
 

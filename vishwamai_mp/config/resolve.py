@@ -141,17 +141,23 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
             " attention with a soft cap has no dropout; set model.attention_dropout=0"
         )
     # What is so without it is left unsaid, so that a model that only says it differs from none.
-    embedding, attention = model.embedding_multiplier, model.attention_multiplier
+    attention = model.attention_multiplier
     return replace(
         model,
         window_rope_theta=None if turns_alike(model) else model.window_rope_theta,
-        embedding_multiplier=None if embedding == 1 else embedding,
+        embedding_multiplier=_unless_one(model.embedding_multiplier),
+        residual_multiplier=_unless_one(model.residual_multiplier),
+        logit_multiplier=_unless_one(model.logit_multiplier),
         attention_multiplier=None if attention and math.isclose(attention, 1 / math.sqrt(head_dim)) else attention,
         rope_scaling=model.rope_scaling and resolve_scaling(model.rope_scaling),
         num_key_value_heads=groups,
         head_dim=head_dim,
         intermediate_size=_default(model.intermediate_size, _round_up(8 * model.hidden_size // 3, 256)),
     )
+
+
+def _unless_one(multiplier: float | None) -> float | None:
+    return None if multiplier == 1 else multiplier
 
 
 def _check_layout(config: PretrainConfig) -> None:

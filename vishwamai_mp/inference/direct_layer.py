@@ -101,10 +101,11 @@ class DirectLayer:
         attended = batch.attend(number, qkv[:, :, :-2], qkv[:, :, -2:]).reshape(len(x_ND), -1)
         if wanted is not None:
             x_ND, attended = x_ND[wanted], attended[wanted]
-        x_ND = x_ND + self._sum(_multiply(attended, self._projection))
+        alpha = self._layer.residual_multiplier
+        x_ND = torch.add(x_ND, self._sum(_multiply(attended, self._projection)), alpha=alpha)
         normed = F.rms_norm(x_ND, x_ND.shape[-1:], self._norms[1], self._epsilon)
         gate, up = _multiply(normed, self._fc1).chunk(2, -1)
-        return x_ND + self._sum(_multiply(self._activated(gate).mul_(up), self._fc2))
+        return torch.add(x_ND, self._sum(_multiply(self._activated(gate).mul_(up), self._fc2)), alpha=alpha)
 
     def _sum(self, partial: Tensor) -> Tensor:
         """Over the tensor parallel ranks."""
@@ -124,7 +125,7 @@ class DirectHead:
     def __init__(self, model: VishwamAIModel) -> None:
         self._norm, self._epsilon = model.decoder.final_layernorm.weight, model.config.layernorm_epsilon
         tied = model.share_embeddings_and_output_weights
-        self._softcap = model.model_config.logit_softcap
+        self._multiplier, self._softcap = model.model_config.logit_multiplier, model.model_config.logit_softcap
         self._weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
         self._hooks = _hooks((model.decoder.final_layernorm, model.output_layer))
 
@@ -149,7 +150,7 @@ class DirectHead:
 
     def logits(self, normed_ND: Tensor) -> Tensor:
         """(N, V), this rank's vocabulary."""
-        logits = _multiply(normed_ND, self._weight)
+        logits = _multiply(normed_ND * self._multiplier if self._multiplier else normed_ND, self._weight)
         return softcap(logits, self._softcap) if self._softcap else logits
 
 

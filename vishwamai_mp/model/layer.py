@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ class VishwamAILayer(TransformerLayer):
             configuration, the process groups and the layer's number (from 1).
         output_norm: class of a norm of what attention and MLP add to the residual stream; None: no norm there.
         kind: which of the masks and of the angles is this layer's, where there are several.
+        residual_multiplier: of what attention and MLP add to the residual stream; components add theirs as it is.
         shard: called with the layer when it is complete, so that no two layers are ever whole at a time.
         **options: megatron-core's.
     """
@@ -35,11 +38,15 @@ class VishwamAILayer(TransformerLayer):
         components: Mapping[str, Callable[..., nn.Module]],
         output_norm: Any = None,
         kind: int = 0,
+        residual_multiplier: float | None = None,
         shard: Callable[[nn.Module], None] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(config, submodules, **options)
         self.component_names, self.kind = tuple(components), kind
+        self.residual_multiplier = 1.0 if residual_multiplier is None else residual_multiplier
+        if residual_multiplier is not None:
+            self.self_attn_bda = self.mlp_bda = partial(_scaled_add, residual_multiplier)
         for part, module in {"self_attn": "self_attention", "mlp": "mlp"}.items() if output_norm else ():
             norm = output_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             self.add_module(f"{part}_output_norm", norm)
@@ -87,6 +94,17 @@ class VishwamAILayer(TransformerLayer):
             **options,
         )
         return hidden_states, context
+
+
+def _scaled_add(multiplier: float, training: bool, fused: bool) -> Callable[..., Tensor]:
+    """What megatron-core's layer calls in place of its `get_bias_dropout_add`."""
+
+    def add(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        x, bias = output
+        x = F.dropout(x if bias is None else x + bias, dropout, training)
+        return torch.add(residual.to(x.dtype), x, alpha=multiplier)
+
+    return add
 
 
 def _normed(

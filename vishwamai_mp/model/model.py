@@ -184,7 +184,9 @@ class VishwamAIModel(GPTModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the last stage's normed hidden states (Q, B, D): (Q, B, V)."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, cap = self.output_layer(hidden, weight=tied)[0], self.model_config.logit_softcap
+        multiplier, cap = self.model_config.logit_multiplier, self.model_config.logit_softcap
+        # Hidden states are fewer numbers than the logits.
+        logits = self.output_layer(hidden if multiplier is None else hidden * multiplier, weight=tied)[0]
         return softcap(logits, cap) if cap else logits
 
     def _mask(self, queries: Tensor, keys: Tensor, document_ids: Tensor | None) -> Tensor | None:

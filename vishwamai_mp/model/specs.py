@@ -71,6 +71,7 @@ def layer_spec(
             "components": layer_components(config, layer, _linears(backend)),
             "shard": shard,
             "output_norm": norm if norms_outputs else None,
+            "residual_multiplier": model.residual_multiplier,
             "kind": int(layer_window(model, layer) is not None) if model.layer_pattern else 0,
         },
         submodules=TransformerLayerSubmodules(

@@ -139,6 +139,7 @@ class ModelConfig:
     max_position_embeddings: PositiveInt = 2048
     tie_word_embeddings: bool = False
     embedding_multiplier: PositiveFloat | None = None  # of the input embedding's output; 1
+    residual_multiplier: PositiveFloat | None = None  # of what attention and MLP add to the residual stream; 1
     rms_norm_eps: PositiveFloat = 1e-5
     norm_zero_centered: bool = False  # RMSNorms of the decoder multiply by 1 + weight
     rope_theta: PositiveFloat = 10000.0
@@ -149,7 +150,8 @@ class ModelConfig:
     window_rope_theta: PositiveFloat | None = None  # of its layers S, without rope_scaling; None: all layers turn alike
     attention_multiplier: PositiveFloat | None = None  # of products of queries and keys; 1 / √head_dim
     attention_softcap: PositiveFloat | None = None  # scores become cap · tanh(score / cap) before the softmax
-    logit_softcap: PositiveFloat | None = None  # and so do logits
+    logit_multiplier: PositiveFloat | None = None  # of logits, before their soft cap; 1
+    logit_softcap: PositiveFloat | None = None  # logits become cap · tanh(logit / cap)
     attention_dropout: NonNegativeFloat = 0.0
     hidden_dropout: NonNegativeFloat = 0.0
     attention: Annotated[str, _extension("softmax")] = "softmax"  # or package.module:Class, a KvSelfAttention

@@ -10,6 +10,7 @@ from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.conversion.families.family import Family, Key
 from vishwamai_mp.conversion.families.gemma2 import Gemma2
 from vishwamai_mp.conversion.families.gemma3 import Gemma3
+from vishwamai_mp.conversion.families.granite import Granite
 from vishwamai_mp.conversion.families.llama import Llama
 from vishwamai_mp.conversion.families.mistral import Mistral
 from vishwamai_mp.conversion.families.olmo2 import Olmo2
@@ -24,7 +25,7 @@ from vishwamai_mp.conversion.value_kinds import check_kinds
 __all__ = ["Family", "Key", "WeightNames", "family_holding", "family_named", "family_of", "model_types"]
 
 # A model is exported as the first of these that can hold it.
-_FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, Phi3, Olmo2, Olmo3, Gemma2, Gemma3)
+_FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, Phi3, Olmo2, Olmo3, Gemma2, Gemma3, Granite)
 _IMPORTED: tuple[type[Family], ...] = (*_FAMILIES, WithComponents)
 # Why models of these architectures cannot be converted.
 _NO_ROOM_FOR = {
@@ -33,7 +34,6 @@ _NO_ROOM_FOR = {
     "MixtralForCausalLM": "mixture of experts",
     "CohereForCausalLM": "parallel attention and MLP",
     "OlmoForCausalLM": "norms without weights",
-    "GraniteForCausalLM": "multipliers of embeddings, residuals and logits",
     "StableLmForCausalLM": "LayerNorm and partial rotary embeddings",
 }
 
