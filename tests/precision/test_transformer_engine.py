@@ -1,4 +1,4 @@
-"""Our FP8 arithmetic against Transformer Engine's and torchao's own references, number by number.
+"""Our FP8 and FP4 arithmetic against Transformer Engine's and torchao's own references, number by number.
 
 Transformer Engine's Python lies where `vishwamai_mp/runtime/fused_layers.py` looks for it, as tests/run.sh puts it;
 torchao's beside it, if it is to be compared too: pip install --no-deps --target FOLDER torchao==0.18.0
@@ -66,3 +66,10 @@ def test_mx_against_torchao(found):
         pytest.skip("torchao is not in TRANSFORMER_ENGINE_FOLDER")
     for name, wrong in found["mx"].items():
         assert wrong == 0 or name.endswith("every amax: codes at scale 2^-127"), name
+
+
+def test_nvfp4(found):
+    """Codes, block scales and tensor scales of inputs, of what is rotated and of weights, extremes among them."""
+    assert all(wrong == 0 for wrong, _ in found["fp4"].values()), found["fp4"]
+    assert sum(count for _, count in found["fp4"].values()) > 2_000_000
+    assert {name.split(", ")[-1] for name in found["fp4"]} == {"forward", "tokens", "weights"}

@@ -1,4 +1,4 @@
-"""A program: counts where our FP8 arithmetic differs from Transformer Engine's and torchao's own, as JSON.
+"""A program: counts where our FP8 and FP4 arithmetic differs from Transformer Engine's and torchao's own, as JSON.
 
 usage: transformer_engine_oracles.py FOLDER
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from vishwamai_mp.precision import scaling  # noqa: E402
+from vishwamai_mp.precision import nvfp4, scaling  # noqa: E402
 from vishwamai_mp.precision.delayed import update_scales_  # noqa: E402
 from vishwamai_mp.precision.formats import E4M3, E5M2, Format  # noqa: E402
 from vishwamai_mp.precision.fp8_linear import CurrentScaling, _Fp8Linear  # noqa: E402
@@ -220,6 +220,71 @@ def mx() -> dict[str, int]:
     return found
 
 
+def fp4() -> dict[str, list[int]]:
+    """[differing numbers, block scales and tensor scales, compared] of NVFP4 operands.
+
+    Forward: 1 × 16 blocks along the sum. Tokens: the same along the other dimension, rotated. Weights: 16 × 16 blocks.
+    """
+    found = {}
+    for name, x in {"matrix": _uneven(1024, 768), **_extreme_blocks()}.items():
+        for kind, (tile, rotated) in {"forward": (1, False), "tokens": (1, True), "weights": (16, False)}.items():
+            found[f"{name}, {kind}"] = _compare_fp4(x, tile, rotated)
+    return found
+
+
+def _compare_fp4(x: Tensor, tile: int, rotated: bool) -> list[int]:
+    from transformer_engine.pytorch.custom_recipes import reference_utils
+    from transformer_engine.pytorch.custom_recipes.reference_nvfp4 import NVFP4QuantizerRef, cast_from_fp4x2
+
+    reference = NVFP4QuantizerRef(
+        reference_utils.Fp4Formats.E2M1, rowwise=not rotated, quant_tile_shape=(tile, 16), with_rht=rotated
+    )
+    with torch.backends.mkldnn.flags(enabled=False):  # whose bf16 products take subnormal numbers for zeros
+        theirs = reference.quantize(x)
+    codes, scales, amax = (
+        (theirs.data_t, theirs.scale_t, theirs.global_amax_col)
+        if rotated
+        else (theirs.data, theirs.scale, theirs.global_amax_row)
+    )
+    ours = nvfp4.rotate_tokens(x).t().contiguous() if rotated else x
+    scale = nvfp4.tensor_scale(scaling.largest_absolute(ours))
+    quantized = nvfp4.quantize_nvfp4(ours, scale, tile, 16)
+    our_scales = quantized.scale_inverse.expand(-1, tile, -1, 1).reshape(scales.shape)
+    wrong = differing(our_scales, scales.float())
+    known = ~scales.isnan().repeat_interleave(16, 1)  # a NaN's code is any; what it means is NaN
+    wrong += differing(
+        quantized.codes.view(x.shape[::-1] if rotated else x.shape)[known], cast_from_fp4x2(codes, torch.float32)[known]
+    )
+    # They keep the amax and apply its part of the scale after the product.
+    wrong += differing(scale, torch.minimum(torch.tensor(2688.0) / amax, torch.tensor(torch.finfo(torch.float32).max)))
+    operand = nvfp4.nvfp4_operand(ours, tile, 16)
+    wrong += differing(operand.values.float(), quantized.dequantize_())
+    return [wrong, x.numel()]
+
+
+def _extreme_blocks() -> dict[str, Tensor]:
+    """bf16 matrices of 16 columns for what a block and a tensor can meet."""
+    every = all_positive_bf16()[:, None].repeat(1, 16)[: 32639 // 32 * 32]
+    signs = torch.randint(0, 2, every.shape, generator=_GENERATOR) * 2 - 1
+    spread = torch.randint(1, 0x7F80, (32 * 16, 64), dtype=torch.int16, generator=_GENERATOR).view(torch.bfloat16)
+    special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 2.0**-133, 2.0**-126, 3e37, -3e37]).bfloat16()
+    mixed = special[torch.randint(0, len(special), (256, 256), generator=_GENERATOR)]
+    subnormal = torch.randint(0, 0x80, (256, 256), dtype=torch.int16, generator=_GENERATOR).view(torch.bfloat16)
+    grid = (torch.arange(-96, 96) / 16).repeat(1024).view(-1, 64).bfloat16()  # all E2M1 numbers and middles
+    infinite, nan = _uneven(64, 64), _uneven(64, 64)
+    infinite[5, 7], nan[9, 11] = torch.inf, torch.nan
+    return {
+        "all-equal blocks of every size below 2^124": (every.float() * signs).bfloat16()[: 251 * 128 // 32 * 32],
+        "all sizes": spread,
+        "zeros, subnormal and huge numbers": mixed,
+        "subnormal numbers": subnormal,
+        "middles": grid,
+        "zeros": torch.zeros(64, 64, dtype=torch.bfloat16),
+        "one infinity": infinite,
+        "one NaN": nan,
+    }
+
+
 def _uneven(rows: int, columns: int) -> Tensor:
     """bf16 numbers whose size changes over the matrix, some of them zero."""
     size = torch.randn(rows, columns // 32, generator=_GENERATOR).mul(6).exp2().repeat_interleave(32, dim=1)
@@ -230,7 +295,7 @@ def _uneven(rows: int, columns: int) -> Tensor:
 
 
 def main() -> None:
-    checks = [scales, delayed, current, linear, blocks]
+    checks = [scales, delayed, current, linear, blocks, fp4]
     if (Path(_FOLDER) / "torchao").is_dir():
         checks.append(mx)
     print(json.dumps({check.__name__: check() for check in checks}))

@@ -75,15 +75,15 @@ class Quantized:
 
 def quantize_blocks(x_MN: Tensor, to: Format, rows: int, columns: int) -> Quantized:
     """Blocks of `rows` × `columns`, each with a power-of-two scale (`fp8_blockwise`)."""
-    blocks = _blocks(x_MN, rows, columns)
-    scale = scale_from_amax(_amax(blocks), to, x_MN.dtype, power_of_two=True)
+    blocks = in_blocks(x_MN, rows, columns)
+    scale = scale_from_amax(block_amax(blocks), to, x_MN.dtype, power_of_two=True)
     return Quantized(round_to_format_(blocks.mul_(scale), to), scale.reciprocal(), _shape(x_MN))
 
 
 def quantize_mx(x_MN: Tensor, to: Format, rows: int, columns: int) -> Quantized:
     """Blocks of 32 numbers (1 × 32 or 32 × 1), each with an E8M0 scale (`fp8_mx`)."""
-    blocks = _blocks(x_MN, rows, columns)
-    exponent = e8m0_from_amax(_amax(blocks), to)
+    blocks = in_blocks(x_MN, rows, columns)
+    exponent = e8m0_from_amax(block_amax(blocks), to)
     codes = round_to_format_(blocks.mul_(_power_of_two(_E8M0_LARGEST - exponent)), to)
     return Quantized(codes, _power_of_two(exponent), _shape(x_MN))
 
@@ -97,7 +97,7 @@ def _shape(x: Tensor) -> tuple[int, int]:
     return x.shape[0], x.shape[1]
 
 
-def _blocks(x_MN: Tensor, rows: int, columns: int) -> Tensor:
+def in_blocks(x_MN: Tensor, rows: int, columns: int) -> Tensor:
     """An fp32 copy of the matrix, padded with zeros, (M / rows, rows, N / columns, columns)."""
     height, width = x_MN.shape
     below, right = -height % rows, -width % columns
@@ -105,7 +105,7 @@ def _blocks(x_MN: Tensor, rows: int, columns: int) -> Tensor:
     return x.contiguous().view((height + below) // rows, rows, (width + right) // columns, columns)
 
 
-def _amax(blocks: Tensor) -> Tensor:
+def block_amax(blocks: Tensor) -> Tensor:
     return blocks.abs().amax((1, 3), keepdim=True)
 
 
@@ -125,9 +125,9 @@ class Operand:
 
     Attributes:
         values: 2-D; of the data type that this machine multiplies (`working_dtype`).
-        scale: fp32 scalar; the values are this many times what they mean. None: they are what they mean, as
-            power-of-two scales allow, which are taken out again without rounding.
-        block_scales: those power-of-two scales, for reports.
+        scale: fp32 scalar; the values are this many times what they mean. None: they are what they mean.
+        block_scales: what the numbers of each block were multiplied with before they were rounded, for reports. The
+            values have it taken out again, which rounds nothing.
     """
 
     values: Tensor
@@ -145,7 +145,7 @@ class Operand:
 def scaled_operand(x_MN: Tensor, to: Format, scale: Tensor) -> Operand:
     """A matrix with one scale."""
     values = torch.empty(x_MN.shape, dtype=working_dtype(x_MN.dtype), device=x_MN.device)
-    for slab in _slabs(x_MN, 1):
+    for slab in slabs(x_MN, 1):
         values[slab] = round_to_format_(x_MN[slab].to(torch.float32, copy=True).mul_(scale), to)
     return Operand(values, scale)
 
@@ -154,14 +154,14 @@ def block_operand(quantize: Quantizer, x_MN: Tensor, to: Format, rows: int, colu
     """A matrix in blocks of `rows` × `columns`, each with its power-of-two scale."""
     values = torch.empty(x_MN.shape, dtype=working_dtype(x_MN.dtype), device=x_MN.device)
     inverses = []
-    for slab in _slabs(x_MN, rows):
+    for slab in slabs(x_MN, rows):
         quantized = quantize(x_MN[slab], to, rows, columns)
         values[slab] = quantized.dequantize_()
         inverses.append(quantized.scale_inverse)
     return Operand(values, block_scales=torch.cat(inverses).reciprocal())
 
 
-def _slabs(x_MN: Tensor, rows: int) -> Iterator[slice]:
+def slabs(x_MN: Tensor, rows: int) -> Iterator[slice]:
     """Bands of whole blocks. Buffers of 2 MiB are reused by malloc and fit the cache; larger ones are mapped anew by
     the operating system for each operation, which takes longer than the operation."""
     height = max(_SLAB // x_MN.shape[1] // rows, 1) * rows
@@ -170,7 +170,7 @@ def _slabs(x_MN: Tensor, rows: int) -> Iterator[slice]:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What to multiply in. All FP8 numbers are bf16 numbers too, so bf16 where the hardware has it loses nothing."""
+    """What to multiply in. Rounded numbers are bf16 numbers too, so bf16 where the hardware has it loses nothing."""
     return dtype if dtype == torch.bfloat16 and multiplies_natively(dtype) else torch.float32
 
 
