@@ -29,6 +29,7 @@ _ORDER = [
     {"observability"},
     {"serving"},
     {"training"},
+    {"verification"},
     {"pretrain", "trainer", "launch"},
 ]
 _LEVEL = {room: level for level, rooms in enumerate(_ORDER) for room in rooms}

@@ -128,6 +128,11 @@ def without_effect(config: Mapping[str, Any], family: type[Family]) -> list[str]
     return sorted(config.keys() - _READ - _NEUTRAL - family.known_keys())
 
 
+def is_neutral(key: str) -> bool:
+    """Whether a key of any `config.json` leaves what the model computes as it is."""
+    return key in _NEUTRAL
+
+
 def _check_supported(config: Mapping[str, Any], path: Path, family: type[Family]) -> None:
     """What is refused of any family."""
     check_kinds(config, _KINDS, path)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vishwamai_mp.checkpoint import CheckpointManager
-from vishwamai_mp.config import UserError, resolve
+from vishwamai_mp.config import ModelConfig, UserError, resolve
 from vishwamai_mp.conversion import block_scaled, components, dtypes, model_config
-from vishwamai_mp.conversion.dtypes import BF16, FP8, DType
+from vishwamai_mp.conversion.dtypes import BF16, FP8, FP32, DType
 from vishwamai_mp.conversion.families import Family, model_types
 from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.model import VishwamAIModel, build_model
@@ -66,12 +66,18 @@ class Comparison:
 
 
 def compare(
-    source: Source, folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int, tolerance: float = 1e-5
+    source: Source,
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    tolerance: float = 1e-5,
+    rounds: bool = True,
 ) -> Comparison:
     """Run both models on the prompts and on what they continue them with.
 
-    The checkpoint's weights are rounded first as the folder's are. Its greedy tokens are read off one forward pass
-    over the folder's model's: they are the same exactly if its choice at every place is.
+    The checkpoint's weights are rounded first as the folder's are, if the folder was exported from it. Its greedy
+    tokens are read off one forward pass over the folder's model's: they are the same exactly if its choice at every
+    place is.
 
     Args:
         source: the checkpoint.
@@ -79,6 +85,7 @@ def compare(
         prompts: token ids; none: some drawn at random.
         new_tokens: to generate for each.
         tolerance: of logits, see `Comparison`.
+        rounds: False: the checkpoint has the folder's own numbers, of whatever type.
 
     Raises:
         UserError: a prompt that the model has no room for, or a folder with code that is not ours.
@@ -91,7 +98,7 @@ def compare(
     with _hugging_face(folder, config, family) as model:
         rows = [_greedy(model, prompt, new_tokens) for prompt in prompts]
         theirs = [model(row[None]).logits[0] for row in rows]
-    rounding = FP8 if config.get("quantization_config") else _dtype_of(config)
+    rounding = FP32 if not rounds else FP8 if config.get("quantization_config") else _dtype_of(config)
     with _checkpoint(source, rounding) as ours_model:
         ours = [_logits(ours_model, row, source.config.model.vocab_size) for row in rows]
         result = _compare(ours, theirs, rows, [len(prompt) for prompt in prompts], tolerance)
@@ -106,15 +113,19 @@ def random_prompts(source: Source, new_tokens: int) -> list[list[int]]:
     """A few short prompts, the same at every call."""
     model = source.config.model
     generator = torch.Generator().manual_seed(0)
-    scaling = model.rope_scaling
-    context = model.max_position_embeddings
-    if scaling and scaling.rope_type in ("dynamic", "longrope"):  # see `_check`
-        context = min(context, scaling.original_max_position_embeddings)
-    room = max(1, context - new_tokens)
+    room = max(1, steady_length(model) - new_tokens)
     return [
         torch.randint(model.vocab_size, (min(length, room),), generator=generator).tolist()
         for length in _PROMPT_LENGTHS
     ]
+
+
+def steady_length(model: ModelConfig) -> int:
+    """The longest text, in tokens, whose rotary frequencies are those of its beginning; see `_check`."""
+    scaling, context = model.rope_scaling, model.max_position_embeddings
+    if scaling and scaling.rope_type in ("dynamic", "longrope"):
+        return min(context, scaling.original_max_position_embeddings)
+    return context
 
 
 def _check(source: Source, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
