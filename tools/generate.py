@@ -40,6 +40,7 @@ _OWN_OPTIONS = {
     "max_seconds": ("tree",),
     "max_new_tokens": ("greedy", "sample", "beam"),
     "stop": ("greedy", "sample"),
+    "speculate": ("greedy", "sample"),
 }
 
 
@@ -66,16 +67,25 @@ def sample(options: argparse.Namespace, model: "LaidOutModel") -> Iterator[dict[
     sampling = SamplingOptions(
         **chosen, stop_tokens=model.tokenizer.end_tokens, stop_strings=tuple(options.stop or ()), log_probs=options.json
     )
-    generator = model.generator()
+    generator = model.generator(speculate=options.speculate or 0)
     for prompt in options.prompt:
         (done,) = generator.generate([model.tokenizer.encode(prompt)], sampling)
-        yield {
+        answer = {
             "prompt": prompt,
             "text": prompt + generator.text(done),
             "new_tokens": done.tokens,
             "log_probs": [round(number, 4) for number in done.log_probs],
             "finish": done.finish,
         }
+        if options.speculate:
+            answer |= {"passes": done.passes, "guessed": done.guessed, "accepted": done.accepted}
+            if model.runtime.reports and not options.json:
+                print(
+                    f"{done.passes} passes wrote {len(done.tokens)} tokens; of {done.guessed} guessed tokens"
+                    f" {done.accepted} were right",
+                    file=sys.stderr,
+                )
+        yield answer
 
 
 def beam(options: argparse.Namespace, model: "LaidOutModel") -> Iterator[dict[str, Any]]:
@@ -176,6 +186,13 @@ def parse_arguments() -> argparse.Namespace:
         "--min-p", type=float, metavar="SHARE", help="of `sample`: among those this fraction as likely as the likeliest"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of `sample` and `tree` (default: 0)")
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        metavar="N",
+        help="of `greedy` and `sample`: guess up to N tokens ahead, as the text went on where it was alike before; the"
+        " model judges them in one pass, so the text is the same",
+    )
     parser.add_argument("--num-beams", type=int, metavar="N", help="of `beam`: texts kept at a time (default: 4)")
     parser.add_argument(
         "--length-penalty", type=float, metavar="X", help="of `beam`: above 0 favours longer texts (default: 1)"

@@ -36,7 +36,7 @@ def main() -> None:
     with laid_out(run, options.overrides, options.bos) as model:
         tree = model.tree_settings()
         ending = ending_of_thoughts(model.tokenizer.tokenizer, tree.stop)
-        service = Service(model.generator(), model.tokenizer, tree, ending, limits)
+        service = Service(model.generator(speculate=options.speculate), model.tokenizer, tree, ending, limits)
         try:
             uvicorn.run(build_app(service, model.name), host=options.host, port=options.port)
         finally:
@@ -52,6 +52,13 @@ def parse_arguments() -> argparse.Namespace:
         "--bos",
         action=argparse.BooleanOptionalAction,
         help="begin prompts with the tokenizer's BOS (default: as tokenizer_config.json beside it says, or else not)",
+    )
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens ahead, as a text went on where it was alike before; texts stay the same",
     )
     parser.add_argument("--max-seconds", dest="seconds", type=positive(float), help="per request (default: 600)")
     parser.add_argument(

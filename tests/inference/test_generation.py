@@ -1,6 +1,7 @@
 """Generation with shared key-value blocks against full passes, at every layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ from tests.model.builds import build
 from vishwamai_mp.config import UserError
 from vishwamai_mp.inference import Completion, Generator, SamplingOptions, reads
 from vishwamai_mp.inference.blocks import KvSequence
+from vishwamai_mp.inference.speculation import Pace, RepeatedText
 
 _RANDOM = torch.Generator().manual_seed(2)
 _PROMPTS = [torch.randint(1, 250, (length,), generator=_RANDOM).tolist() for length in (9, 1, 21, 16)]
@@ -219,6 +221,66 @@ def test_a_text_does_not_depend_on_what_else_is_generated(workers):
     waiting = workers.run(generated, 1, [], _MIXED, _PROMPTS, kv_tokens=48, max_batch=2)[0]
     alone = [workers.run(generated, 1, [], [_MIXED[i]], [_PROMPTS[i]])[0][0] for i in range(4)]
     assert tokens(together) == tokens(waiting) == tokens(alone)
+
+
+def guessed(overrides: list[str]) -> list[list[Completion]]:
+    """Runs in a worker: texts without guesses, and with guesses of which each pass has up to 0 and 4 that are right."""
+    ours = generator(*overrides)
+    options = [replace(each, log_probs=True) for each in _MIXED]
+    found: list[list[Completion]] = []
+
+    def guess(_: RepeatedText, text: Sequence[int], count: int) -> list[int]:
+        whole = next(each.text for each in found[0] if each.text[: len(text)] == text)
+        known = whole[len(text) : len(text) + min(count, len(text) % ours.speculate)]
+        return known + [(whole[-1] + 1 + i) % 250 for i in range(count - len(known))]
+
+    with patch.object(RepeatedText, "guess", guess):
+        for ours.speculate in (0, 1, 5):
+            found.append([ours.submit(prompt, each) for prompt, each in zip(_PROMPTS, options, strict=True)])
+            while ours.busy:
+                ours.step()
+            assert ours.engine.pool.used_blocks == 0
+    return found
+
+
+@pytest.mark.parametrize("layout", ["one process", "TP2 PP2"])
+@pytest.mark.parametrize("variant", ["window", "memory and cache"])
+def test_guesses_do_not_change_the_text(workers, variant, layout):
+    """Whether wrong, right or both: greedy and sampled, filtered, penalised, across blocks of keys."""
+    processes, overrides = _LAYOUTS[layout]
+    for plain, *others in workers.run(guessed, processes, [*overrides, *_VARIANTS[variant]]):
+        assert all((each.passes, each.guessed) == (len(each.tokens), 0) for each in plain)
+        for right, ours in zip((0, 4), others, strict=True):
+            assert tokens(ours) == tokens(plain)
+            for each, without in zip(ours, plain, strict=True):
+                torch.testing.assert_close(each.log_probs, without.log_probs, rtol=0, atol=1e-4)
+                assert each.guessed > each.accepted >= right
+                assert each.passes == len(each.tokens) - each.accepted
+
+
+def test_repeated_text_is_guessed_from_its_newest_place():
+    repeated = RepeatedText()
+    assert repeated.guess([1, 2, 3], 4) == []
+    assert repeated.guess([1, 2, 3, 9, 1, 2], 2) == [3, 9]
+    assert repeated.guess([1, 2, 3, 9, 1, 2, 5, 0, 1, 2], 3) == [5, 0, 1]  # [0, 1, 2] has not occurred before
+    assert repeated.guess([1, 2, 3, 9, 1, 2, 5, 0, 1, 2, 3, 9, 1, 2], 2) == [5, 0]  # nor has [2, 3, 9, 1, 2]
+    assert RepeatedText().guess([7, 8, 7, 8], 5) == [7, 8, 7, 8, 7]
+
+
+def test_the_pace_of_guesses_follows_what_came_of_them():
+    pace = Pace(8)
+    for guessed, right, count in (
+        (8, 2, 3),
+        (3, 3, 6),
+        (0, 0, 6),
+        (6, 0, 1),
+        (1, 1, 2),
+        (2, 2, 4),
+        (4, 4, 8),
+        (8, 8, 8),
+    ):
+        pace.judged(guessed, right)
+        assert pace.count == count
 
 
 def read_at_once(overrides: list[str]) -> Tensor:

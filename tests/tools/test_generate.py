@@ -151,6 +151,18 @@ def test_a_tree_is_the_same_at_every_layout_and_has_a_picture(
     assert on(workers, 1, *options, "--seed", 5) != alone
 
 
+def test_guesses_leave_the_text_alone_and_are_counted(workers: WorkerPool, run_folder: Path) -> None:
+    options = ["--load", run_folder, "--prompt", "if x: if x: if x:", "--strategy", "sample", "--temperature", 0.3]
+    plain = json.loads(on(workers, 1, *options, "--json"))
+    ((out, said),) = workers.run(call, 1, [*options, "--speculate", 4])
+    assert out == plain["text"] + "\n"
+    done = json.loads(on(workers, 4, *options, "--speculate", 4, "--json", *_TP2_PP2))
+    assert done["new_tokens"] == plain["new_tokens"]
+    assert 0 < done["accepted"] < done["guessed"]
+    assert done["passes"] + done["accepted"] == len(done["new_tokens"]) + (done["finish"] == "stop")
+    assert f"of {done['guessed']} guessed tokens {done['accepted']} were right" in said
+
+
 @pytest.mark.parametrize("part", ["checkpoints", "checkpoints/step_00000008"])
 def test_load_takes_a_folder_of_checkpoints_and_one_checkpoint(
     workers: WorkerPool, run_folder: Path, part: str
@@ -195,6 +207,8 @@ def test_a_broken_newer_checkpoint_is_mentioned(
         ),
         (["--strategy", "sample", "--temperature", "nan"], "--temperature nan: use a number above 0"),
         (["--strategy", "sample", "--top-k", "0"], "top_k=0: use 1 or more"),
+        (["--strategy", "tree", "--speculate", "3"], "--speculate has no effect on --strategy tree; it is for greedy"),
+        (["--speculate", "-1"], "speculate=-1: use 0 (no guesses) or more"),
         (["--top-k", "3"], "--top-k has no effect on --strategy greedy"),
         (["--temperature", "0.7"], "--temperature has no effect on --strategy greedy"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"),

@@ -35,9 +35,17 @@ class Batch:
         pool: of keys and values.
         settings: of the model.
         first_layer: number (from 1) of the first layer on this pipeline stage.
+        guessed: how many of each sequence's new tokens, its last ones, may be taken back; None: none.
     """
 
-    def __init__(self, work: Work, pool: BlockPool, settings: ModelConfig, first_layer: int) -> None:
+    def __init__(
+        self,
+        work: Work,
+        pool: BlockPool,
+        settings: ModelConfig,
+        first_layer: int,
+        guessed: Sequence[int] | None = None,
+    ) -> None:
         assert settings.num_key_value_heads is not None
         assert settings.head_dim is not None
         self.scale = settings.attention_multiplier or 1 / math.sqrt(settings.head_dim)
@@ -50,6 +58,7 @@ class Batch:
         self._known_reads: dict[int | None, list[Reads]] = {}
         self.sequences = [sequence for sequence, _ in work]
         self.counts = [len(tokens) for _, tokens in work]
+        self.guessed = [0] * len(work) if guessed is None else list(guessed)
         self.past = [sequence.length for sequence in self.sequences]
         blocks: list[int] = []
         positions: list[int] = []
@@ -59,6 +68,7 @@ class Batch:
             blocks += [sequence.blocks[position // BLOCK_TOKENS] for position in new]
             positions += new
             sequence.length += len(tokens)
+            sequence.revocable = {}
             sequence.frequency_length = frequency_length(settings, sequence.length)
         lengths = [sequence.frequency_length for sequence in self.sequences]
         self.frequency_lengths = lengths if any(lengths) else None  # None: the frequencies of short texts
@@ -70,6 +80,14 @@ class Batch:
         self.ends = ends.tolist()
         self.last = (ends - 1).to(self.device)
 
+    @property
+    def judged(self) -> Tensor:
+        """The last certain token of each sequence and its guesses, by number."""
+        if not any(self.guessed):
+            return self.last
+        places = zip(self.ends, self.guessed, strict=True)
+        return torch.tensor([i for end, guessed in places for i in range(end - 1 - guessed, end)], device=self.device)
+
     @cached_property
     def single(self) -> list[int]:
         """Sequences that read one token."""
@@ -78,9 +96,15 @@ class Batch:
     def run_component(self, layer: int, name: str, component: nn.Module, hidden_N1D: Tensor) -> Tensor:
         """See `KeyValues`."""
         parts = []
-        for sequence, part in zip(self.sequences, hidden_N1D.split(self.counts), strict=True):
-            out, sequence.states[layer, name] = component(part, None, sequence.states.get((layer, name)))
-            parts.append(out)
+        for sequence, hidden, guessed in zip(self.sequences, hidden_N1D.split(self.counts), self.guessed, strict=True):
+            states = []
+            # One by one behind the certain tokens: each of the guesses may turn out to be the first that is wrong.
+            for part in hidden.split([len(hidden) - guessed, *[1] * guessed]):
+                out, sequence.states[layer, name] = component(part, None, sequence.states.get((layer, name)))
+                parts.append(out)
+                states.append(sequence.states[layer, name])
+            if guessed:
+                sequence.revocable[layer, name] = states
         return torch.cat(parts)
 
     def attend(self, layer: int, query_NGRK: Tensor, key_value_NG2K: Tensor) -> Tensor:

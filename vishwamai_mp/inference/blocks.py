@@ -23,12 +23,14 @@ class KvSequence:
         blocks: where their keys and values are, in order.
         states: of components, by (layer, name): immutable values, shared by forks.
         frequency_length: of the rotary frequencies that its keys were turned with (`model.rotary`).
+        revocable: of each component, its states after the last tokens, newest last, where these were only guessed.
     """
 
     length: int = 0
     blocks: list[int] = field(default_factory=list)
     states: dict[tuple[int, str], Any] = field(default_factory=dict)
     frequency_length: int = 0
+    revocable: dict[tuple[int, str], list[Any]] = field(default_factory=dict)
 
 
 class BlockPool:
@@ -91,13 +93,24 @@ class BlockPool:
         """Another sequence that starts with the same tokens. Nothing is copied until one of them writes."""
         for block in sequence.blocks:
             self._references[block] += 1
-        return replace(sequence, blocks=list(sequence.blocks), states=dict(sequence.states))
+        return replace(sequence, blocks=list(sequence.blocks), states=dict(sequence.states), revocable={})
+
+    def take_back(self, sequence: KvSequence, count: int) -> None:
+        """Forget the last `count` tokens, guessed in the last pass, and give back the blocks that they needed."""
+        sequence.length -= count
+        needed = -(-sequence.length // BLOCK_TOKENS)
+        for block in sequence.blocks[needed:]:
+            self._drop(block)
+        del sequence.blocks[needed:]
+        sequence.states |= {component: states[-1 - count] for component, states in sequence.revocable.items()}
+        sequence.revocable = {}
 
     def release(self, sequence: KvSequence) -> None:
         """Give back what only this sequence used. It is empty then."""
         for block in sequence.blocks:
             self._drop(block)
-        sequence.length, sequence.blocks, sequence.states, sequence.frequency_length = 0, [], {}, 0
+        sequence.length, sequence.blocks, sequence.frequency_length = 0, [], 0
+        sequence.states, sequence.revocable = {}, {}
 
     def _take(self) -> int:
         if self._free:

@@ -4,7 +4,7 @@ Every rank of a replica calls the same methods with the same arguments. Shapes: 
 D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,13 +61,17 @@ class Engine:
         return self.config.model.max_position_embeddings
 
     @torch.inference_mode()
-    def run(self, work: Work, every_token: bool = False, logits: bool = True) -> Output:
+    def run(
+        self, work: Work, every_token: bool = False, logits: bool = True, guessed: Sequence[int] | None = None
+    ) -> Output:
         """Let sequences read tokens.
 
         Args:
             work: sequences, each once, with at least one token each.
             every_token: rows for every token, not only for the last of each sequence.
             logits: False leaves them out; hidden states are all that is asked for.
+            guessed: how many of each sequence's tokens, its last ones, are guesses: there are rows for these and for
+                the token before them, and `take_back` forgets those that are wrong.
 
         Raises:
             UserError: a sequence would outgrow the context, or key-value pool is full.
@@ -81,15 +85,15 @@ class Engine:
                     f" (model.rope_scaling of rope_type={self.config.model.rope_scaling.rope_type}); only sampling and"
                     " greedy decoding read such a text again: shorten the prompt or lower max_new_tokens"
                 )
-        batch = self.stage.batch(work, self.pool)
+        batch = self.stage.batch(work, self.pool, guessed)
         self.computed_tokens += len(batch.tokens)
-        every_token = every_token or len(batch.tokens) == len(batch.counts)
-        wanted = None if every_token or not self.runtime.is_last_stage else batch.last
+        rows = len(batch.tokens) if every_token else len(batch.counts) + sum(batch.guessed)
+        wanted = batch.judged if rows < len(batch.tokens) and self.runtime.is_last_stage else None
         with self._decoding:
             hidden = self.stage.run(batch, self._receive(len(batch.tokens)), wanted)
             if not self.runtime.is_last_stage:
                 dist.send(hidden.contiguous(), self._neighbour(1), group=self.runtime.groups.pp)
-                return Output(len(batch.tokens) if every_token else len(batch.counts))
+                return Output(rows)
             normed = self.stage.normed(hidden)
             shard = None
             if logits:
@@ -117,6 +121,10 @@ class Engine:
 
     def fork(self, sequence: KvSequence) -> KvSequence:
         return self.pool.fork(sequence)
+
+    def take_back(self, sequence: KvSequence, count: int) -> None:
+        """Forget the last tokens of those that were guessed in the last pass."""
+        self.pool.take_back(sequence, count)
 
     def release(self, sequence: KvSequence) -> None:
         self.pool.release(sequence)

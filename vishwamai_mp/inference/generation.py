@@ -6,7 +6,7 @@ Every rank of a replica makes the same calls in the same order.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from vishwamai_mp.inference.blocks import BLOCK_TOKENS, KvSequence
 from vishwamai_mp.inference.engine import Engine, check_fits
 from vishwamai_mp.inference.noise import NoiseNames
 from vishwamai_mp.inference.options import SamplingOptions
+from vishwamai_mp.inference.speculation import Pace, RepeatedText
 from vishwamai_mp.inference.vocabulary import Shard, penalise_repetition, sample, sample_among
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.runtime import Runtime
@@ -36,6 +37,8 @@ class Completion:
         top_log_probs: ids and log-probabilities of the likeliest tokens in place of each, where asked for.
         finish: None while it grows; "stop", "length" (of `max_new_tokens` or the context), or "cancelled".
         stop: the stop string that ended it.
+        passes: of the model that it took so far; with guesses there are fewer than tokens.
+        guessed, accepted: tokens that were guessed, and those of them that are in the text.
     """
 
     prompt: list[int]
@@ -45,14 +48,45 @@ class Completion:
     top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: str | None = None
     stop: str | None = None
+    passes: int = 0
+    guessed: int = 0
+    accepted: int = 0
     _sequence: KvSequence = field(default_factory=KvSequence)
     _limit: int = 0
     _added: AddedText | None = None
     _read: int = 0  # tokens whose text `_added` has
+    _repeated: RepeatedText = field(default_factory=RepeatedText)
+    _pace: Pace = field(default_factory=lambda: Pace(0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what decodes: it may be any function, and begins anew in another process."""
         return {**self.__dict__, "_added": None, "_read": 0}
+
+    @property
+    def text(self) -> list[int]:
+        """The prompt and what has been added."""
+        return self.prompt + self.tokens
+
+
+@dataclass
+class _Turn:
+    """What a request reads in a pass.
+
+    Attributes:
+        completion: the request.
+        unread: certain tokens, at least one.
+        guesses: at what follows.
+    """
+
+    completion: Completion
+    unread: list[int]
+    guesses: list[int] = field(default_factory=list)
+
+    def rows(self) -> "list[_Row]":
+        """What is to be chosen after the certain tokens and after each guess."""
+        options, length = self.completion.options, len(self.completion.prompt) + len(self.completion.tokens)
+        text = self.completion.text + self.guesses if options.repetition_penalty != 1 else []
+        return [_Row(options, length + i, text[: length + i]) for i in range(len(self.guesses) + 1)]
 
 
 class Generator:
@@ -65,6 +99,8 @@ class Generator:
         decode: text of token ids; needed for stop strings.
         kv_tokens: tokens whose keys and values fit at once; None: `Engine`'s default.
         max_batch: requests that run at once.
+        speculate: tokens to guess at most in a pass for each request (inference/speculation.py). It changes how many
+            passes a text takes, not the text.
     """
 
     def __init__(
@@ -75,7 +111,11 @@ class Generator:
         decode: Decode | None = None,
         kv_tokens: int | None = None,
         max_batch: int = 64,
+        speculate: int = 0,
     ) -> None:
+        if speculate < 0:
+            raise UserError(f"speculate={speculate}: use 0 (no guesses) or more")
+        self.speculate = speculate
         self.engine = Engine(config, runtime, model, kv_tokens)
         self.decode, self.max_batch = decode, max_batch
         self._waiting: deque[Completion] = deque()
@@ -100,21 +140,26 @@ class Generator:
         """Queue a prompt; `step` makes it grow. Raises as `generate` does."""
         self._check(prompt, options)
         limit = min(options.max_new_tokens, self.engine.context - len(prompt))
-        completion = Completion(list(prompt), options, _limit=limit)
+        completion = Completion(list(prompt), options, _limit=limit, _pace=Pace(self.speculate))
         self._waiting.append(completion)
         return completion
 
     def step(self) -> list[Completion]:
-        """One pass: a token for each running request, those that are admitted now included. Returns these."""
+        """One pass: a token for each running request, those that are admitted now included. Returns these.
+
+        With guesses it may be more than a token.
+        """
         admitted = self._admit()
         batch = self._running + admitted
         if not batch:
             return []
         try:
+            turns = [self._turn(c) for c in self._running] + [_Turn(c, c.prompt) for c in admitted]
             output = self.engine.run(
-                [(c._sequence, self._unread(c)) for c in self._running] + [(c._sequence, c.prompt) for c in admitted]
+                [(turn.completion._sequence, turn.unread + turn.guesses) for turn in turns],
+                guessed=[len(turn.guesses) for turn in turns],
             )
-            rows = [_Row(c.options, len(c.prompt) + len(c.tokens), c.prompt + c.tokens) for c in batch]
+            rows = [row for turn in turns for row in turn.rows()]
             top = min(max(c.options.top_log_probs for c in batch), self.engine.config.model.vocab_size)
             chosen = self.engine.decide(
                 output, lambda shard, _: _with_top(choose(shard, rows), shard, top), 2 + 2 * top
@@ -125,8 +170,9 @@ class Generator:
                 self._finish(completion, "cancelled")
             self._running = []
             raise
-        for completion, (token, log_prob, *likeliest) in zip(batch, chosen, strict=True):
-            self._append(completion, int(token), log_prob, _pairs(likeliest, completion.options.top_log_probs))
+        rest = iter(chosen)
+        for turn in turns:
+            self._judge(turn, list(islice(rest, len(turn.guesses) + 1)))
         self._running = [completion for completion in batch if completion.finish is None]
         return batch
 
@@ -217,12 +263,32 @@ class Generator:
             admitted.append(self._waiting.popleft())
         return admitted
 
-    def _unread(self, completion: Completion) -> list[int]:
+    def _turn(self, completion: Completion) -> _Turn:
         """What a running request reads next: its last token, or all where that changes the angles of those before."""
-        if not self.engine.outgrows(completion._sequence, 1):
-            return completion.tokens[-1:]
-        self.engine.release(completion._sequence)
-        return completion.prompt + completion.tokens
+        if self.engine.outgrows(completion._sequence, 1):
+            self.engine.release(completion._sequence)
+            return _Turn(completion, completion.text)
+        count = min(completion._pace.count, completion._limit - len(completion.tokens) - 1)
+        if count < 1 or self.engine.outgrows(completion._sequence, 1 + count):
+            return _Turn(completion, completion.tokens[-1:])
+        return _Turn(completion, completion.tokens[-1:], completion._repeated.guess(completion.text, count))
+
+    def _judge(self, turn: _Turn, chosen: list[list[float]]) -> None:
+        """Add what was chosen, as far as the guesses before it are what was chosen there."""
+        completion, guesses = turn.completion, turn.guesses
+        before = len(completion.tokens)
+        for i, (token, log_prob, *likeliest) in enumerate(chosen):
+            self._append(completion, int(token), log_prob, _pairs(likeliest, completion.options.top_log_probs))
+            if completion.finish is not None or i == len(guesses) or int(token) != guesses[i]:
+                break
+        added = completion.tokens[before:]
+        right = sum(token == guess for token, guess in zip(added, guesses, strict=False))
+        completion.passes += 1
+        completion.guessed += len(guesses)
+        completion.accepted += right
+        completion._pace.judged(len(guesses), right)
+        if completion.finish is None and right < len(guesses):
+            self.engine.take_back(completion._sequence, len(guesses) - right)
 
     def _append(self, completion: Completion, token: int, log_prob: float, top: list[tuple[int, float]]) -> None:
         options = completion.options

@@ -3,6 +3,8 @@
 Shapes: N tokens of all sequences, D width, V vocabulary (local), R width of a head that is turned.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,9 +40,9 @@ class Stage:
         """Memory for this stage's keys and values of so many tokens."""
         return BlockPool(tokens, len(self.layers), self.heads, self.width, self.dtype, self.runtime.device)
 
-    def batch(self, work: Work, pool: BlockPool) -> Batch:
+    def batch(self, work: Work, pool: BlockPool, guessed: Sequence[int] | None = None) -> Batch:
         """What sequences read now."""
-        return Batch(work, pool, self.settings, self.layers[0].layer_number if self.layers else 1)
+        return Batch(work, pool, self.settings, self.layers[0].layer_number if self.layers else 1, guessed)
 
     def run(self, batch: Batch, hidden_ND: Tensor | None, wanted: Tensor | None = None) -> Tensor:
         """Hidden states after this stage's layers, (N, D), or of the wanted tokens.
