@@ -49,6 +49,19 @@ def _config(*overrides):
         (["model.hidden_size=100"], ["model.hidden_size=100", "model.num_attention_heads=8", "set model.head_dim"]),
         (["model.num_key_value_heads=3"], ["model.num_key_value_heads=3", "use a divisor of 8"]),
         (["model.num_key_value_heads=16"], ["model.num_key_value_heads=16", "use a divisor of 8"]),
+        (
+            ["training.recompute_layers=2"],
+            ["training.recompute_layers=2 has no effect at training.recompute=none", "set training.recompute=full"],
+        ),
+        (
+            ["training.recompute=full", "training.recompute_modules=[mlp]"],
+            ["training.recompute_modules=[mlp]", "set training.recompute=selective"],
+        ),
+        (["training.recompute=selective", "training.recompute_modules=[]"], ["recompute_modules=[]", "core_attn, mlp"]),
+        (
+            ["training.recompute=full", "training.recompute_layers=2", f"{_PIPELINE}=2", f"{_VIRTUAL}=2"],
+            ["training.recompute_layers=2", "a chunk of a pipeline stage has no more than 2 layers"],
+        ),
         (["model.head_dim=3"], ["model.head_dim=3", "use an even width"]),
         (["model.attention_dropout=1"], ["model.attention_dropout=1.0", "from 0 to below 1"]),
         (

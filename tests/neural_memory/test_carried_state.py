@@ -196,7 +196,7 @@ _PIPELINE = "parallel.pipeline_model_parallel_size=2"
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        (1, ["training.recompute=full"]),
+        (1, ["training.recompute=full", "training.recompute_layers=2"]),
         (2, [_PIPELINE]),
         (2, [_PIPELINE, "training.recompute=full"]),
         (2, [_PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2"]),

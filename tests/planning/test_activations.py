@@ -63,6 +63,7 @@ _SEQUENCE = "parallel.sequence_parallel=true"
         (1, ["precision=bf16"]),
         (1, ["model.num_key_value_heads=8"]),
         (1, ["training.recompute=selective"]),
+        (1, ["training.recompute=selective", "training.recompute_modules=[core_attn,mlp]"]),
         (1, ["training.recompute=full"]),
         (1, ["training.sequence_length=2304", "training.micro_batch_size=1"]),  # torch's fused attention
         (1, ["model.attention_dropout=0.1", "model.hidden_dropout=0.1"]),

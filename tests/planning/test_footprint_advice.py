@@ -128,6 +128,7 @@ def test_components_count_where_they_stand():
 
 _BOTH = ["memory.enabled=true", "cache.enabled=true"]
 _FULL = "training.recompute=full"
+_MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
 # Long rows of a narrow model, whose peak is at the gradient of the logits.
 _LOGITS = ["model.hidden_size=512", "training.sequence_length=4096", "model.max_position_embeddings=4096"]
 
@@ -161,6 +162,18 @@ def _split(tensor: int = 1, pipeline: int = 1, chunks: int = 1) -> list[str]:
         (16, 0, 16, ["parallel.fully_sharded=true", _FULL, "model.num_layers=32"], 601),
         (8, 0, 8, [*_BOTH, "parallel.fully_sharded=true", _FULL], 673),
         (4, 0, 4, ["parallel.fully_sharded=true", _FULL, *_LOGITS], 551),
+        (1, 0, 1, _MLP, 3822),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", *_MLP], 2093),
+        (8, 0, 8, ["parallel.fully_sharded=true", *_MLP], 701),
+        (1, 0, 2, [*_MLP, "precision=fp8_delayed"], 4185),
+        (1, 0, 1, [_FULL, "training.recompute_layers=4"], 4004),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", _FULL, "training.recompute_layers=6"], 2136),
+        (4, 0, 8, [*_BOTH, *_split(1, 4), _FULL, "training.recompute_layers=2"], 1427),
+        (4, 0, 8, [*_BOTH, *_split(1, 4, 2), _FULL, "training.recompute_layers=1"], 1402),
+        (8, 0, 8, ["parallel.fully_sharded=true", _FULL, "training.recompute_layers=8"], 730),
+        (8, 0, 8, ["parallel.fully_sharded=true", _FULL, "training.recompute_layers=14"], 607),
+        (8, 0, 16, [*_BOTH, "parallel.fully_sharded=true", _FULL, "training.recompute_layers=4"], 1017),
+        (1, 0, 2, [_FULL, "training.recompute_layers=8", "precision=fp8_current"], 4212),
         (1, 0, 1, [_FULL, *_LOGITS], 1370),
         (1, 0, 1, [_FULL, *_LOGITS, "model.vocab_size=65536"], 3401),
     ],

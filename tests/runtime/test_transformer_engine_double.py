@@ -32,6 +32,7 @@ _STAGES = ["parallel.pipeline_model_parallel_size=2"]
 _CHUNKS = [*_STAGES, "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=4"]
 _CONTEXT = ["parallel.context_parallel_size=2"]
 _REPLICAS = ["parallel.use_distributed_optimizer=true"]
+_MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
 _DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 
 # Name: ranks, rank, settings. Each kind of layer, layout and precision is in several.
@@ -57,6 +58,12 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "context, window, mx": (2, 0, [*_CONTEXT, "model.sliding_window=16", "precision=fp8_mx"]),
     "replicas, packed, cache, blockwise": (2, 1, [*_REPLICAS, *PACKED, *CACHE, "precision=fp8_blockwise"]),
     "replicas, adapters, recomputed, delayed": (2, 0, [*_REPLICAS, *LORA, *RECOMPUTE, "precision=fp8_delayed"]),
+    "replicas, memory, cache, one layer recomputed, blockwise": (
+        2,
+        0,
+        [*_REPLICAS, *MEMORY, *CACHE, *RECOMPUTE, "training.recompute_layers=1", "precision=fp8_blockwise"],
+    ),
+    "chunks, MLPs recomputed, delayed": (2, 0, [*_CHUNKS, *_MLP, "precision=fp8_delayed"]),
     "replicas, adapters, mx": (2, 0, [*_REPLICAS, *LORA, "precision=fp8_mx"]),
     "replicas, dropout, recomputed, current": (
         2,

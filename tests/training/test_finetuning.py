@@ -55,6 +55,13 @@ def test_dropout_before_adapters_is_recomputed_alike(workers):
     assert plain != curve(workers, 2, [*_TENSOR, *_LORA], steps=3)
 
 
+def test_the_first_adapters_of_a_recomputed_mlp_have_gradients(workers, one_process):
+    """Nothing before them has: recomputation must go back through them all the same."""
+    settings = [*_LORA, "lora.targets=[linear_fc1]"]
+    again = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
+    assert_equal(one_process(*settings, *again), one_process(*settings))
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return tiny_corpus(tmp_path_factory.mktemp("corpus"), VOCAB, 8000, seed=1)

@@ -39,6 +39,7 @@ class CarriedCache:
         self._capacity = capacity
         self._kept: Carried | None = None
         self._awaiting: deque[Carried | None] = deque()
+        self._again = False  # whether this pass is a layer's second, in backward
 
     def reset(self) -> None:
         """Forget all."""
@@ -51,17 +52,14 @@ class CarriedCache:
             return like.new_zeros((), dtype=torch.float64)
         return (self._kept.latents.bias[..., 0] > -torch.inf).sum(1).double().mean()
 
-    @property
-    def _again(self) -> bool:
-        """Whether this pass is a layer's second, in backward."""
-        return self._recomputes and torch.is_grad_enabled()
-
     def before(self, groups: int) -> Carried | None:
         """What this pass finds; None: nothing, or of another number of rows."""
+        # First passes of recomputed layers run without gradients; of the other layers none is queued.
+        self._again = torch.is_grad_enabled() and bool(self._awaiting)
         if self._again:
             return self._awaiting.popleft()
         kept = self._kept if self._kept is not None and self._kept.access.shape[0] == groups else None
-        if self._recomputes:
+        if self._recomputes and not torch.is_grad_enabled():
             self._awaiting.append(kept)
         return kept
 

@@ -30,7 +30,7 @@ def freeze_parts(model: Any, config: PretrainConfig) -> None:
         if part_of(name) in frozen:
             parameter.requires_grad_(False)
     stages = config.parallel.pipeline_model_parallel_size
-    if "embedding" in frozen and model.pre_process and (stages > 1 or config.training.recompute == "full"):
+    if "embedding" in frozen and model.pre_process and (stages > 1 or config.training.recompute != "none"):
         model.embedding.register_forward_hook(_give_gradient)
 
 

@@ -47,6 +47,7 @@ class VishwamAILayer(TransformerLayer):
         self.residual_multiplier = 1.0 if residual_multiplier is None else residual_multiplier
         if residual_multiplier is not None:
             self.self_attn_bda = self.mlp_bda = partial(_scaled_add, residual_multiplier)
+        self._recomputes_mlp = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
         for part, module in {"self_attn": "self_attention", "mlp": "mlp"}.items() if output_norm else ():
             norm = output_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             self.add_module(f"{part}_output_norm", norm)
@@ -55,6 +56,11 @@ class VishwamAILayer(TransformerLayer):
             self.add_module(name, make(config, options["pg_collection"], self.layer_number))
         if shard is not None:
             shard(self)
+
+    def train(self, mode: bool = True) -> "VishwamAILayer":
+        """megatron-core would run the MLP as if to recompute it even where nothing is to be trained."""
+        self.recompute_mlp = mode and self._recomputes_mlp
+        return super().train(mode)
 
     def forward(
         self,

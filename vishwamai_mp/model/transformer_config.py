@@ -102,10 +102,19 @@ def _precision_fields(policy: PrecisionPolicy) -> dict[str, Any]:
 
 
 def _recompute_fields(config: PretrainConfig) -> dict[str, Any]:
-    match config.training.recompute:
+    training = config.training
+    match training.recompute:
         case "none":
             return {}
         case "selective":
-            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+            return {
+                "recompute_granularity": "selective",
+                "recompute_modules": training.recompute_modules or ["core_attn"],
+            }
         case _:
-            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+            layers = training.recompute_layers
+            return {
+                "recompute_granularity": "full",
+                "recompute_method": "block" if layers else "uniform",  # block: so many layers of a chunk, one by one
+                "recompute_num_layers": layers or 1,
+            }

@@ -22,23 +22,21 @@ class CarriedState:
         self._recomputes = megatron.recompute_granularity == "full"
         self._state: Any = None
         self._awaiting: deque[Any] = deque()
+        self._again = False  # whether this pass is a layer's second, in backward
 
     def reset(self) -> None:
         """Begin anew: the next rows find nothing."""
         self._state = None
         self._awaiting.clear()
 
-    @property
-    def _again(self) -> bool:
-        """Whether this pass is a layer's second, in backward."""
-        return self._recomputes and torch.is_grad_enabled()
-
     def before(self, rows: int) -> Any:
         """The state that this pass starts from; None where there is none, or of another number of rows."""
+        # First passes of recomputed layers run without gradients; of the other layers none is queued.
+        self._again = torch.is_grad_enabled() and bool(self._awaiting)
         if self._again:
             return self._awaiting.popleft()
         state = self._state if self._state is not None and self._state.recent.shape[1] == rows else None
-        if self._recomputes:
+        if self._recomputes and not torch.is_grad_enabled():
             self._awaiting.append(state)
         return state
 

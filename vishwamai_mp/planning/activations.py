@@ -6,7 +6,7 @@ heads or as the MLP is divided over tensor parallel ranks; the residual stream i
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, layers_per_stage, padded_vocab_size
 from vishwamai_mp.planning.component_activations import component_activations, components_on_stage
@@ -32,7 +32,7 @@ class LayerActivations:
 
 
 def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
-    """Of one transformer layer, under `training.recompute` as it is set.
+    """Of one transformer layer that `training.recompute`, as it is set, applies to.
 
     Args:
         config: resolved.
@@ -54,9 +54,14 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
         case "none":
             return LayerActivations(linears + output + _attention(config, on_gpu), working)
         case "selective":
-            return LayerActivations(
-                linears + output + _inputs(config, on_gpu), max(_attention(config, on_gpu), working)
-            )
+            modules = config.training.recompute_modules or ["core_attn"]
+            attention = _inputs(config, on_gpu) if "core_attn" in modules else _attention(config, on_gpu)
+            attention_again = _attention(config, on_gpu) if "core_attn" in modules else 0.0
+            mlp = 0.0
+            if "mlp" in modules:  # its input stays; on GPUs a norm before is a part of it
+                normed = width if on_gpu and model.norm_position != "post" else 0
+                mlp = tokens * size * (3 * model.intermediate_size / tensor + normed)
+            return LayerActivations(linears - mlp + output + attention, max(attention_again, mlp + working))
         case _:
             return LayerActivations(tokens * size * width, linears + output + _attention(config, on_gpu) + working)
 
@@ -88,17 +93,21 @@ class StageActivations:
 
     Attributes:
         kept: of all micro-batches that wait for their backward pass.
-        again: of the layer whose backward pass runs, beside what was kept, as `LayerActivations` has it.
+        again: of the layer whose backward pass runs first, beside what was kept, as `LayerActivations` has it.
         head: of the last norm and the logits, when `again` is not there yet; none before the last stage.
+        passed: of `kept`, what is gone when the backward pass comes to a layer that is recomputed; none where all are.
+        remade: `again` of that layer.
     """
 
     kept: float
     again: float
     head: float
+    passed: float
+    remade: float
 
     @property
     def total(self) -> float:
-        return self.kept + max(self.again, self.head)
+        return self.kept + max(self.again, self.head, self.remade - self.passed)
 
 
 def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on_gpu: bool) -> StageActivations:
@@ -110,12 +119,17 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
         micro_batches: of a step. A stage keeps those that are on their way through the later stages (1F1B).
         on_gpu: as `layer_activations` has it.
     """
-    layer = layer_activations(config, on_gpu)
+    layer, layers = layer_activations(config, on_gpu), config.training.recompute_layers
     stages = config.parallel.pipeline_model_parallel_size
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     per_stage = stage_layers(config)
-    kept = per_stage[stage] * layer.kept + chunks * _between_layers(config, stages)
-    again, tokens = layer.again, tokens_of_micro_batch(config)
+    remade, tokens = layer.again, tokens_of_micro_batch(config)
+    whole, rest = layer, 0  # what a layer that is not recomputed keeps, and how many a chunk has of them
+    if layers is not None:
+        rest = max(per_stage[stage] // chunks - layers, 0)
+        whole = layer_activations(replace(config, training=replace(config.training, recompute="none")), on_gpu)
+    kept = per_stage[stage] * layer.kept + chunks * (rest * (whole.kept - layer.kept) + _between_layers(config, stages))
+    passed = rest * whole.kept
     carried: Counter[int] = Counter()  # bytes of components by layer
     for section in ("memory", "cache"):
         options = getattr(config, section)
@@ -124,11 +138,15 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
             one = tokens * component_activations(config, section)
             # What fully sharded ranks gather of components is not counted apart: both stand for it, as if in one layer.
             carried.update({0: one} if config.parallel.fully_sharded else dict.fromkeys(options.layers, one))
-            kept += here * one if config.training.recompute != "full" else 0.0
+            if config.training.recompute == "full":
+                here -= components_on_stage(config, options.layers, per_stage, stage, layers)
+            kept += here * one
+            passed += here / chunks * one
     if config.training.recompute == "full":
-        again += max(carried.values(), default=0.0)  # of the one layer that is made again
+        remade += max(carried.values(), default=0.0)  # of the one layer that is made again
     head, buffer = (_head(config, on_gpu), _gathered_for_head(config, on_gpu)) if stage == stages - 1 else (0.0, 0.0)
-    return StageActivations(micro_batches_underway(config, stage, micro_batches) * kept + buffer, again, head)
+    kept = micro_batches_underway(config, stage, micro_batches) * kept + buffer
+    return StageActivations(kept, whole.again if rest else remade, head, passed if rest else 0.0, remade)
 
 
 def micro_batches_underway(config: PretrainConfig, stage: int, micro_batches: int) -> float:
@@ -166,6 +184,14 @@ def stage_layers(config: PretrainConfig) -> list[int]:
         dealt = [each + (stage < more) for stage in range(stages)]
         dealt[0], dealt[-1] = dealt[0] - 1, dealt[-1] - 1
         return dealt
+
+
+def recomputed_layers(config: PretrainConfig, on_stage: int) -> int:
+    """How many of a stage's layers `training.recompute=full` applies to."""
+    chunks, first = config.parallel.virtual_pipeline_model_parallel_size or 1, config.training.recompute_layers
+    if config.training.recompute != "full":
+        return 0
+    return on_stage if first is None else min(first, on_stage // chunks) * chunks
 
 
 def number_bytes(config: PretrainConfig) -> int:

@@ -39,19 +39,24 @@ def _cache(config: PretrainConfig) -> float:
     return cache.hidden_size * (8.06 + 4 * share) + cache_heads(cache) * (12 + 10.4 * latents + 84 * share)
 
 
-def components_on_stage(config: PretrainConfig, layers: list[int] | None, per_stage: list[int], stage: int) -> float:
+def components_on_stage(
+    config: PretrainConfig, layers: list[int] | None, per_stage: list[int], stage: int, first: int | None = None
+) -> float:
     """How many of the layers that carry a component stand on a stage.
 
     Args:
         layers: that carry one, from 0.
         per_stage: layers on each stage.
+        first: count only among so many layers of each chunk; None: among all.
     """
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    each = per_stage[stage] // chunks
+    counted = each if first is None else min(first, each)
     if chunks > 1 and len(set(per_stage)) > 1:
-        return len(layers or ()) * per_stage[stage] / sum(per_stage)
+        return len(layers or ()) * counted * chunks / sum(per_stage)
     own: set[int] = set()
     for chunk in range(chunks):
         before = chunk * sum(per_stage) // chunks
-        first = before + sum(per_stage[:stage]) // chunks
-        own |= set(range(first, first + per_stage[stage] // chunks))
+        begin = before + sum(per_stage[:stage]) // chunks
+        own |= set(range(begin, begin + counted))
     return len(own & set(layers or ()))

@@ -2,7 +2,7 @@
 
 from vishwamai_mp.config import ModelConfig, PretrainConfig, frozen_parts, micro_batches_per_step, padded_vocab_size
 from vishwamai_mp.config.layer_windows import layer_windows
-from vishwamai_mp.planning.activations import stage_layers, tokens_of_micro_batch
+from vishwamai_mp.planning.activations import recomputed_layers, stage_layers, tokens_of_micro_batch
 from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token
 from vishwamai_mp.planning.component_activations import components_on_stage
 from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token
@@ -55,7 +55,7 @@ def stage_flops(config: PretrainConfig, world_size: int, stage: int) -> float:
     matrices = 2 * (attention_matrices(model) + mlp_matrices(model))
     attention = 4 * length * model.num_attention_heads * model.head_dim
     adapters = 2 * adapter_parameters(config) / model.num_layers
-    components = 0.0
+    components = components_again = 0.0
     for options, whole in (
         (config.memory, memory_forward_flops_per_token(config.memory)),
         (config.cache, cache_forward_flops_per_token(config.cache, length)),
@@ -63,8 +63,19 @@ def stage_flops(config: PretrainConfig, world_size: int, stage: int) -> float:
         if options.enabled and options.layers:
             here = components_on_stage(config, options.layers, per_stage, stage)
             components += whole * here / len(options.layers)
+            first = config.training.recompute_layers
+            components_again += (
+                whole * components_on_stage(config, options.layers, per_stage, stage, first) / len(options.layers)
+            )
     forward = per_stage[stage] * (matrices + attention + adapters) + components
-    again = {"none": 0.0, "selective": per_stage[stage] * attention}.get(config.training.recompute, forward)
+    again = forward if config.training.recompute == "full" else 0.0
+    if config.training.recompute_layers is not None:
+        recomputed = recomputed_layers(config, per_stage[stage])
+        again = recomputed * (matrices + attention + adapters) + components_again
+    elif config.training.recompute == "selective":
+        modules = config.training.recompute_modules or ["core_attn"]
+        mlp = 2 * (mlp_matrices(model) + adapter_parameters(config, ("linear_fc1", "linear_fc2")) / model.num_layers)
+        again = per_stage[stage] * (attention * ("core_attn" in modules) + mlp * ("mlp" in modules))
     backward = 2 * forward + per_stage[stage] * (attention / 2 - (matrices if "base" in frozen else 0))
     head = 0.0
     if stage == parallel.pipeline_model_parallel_size - 1:

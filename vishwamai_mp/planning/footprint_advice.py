@@ -64,7 +64,8 @@ def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:
             after = need if changed is None else rank_memory(changed, processes, on_gpu)
             if changed is not None and need.total - after.total > _WORTH * need.total:
                 more = f" on {processes} processes" if processes > world_size else ""
-                steps.append((f"{section}.{name}={str(value).lower()}{more}", need.total - after.total))
+                written = "null" if value is None else str(value).lower()
+                steps.append((f"{section}.{name}={written}{more}", need.total - after.total))
                 config, world_size, need = changed, processes, after
                 break
     if not steps:
@@ -88,6 +89,7 @@ def _changes(config: PretrainConfig) -> list[tuple[str, str, object]]:
         ("training", "recompute", "selective"),
         *sizes,
         ("training", "recompute", "full"),
+        ("training", "recompute_layers", None),
         ("parallel", "fully_sharded", True),
         ("parallel", "tensor_model_parallel_size", 2 * parallel.tensor_model_parallel_size),
         ("parallel", "pipeline_model_parallel_size", 2 * parallel.pipeline_model_parallel_size),
@@ -99,8 +101,11 @@ def _changed(config: PretrainConfig, section: str, name: str, value: object, wor
     old = getattr(config, section)
     if getattr(old, name) == value or (name == "recompute" and old.recompute == "full"):
         return None
+    changes = (
+        {name: value, "recompute_layers": None, "recompute_modules": None} if name == "recompute" else {name: value}
+    )
     try:
-        return resolve(replace(config, **{section: replace(old, **{name: value})}), world_size)
+        return resolve(replace(config, **{section: replace(old, **changes)}), world_size)
     except ConfigError:
         return None
 

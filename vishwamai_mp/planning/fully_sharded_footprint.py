@@ -1,7 +1,7 @@
-"""Memory of a rank under fully sharded data parallelism: which of four moments of a step needs most."""
+"""Memory of a rank under fully sharded data parallelism: which of five moments of a step needs most."""
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step, padded_vocab_size
-from vishwamai_mp.planning.activations import StageActivations, number_bytes
+from vishwamai_mp.planning.activations import StageActivations, number_bytes, recomputed_layers
 from vishwamai_mp.planning.parameters import embedding_parameters, layer_parameters
 from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, stage_parameters
 
@@ -30,17 +30,22 @@ def fully_sharded_parts(config: PretrainConfig, world_size: int, activations: St
     share = stage_parameters(config, 0) / replicas
     before = share if micro_batches_per_step(config, world_size) > 1 else 0.0  # summed in earlier micro-batches
     layers = config.model.num_layers
+    recomputed = recomputed_layers(config, layers) or layers
     one_layer = size * (root + table + 3 * layer) + GRADIENT * layer
+    left = activations.kept - activations.passed
     moments = [
         # The logits' gradient, with the last layer fetched.
         (before, size * (root + layer), activations.kept + activations.head),
-        # The last layer's backward pass, with the output layer's gradient waiting for the embedding's.
-        (before, one_layer, activations.kept + activations.again),
+        # The last layer's backward pass, with the output layer's gradient waiting for the embedding's; of its own
+        # gradients half, at the most, are there with what its MLP needs.
+        (before, one_layer - size * layer, activations.kept + activations.again),
+        # Where some layers are recomputed, that of the last of them.
+        (max(before, (layers - recomputed) * layer / replicas), one_layer, left + activations.remade),
         # The second layer's, when gradients have come for what went: recomputed layers keep less than those take.
         (
             max(before, max(layers - 2, 0) * layer / replicas),
             one_layer,
-            min(2 / layers, 1) * activations.kept + activations.again,
+            min(2 / recomputed, 1) * left + activations.remade,
         ),
         # The gradients of embedding and output layer are summed: in their type, and in fp32.
         (share, (2 * size + GRADIENT) * root, 0.0),

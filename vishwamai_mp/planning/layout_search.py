@@ -168,7 +168,9 @@ def _variants(
                 fully_sharded=sharded,
                 timeout_minutes=config.parallel.timeout_minutes,
             )
-            changed = replace(training, micro_batch_size=micro, recompute=recompute)
+            changed = replace(
+                training, micro_batch_size=micro, recompute=recompute, recompute_layers=None, recompute_modules=None
+            )
             yield replace(config, parallel=parallel, training=changed, precision=precision)
 
 

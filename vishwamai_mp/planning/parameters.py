@@ -1,5 +1,7 @@
 """How many parameters a model has. A test holds these formulae against the built model."""
 
+from collections.abc import Collection
+
 from vishwamai_mp.config import ModelConfig, PretrainConfig
 from vishwamai_mp.planning.cache_costs import cache_parameters
 from vishwamai_mp.planning.neural_memory_costs import memory_parameters
@@ -50,8 +52,8 @@ def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int:
     return embedding_parameters(model, vocab_size) + model.num_layers * layer_parameters(model) + model.hidden_size
 
 
-def adapter_parameters(config: PretrainConfig) -> int:
-    """Parameters of all adapters: `lora.rank` × (inputs + outputs) of each adapted layer."""
+def adapter_parameters(config: PretrainConfig, targets: Collection[str] | None = None) -> int:
+    """Parameters of all adapters, or of those of `targets`: `lora.rank` × (inputs + outputs) of each adapted layer."""
     model, lora = config.model, config.lora
     if not lora.enabled:
         return 0
@@ -65,7 +67,11 @@ def adapter_parameters(config: PretrainConfig) -> int:
         "linear_fc1": width + 2 * inner,
         "linear_fc2": inner + width,
     }
-    return model.num_layers * lora.rank * sum(sizes[target] for target in lora.targets)
+    return (
+        model.num_layers
+        * lora.rank
+        * sum(sizes[target] for target in lora.targets if targets is None or target in targets)
+    )
 
 
 def total_parameters(config: PretrainConfig, vocab_size: int | None = None) -> int:

@@ -57,7 +57,7 @@ def fp8_weights(config: PretrainConfig, stage: int, micro_batches: int) -> float
     second = model.hidden_size * (model.num_attention_heads * model.head_dim + model.intermediate_size)
     first = attention_matrices(model) + mlp_matrices(model) - second
     begun = 1.0
-    if config.training.recompute == "full":
+    if config.training.recompute == "full" and config.training.recompute_layers is None:
         passes = (micro_batches - micro_batches_underway(config, stage, micro_batches)) * chunks
         begun = min(1.0, (1 + passes // parallel.pipeline_model_parallel_size) / chunks)
     return stage_layers(config)[stage] * (2 * second + (1 + begun) * first) / parallel.tensor_model_parallel_size

@@ -19,7 +19,7 @@ from vishwamai_mp.config import (
     padded_vocab_size,
 )
 from vishwamai_mp.config.layer_windows import layer_windows
-from vishwamai_mp.planning.activations import key_width, query_width, stage_layers
+from vishwamai_mp.planning.activations import key_width, query_width, recomputed_layers, stage_layers
 from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token
 from vishwamai_mp.planning.flops import mean_keys
 from vishwamai_mp.planning.hardware import Gpu
@@ -169,11 +169,17 @@ def _layer(config: PretrainConfig, machine: Machine) -> tuple[_Pass, _Pass]:
     )
     match config.training.recompute:
         case "full":
-            backward += forward
+            share = sum(recomputed_layers(config, count) for count in stage_layers(config)) / config.model.num_layers
+            backward += forward * share
         case "selective" if stack.selective == "products":
             backward += _Pass(products / 2, 0, elementwise, 2 * traffic)
-        case "selective" if not stack.flash:
-            backward += _Pass(attention=scores)
+        case "selective":
+            modules = config.training.recompute_modules or ["core_attn"]
+            if "core_attn" in modules and not stack.flash:
+                backward += _Pass(attention=scores)
+            if "mlp" in modules:  # half of a layer's norms, residuals and exchanges are an MLP's
+                mlp = sum(_product(tokens, *shape, kind, machine) for shape in shapes[2:])
+                backward += _Pass(mlp, elementwise=elementwise / 2, tensor=2 * traffic)
     return forward, backward
 
 

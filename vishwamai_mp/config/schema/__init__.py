@@ -74,6 +74,7 @@ Split = Annotated[str, BeforeValidator(_split)]
 Options = Annotated[dict[str, Any], BeforeValidator(_plain)]
 
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+RecomputedModule = Literal["core_attn", "mlp"]
 Part = Literal["base", "embedding", "memory", "cache", "value_head"]
 
 # A part of the user's own in place of one of ours. Only its form is checked here: `config.extensions` imports it.
@@ -305,7 +306,9 @@ class TrainingConfig:
     seed: NonNegativeInt = 1234
     output_dir: str = "runs/default"
     exit_after_minutes: PositiveFloat | None = None  # save and exit 0
-    recompute: Literal["none", "selective", "full"] = "none"  # selective: core attention; full: whole layers
+    recompute: Literal["none", "selective", "full"] = "none"  # selective: recompute_modules; full: whole layers
+    recompute_layers: PositiveInt | None = None  # of full: the first so many of each stage's chunk; None: all
+    recompute_modules: list[RecomputedModule] | None = None  # of selective; None: core attention alone
     evaluate_every: PositiveInt | None = None  # steps
     evaluate_batches: PositiveInt = 8  # global batches per evaluation
     early_stopping_patience: PositiveInt | None = None  # evaluations in a row without a new lowest loss; then stop
