@@ -4,6 +4,7 @@
     python tools/convert_checkpoint.py to-hf --load runs/mine --output mine-hf --dtype bf16 --verify
     python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/llama
     python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/more memory.enabled=true
+    python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/steps --add-tokens "[STEP]"
     python tools/convert_checkpoint.py to-peft --load runs/adapted --output adapters --base Llama-3.2-1B
     python tools/convert_checkpoint.py verify --load runs/mine --output mine-hf --prompt "Once upon a time"
 
@@ -77,6 +78,14 @@ def parse_arguments() -> argparse.Namespace:
         metavar="section.key=value",
         help="fresh components that change nothing until trained, such as memory.enabled=true",
     )
+    load.add_argument(
+        "--add-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="tokens of your own, such as [STEP], that the tokenizer is to find in texts; the vocabulary grows where it"
+        " must",
+    )
     export.add_argument(
         "--max-shard-size", type=size, default=5 * 10**9, help="most bytes of weights in a file (default: 5GB)"
     )
@@ -102,7 +111,9 @@ def to_hf(options: argparse.Namespace) -> None:
     tokenizer = tokenizer_path(options, source)
     template = read_text(options.chat_template) if options.chat_template else None
     dtype = by_option(options.dtype) if options.dtype else None
-    export_folder(source, options.output, ExportOptions(dtype, options.max_shard_size, tokenizer, template))
+    chosen = ExportOptions(dtype, options.max_shard_size, tokenizer, template)
+    for note in export_folder(source, options.output, chosen):
+        print(note, file=sys.stderr)
     print(f"{source.path} → {options.output}")
     if options.verify:
         verify(options)
@@ -123,7 +134,8 @@ def from_hf(options: argparse.Namespace) -> None:
     from vishwamai_mp.conversion.from_hf import import_folder
 
     folder = open_folder(options.load, options.additions, named_family(options.family))
-    notes = import_folder(folder, options.output, by_option(options.dtype) if options.dtype else None)
+    dtype = by_option(options.dtype) if options.dtype else None
+    notes = import_folder(folder, options.output, dtype, options.add_tokens)
     for note in notes:
         print(note, file=sys.stderr)
     checkpoint = options.output / "checkpoints/step_00000000"

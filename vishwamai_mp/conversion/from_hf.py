@@ -7,6 +7,7 @@ The output is a run folder: `config.yaml`, the tokenizer where the folder has a 
 import json
 import pickle
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,7 @@ from vishwamai_mp.conversion.dtypes import DType
 from vishwamai_mp.conversion.folder import Folder
 from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
 from vishwamai_mp.conversion.mapping import padded_rows
+from vishwamai_mp.conversion.new_tokens import NewTokens, with_new_rows, with_new_tokens, write_new_rows
 from vishwamai_mp.conversion.rows import Piece, RowReader, pieces_of, stored_type
 from vishwamai_mp.conversion.safetensors_files import plan_shards
 from vishwamai_mp.conversion.to_hf import ahead
@@ -49,20 +51,26 @@ _STEP = 0
 _ADDED = "added"  # holds fresh components meanwhile
 
 
-def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str]:
+def import_folder(folder: Folder, output: Path, dtype: DType | None, new_tokens: Sequence[str] = ()) -> list[str]:
     """Write the run folder `output`, or continue where an interrupted import of the same stopped.
 
     Args:
         folder: checked.
         output: a new or empty folder.
         dtype: of the weights; None: as they are stored.
+        new_tokens: that its tokenizer and vocabulary are to have besides.
 
     Returns:
         what the user should know.
 
     Raises:
-        UserError: the output holds something else, the disk is full, a file is damaged.
+        UserError: the output holds something else, the disk is full, a file is damaged, a token cannot be added.
     """
+    kept, note = imported_files(folder.path, folder.config.model.vocab_size)
+    tokenizer = {file.name: file.read_bytes() for file in kept}
+    original, added = folder, with_new_tokens(kept, new_tokens) if new_tokens else None
+    if added:
+        folder, tokenizer, note = with_new_rows(folder, added), dict(added.files), None
     pieces = [piece for mapped in folder.mapping for piece in pieces_of(mapped, dtype or stored_type(folder, mapped))]
     files = {f"__0_{number}.distcp": group for number, group in enumerate(plan_shards(pieces, _FILE_BYTES))}
     config = _with_precision(folder.config, pieces[0].dtype)
@@ -71,8 +79,8 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
         "folder": folder.digest,
         "dtype": dtype.option if dtype else None,
         "components": [asdict(config.memory), asdict(config.cache)],
+        **({"new_tokens": list(new_tokens)} if new_tokens else {}),
     }
-    kept, note = imported_files(folder.path, config.model.vocab_size)
     generation = generation_config(folder.path, folder.token_ids)
     with disk_errors(output):
         journal = Journal(output, job)
@@ -90,10 +98,13 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
 
             fresh = write_components(config, output / _ADDED)
             folder = replace(folder, entries={**folder.entries, **fresh})
+        if added:
+            rows = write_new_rows(original, added, output / _ADDED / "new_tokens.safetensors")
+            folder = replace(folder, entries={**folder.entries, **rows})
         with byte_bar(sum(sizes.values()), "import", done) as progress:
             _write_files(folder, partial, todo, journal, progress)
-        for file in kept:
-            write_whole(output / file.name, file.read_bytes())
+        for name, content in tokenizer.items():
+            write_whole(output / name, content)
         if generation:
             write_whole(output / GENERATION_FILE, json.dumps(generation, indent=2).encode() + b"\n")
         write_whole(output / "config.yaml", to_yaml(config).encode())
@@ -101,7 +112,14 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None) -> list[str
         store.publish(partial, _STEP)
         shutil.rmtree(output / _ADDED, ignore_errors=True)
         journal.close()
-    return [f"{folder.path}: {line}" for line in (note, *folder.notes) if line]
+    notes = [f"{folder.path}: {line}" for line in (note, *folder.notes) if line]
+    return [*notes, *([_said(added, original.config.model.vocab_size, config.model.vocab_size)] if added else [])]
+
+
+def _said(added: NewTokens, before: int, now: int) -> str:
+    told = ", ".join(f"{token} is {i}" for token, i in added.ids.items())
+    room = f"the vocabulary grows from {before} to {now}" if now > before else f"the vocabulary of {now} has room"
+    return f"new tokens: {told}; {room}; their rows are the mean of the others until they are trained"
 
 
 def _with_precision(config: PretrainConfig, dtype: DType) -> PretrainConfig:

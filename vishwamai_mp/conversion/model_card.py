@@ -15,13 +15,14 @@ from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.data.lines import json_records
 
 
-def model_card(source: Source, config: Mapping[str, Any], dtype: DType) -> str:
+def model_card(source: Source, config: Mapping[str, Any], dtype: DType, added: str) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
 
     Args:
         source: the checkpoint.
         config: what goes into `config.json`.
         dtype: of the exported weights.
+        added: the tokens that its tokenizer was given besides its own, or nothing.
     """
     model, lora, manifest = source.config.model, source.config.lora, source.manifest
     facts = {
@@ -30,6 +31,7 @@ def model_card(source: Source, config: Mapping[str, Any], dtype: DType) -> str:
         "Weights": f"{dtype.name}, exported from a checkpoint trained in {manifest.precision}",
         **({"Adapters": f"of rank {lora.rank}, merged into the weights"} if lora.enabled else {}),
         "Vocabulary": f"{model.vocab_size:,} tokens",
+        **({"Added tokens": added.replace("|", r"\|")} if added else {}),
         "Context": f"{model.max_position_embeddings:,} tokens",
         **_training_facts(source.run, manifest.step),
         "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),

@@ -44,7 +44,7 @@ class Piece:
 
 def stored_type(folder: Folder, mapped: Mapped) -> DType:
     """The type of a tensor's parts, fp32 where they differ; that of the embedding for what the folder lacks."""
-    names = [part.name for part in mapped.parts if part.name not in folder.added]
+    names = [part.name for part in mapped.parts if part.name in folder.entries]
     names = names or [folder.mapping[0].parts[0].name]
     kinds = [dtypes.of_safetensors(folder.entries[name].tag, name) for name in names]
     if FP8 in kinds:

@@ -30,6 +30,7 @@ from vishwamai_mp.conversion.safetensors_files import Planned
 from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.conversion.tokenizer import TokenizerFiles, generation_config, tokenizer_files
 from vishwamai_mp.data.corpus_tools import byte_bar
+from vishwamai_mp.data.tokenizer import tokenizer_file
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,7 +46,7 @@ class ExportOptions:
     Attributes:
         dtype: of the weights; None: as they are stored.
         max_shard_size: bytes of tensors in a file.
-        tokenizer: its file; None: a folder without a tokenizer. The run folder's goes with the files beside it.
+        tokenizer: its file or folder; None: none in the output. The run folder's goes with the files beside it.
         chat_template: Jinja, for the tokenizer's files.
     """
 
@@ -65,13 +66,16 @@ class _Output:
     files: tuple[Planned, ...]
 
 
-def export_folder(source: Source, output: Path, options: ExportOptions) -> None:
+def export_folder(source: Source, output: Path, options: ExportOptions) -> list[str]:
     """Write `source` to the folder `output`, or continue where an interrupted export of the same stopped.
+
+    Returns:
+        what the user should know.
 
     Raises:
         UserError: the folder holds something else, the disk is full, the checkpoint is damaged.
     """
-    path = options.tokenizer
+    path = options.tokenizer and tokenizer_file(options.tokenizer)
     is_own = path is not None and path.parent.resolve() == source.run.resolve()
     tokenizer = tokenizer_files(path, source.config.model, options.chat_template, imported=is_own)
     kept = generation_config(source.run, {})
@@ -95,6 +99,7 @@ def export_folder(source: Source, output: Path, options: ExportOptions) -> None:
             _write_shards(reader, source.config.lora, output, chosen, journal, progress)
         _write_small_files(source, output, shards, tokenizer, kept)
         journal.close()
+    return [f"{output}: its tokenizer has added tokens: {added}"] if (added := tokenizer.added()) else []
 
 
 def _plan(source: Source, dtype: DType | None) -> list[_Output]:
@@ -224,7 +229,8 @@ def _write_small_files(
     _write_json(output / "generation_config.json", generation)
     for name, content in (tokenizer.contents | (components.code_files() if own else {})).items():
         write_whole(output / name, content)
-    write_whole(output / "README.md", model_card(source, config, dtype if FP8 not in kinds else FP8).encode())
+    card = model_card(source, config, dtype if FP8 not in kinds else FP8, tokenizer.added())
+    write_whole(output / "README.md", card.encode())
     if len(shards) > 1:
         write_whole(output / safetensors_files.INDEX, safetensors_files.index_of([_planned(s) for s in shards]))
 

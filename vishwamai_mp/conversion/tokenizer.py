@@ -25,6 +25,7 @@ from vishwamai_mp.conversion.model_config import token_ids
 from vishwamai_mp.data.file_kinds import foreign_tokenizer
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE
 from vishwamai_mp.data.tokenizer import (
+    ADDED_TOKENS_FILE,
     CHAT_TEMPLATE_FILE,
     GENERATION_FILE,
     JSON_FILE,
@@ -36,6 +37,7 @@ from vishwamai_mp.data.tokenizer import (
 _SPACE = "\u2581"  # SentencePiece's own mark for one
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # types of pieces
 _BPE = 2  # type of model
+_MOST_TOLD = 8  # added tokens
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class TokenizerFiles:
 
     contents: dict[str, bytes] = field(default_factory=dict)
     token_ids: dict[str, int] = field(default_factory=dict)
+
+    def added(self) -> str:
+        """The tokens of `added_tokens.json` with their ids, a few where they are many; nothing without that file."""
+        tokens = sorted(json.loads(self.contents.get(ADDED_TOKENS_FILE, b"{}")).items(), key=lambda pair: pair[1])
+        more = f" and {len(tokens) - _MOST_TOLD} more" if len(tokens) > _MOST_TOLD else ""
+        return ", ".join(f"{token} ({i})" for token, i in tokens[-_MOST_TOLD:]) + more
 
 
 def tokenizer_files(

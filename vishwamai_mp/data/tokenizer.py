@@ -14,13 +14,14 @@ SPECIAL_TOKENS = ("[MEMORY]", "[REASONING]", "[CACHE]", "[STEP]")
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
+ADDED_TOKENS_FILE = "added_tokens.json"  # spellings with their ids, beyond those of the vocabulary proper
 _COMPANIONS = (
     SETTINGS_FILE,
     CHAT_TEMPLATE_FILE,
     GENERATION_FILE,
     JSON_FILE,
     "special_tokens_map.json",
-    "added_tokens.json",
+    ADDED_TOKENS_FILE,
 )
 
 
