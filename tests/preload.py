@@ -11,6 +11,12 @@ _STACK = (
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.dist_checkpointing",
     "torch.distributed.checkpoint",
+    "vishwamai_mp.cache_augmentation",
+    "vishwamai_mp.inference",
+    "vishwamai_mp.neural_memory",
+    "vishwamai_mp.training.callbacks",
+    "vishwamai_mp.training.loop",
+    "vishwamai_mp.tree_of_thoughts",
 )
 
 with warnings.catch_warnings():

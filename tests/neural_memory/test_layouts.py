@@ -31,7 +31,7 @@ LAYOUTS = {
     "recompute": (1, ["training.recompute=full"]),
     "recompute PP2": (2, [_PIPELINE + "2", "training.recompute=full"]),
 }
-_STEPS = 6
+_STEPS = 4
 # Adam divides a gradient by its size. That of a gate which forgets half in 2,048 tokens is rounding noise over 32
 # tokens, and noise differs from layout to layout.
 _CALM = "optimizer.epsilon=1e-6"

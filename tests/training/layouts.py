@@ -56,7 +56,7 @@ class RandomRows(RandomSamples):
         return torch.stack((text, begins * BEGINS | ~begins * LEARNT | judged * (JUDGED | solved * SOLVED)))
 
 
-def train(overrides: list[str], steps: int = 10) -> list[tuple[float, float]]:
+def train(overrides: list[str], steps: int = 4) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, as this rank sees them."""
     import torch.distributed as dist
 

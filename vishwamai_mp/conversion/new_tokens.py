@@ -27,7 +27,7 @@ from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
 from vishwamai_mp.data.tokenizer import ADDED_TOKENS_FILE, JSON_FILE, MODEL_FILE, Tokenizer
 
 _SUFFIX = ".new_tokens"  # behind the name of a table, for its new rows
-_USER_DEFINED = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+_USER_DEFINED = 4  # the type of a piece that texts spell
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _in_json(path: Path, ids: Mapping[str, int]) -> bytes:
 
 
 def _in_sentencepiece(path: Path, ids: Mapping[str, int]) -> bytes:
-    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
     for token in ids:
         proto.pieces.add(piece=token, score=0.0, type=_USER_DEFINED)
     return proto.SerializeToString()
