@@ -133,7 +133,7 @@ def test_shuffled_values_are_those_of_their_depth(strategies: Any) -> None:
 
 
 def test_a_short_run_of_the_study(tmp_path: Path) -> None:
-    small = "--seeds 2 --jobs 1 --train-steps 3 --value-steps 3 --hidden 32 --layers 1 --rollouts 3 --puzzles 3"
+    small = "--seeds 1 --jobs 1 --train-steps 3 --value-steps 3 --hidden 32 --layers 1 --rollouts 3 --puzzles 3"
     game = tmp_path / "game24.csv"
     game.write_text("Rank,Puzzles\n901,1 4 8 8\n902,2 3 5 12\n7,1 1 4 6\n")
     folders = ["--output", str(tmp_path), "--weights", str(tmp_path / "weights")]
@@ -141,7 +141,7 @@ def test_a_short_run_of_the_study(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "results.json").read_text())
-    assert [seed["seed"] for seed in found["seeds"]] == [0, 1]
+    assert [seed["seed"] for seed in found["seeds"]] == [0]
     for exam in ("countdown", "game_of_24"):
         rows = found["summary"][exam]
         assert set(rows) >= {"greedy", "beam", "best of N", "tree, values", "tree, shuffled values"}

@@ -70,13 +70,13 @@ def curve(workers: WorkerPool, processes: int, overrides: list[str], steps: int 
 
 @pytest.fixture(scope="module")
 def one_process(workers):
-    """Curves of one process, by settings, each computed once."""
-    known: dict[tuple[str, ...], Curve] = {}
+    """Curves of one process, by settings and steps, each computed once."""
+    known: dict[tuple[tuple[str, ...], int], Curve] = {}
 
-    def get(*overrides: str) -> Curve:
-        if overrides not in known:
-            known[overrides] = curve(workers, 1, list(overrides))
-        return known[overrides]
+    def get(*overrides: str, steps: int = 4) -> Curve:
+        if (overrides, steps) not in known:
+            known[overrides, steps] = curve(workers, 1, list(overrides), steps)
+        return known[overrides, steps]
 
     return get
 
@@ -95,7 +95,7 @@ def test_the_model_learns(workers):
 @pytest.mark.parametrize("name", LAYOUTS | UNEVEN)
 def test_fp32_layout_equals_one_process(workers, one_process, name):
     processes, layout = (LAYOUTS | UNEVEN)[name]
-    assert_equal(curve(workers, processes, layout), one_process())
+    assert_equal(curve(workers, processes, layout, steps=10), one_process(steps=10))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
