@@ -75,6 +75,15 @@ def _config(*overrides):
             ],
             ["model.window_rope_theta=7.0", "rope_type=yarn", "linear, llama3 or dynamic"],
         ),
+        (["model.rotary_pattern=N"], ["model.rotary_pattern=N", "both of them, such as RRRN"]),
+        (["model.rotary_pattern=RNX"], ["model.rotary_pattern=RNX", "up to model.num_layers=8 letters"]),
+        (
+            [
+                *("model.layer_pattern=SF", "model.sliding_window=9", "model.window_rope_theta=7"),
+                "model.rotary_pattern=RN",
+            ],
+            ["model.window_rope_theta=7.0", "model.rotary_pattern=RN", "turned are of one kind"],
+        ),
         (
             ["model.attention_softcap=50", "model.attention_dropout=0.1"],
             ["model.attention_softcap=50.0", "set model.attention_dropout=0"],

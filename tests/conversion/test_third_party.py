@@ -110,11 +110,25 @@ def test_a_mistral_with_a_window_imports_exactly(workers: WorkerPool, tmp_path: 
 
 
 _WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
-_PHI = {"pad_token_id": None, "eos_token_id": 2}  # its own lie beyond a small vocabulary
+_PHI: dict[str, Any] = {"pad_token_id": None, "eos_token_id": 2}  # its own lie beyond a small vocabulary
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "Qwen2, tied": ("Qwen2", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
     "Qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 20}),
+    "Qwen2, windows of later layers": (
+        "Qwen2",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "Qwen3, windows of some layers": (
+        "Qwen3",
+        {
+            "num_key_value_heads": 6,
+            "head_dim": 20,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": _WINDOWS,
+        },
+    ),
     "Phi3, parts": (
         "Phi3",
         {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}, **_PHI},
@@ -194,6 +208,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": LLAMA3,
             "residual_multiplier": 2.0,
             "attention_multiplier": 20**-0.5,  # as if it were not said
+        },
+    ),
+    "SmolLM3, tied": ("SmolLM3", {"num_key_value_heads": 2, "num_hidden_layers": 5, **_PHI}),
+    "SmolLM3, windows where nothing is turned": (
+        "SmolLM3",
+        {
+            "head_dim": 20,
+            "tie_word_embeddings": False,
+            "no_rope_layers": [0, 1, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "rope_parameters": LLAMA3,
+            **_PHI,
         },
     ),
     "Gemma3, capped logits": (
@@ -309,11 +336,29 @@ def test_equal_tensors_are_told_from_others_block_by_block(tmp_path: Path, monke
     assert sorted(equal) == ["a", "same"]
 
 
-def test_windows_of_some_layers_of_a_qwen_are_refused(tmp_path: Path) -> None:
+def test_windows_that_are_switched_off_are_refused_where_layers_have_them(tmp_path: Path) -> None:
     write_folder(tmp_path / "hf", "Qwen2", num_key_value_heads=2)
-    change_config(tmp_path / "hf", {"use_sliding_window": True})
-    with pytest.raises(UserError, match="use_sliding_window=True is not supported"):
+    change_config(tmp_path / "hf", {"layer_types": _WINDOWS})
+    with pytest.raises(UserError, match="layer_types has 'sliding_attention' and use_sliding_window is not set"):
         models.import_(tmp_path / "hf", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0] is not a list of 3 numbers"),
+        ({"no_rope_layers": [0, 0, 0]}, "model.rotary_pattern=N: write R for each layer"),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0 is no number of layers"),
+    ],
+)
+def test_layers_without_positions_that_cannot_be_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    write_folder(tmp_path / "hf", "SmolLM3", num_key_value_heads=2, **_PHI)
+    change_config(tmp_path / "hf", change)
+    with pytest.raises(UserError) as caught:
+        models.import_(tmp_path / "hf", tmp_path / "run")
+    assert message in str(caught.value)
 
 
 def test_what_is_left_behind_is_named(tmp_path: Path) -> None:
@@ -371,7 +416,7 @@ def test_an_import_that_is_exported_is_the_folder_again(tmp_path: Path) -> None:
         (
             {"architectures": ["GPT2LMHeadModel"]},
             "GPT2LMHeadModel, cannot be converted; Llama, Mistral, Qwen 2, Qwen 3, Phi 3 and 4, OLMo 2, OLMo 3, "
-            "Gemma 2, Gemma 3, Granite 3 can",
+            "Gemma 2, Gemma 3, Granite 3, SmolLM 3 can",
         ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "cannot be converted (nearest: Qwen3ForCausalLM)"),
         ({"architectures": None}, "names no architecture"),

@@ -30,7 +30,7 @@ _MANY_KEYS = [
     *("model.norm_position=sandwich", "model.norm_zero_centered=true", "model.activation=geglu", "model.qk_norm=head"),
     *("model.embedding_multiplier=2", "model.attention_multiplier=1", "model.attention_softcap=2"),
     *("model.residual_multiplier=0.5", "model.logit_multiplier=2", "model.logit_softcap=3"),
-    *("model.sliding_window=5", "model.layer_pattern=SF", "model.window_rope_theta=100"),
+    *("model.sliding_window=5", "model.layer_pattern=SF", "model.window_rope_theta=100", "model.rotary_pattern=RRN"),
 ]
 _LAYOUTS = {
     "one process": (1, []),
@@ -59,6 +59,7 @@ _SETTINGS: dict[str, list[str] | str] = {
     "model.rope_theta": ["model.rope_theta=100"],
     "model.rope_scaling": ["model.rope_scaling={rope_type: linear, factor: 4}"],
     "model.rotary_fraction": ["model.rotary_fraction=0.5"],
+    "model.rotary_pattern": ["model.rotary_pattern=RNN"],
     "model.sliding_window": ["model.sliding_window=5"],
     "model.layer_pattern": ["model.sliding_window=5", "model.layer_pattern=SSF"],
     "model.window_rope_theta": ["model.sliding_window=5", "model.layer_pattern=SSF", "model.window_rope_theta=100"],
@@ -114,6 +115,10 @@ _LONGROPE = "model.rope_scaling={rope_type: longrope, short_factor: [1, 2], long
 _CASES = {name: case for name, case in _SETTINGS.items() if isinstance(case, list)} | {
     "dynamic": [f"model.rope_scaling={{rope_type: dynamic, {_TWICE}: 64}}"],
     "longrope": [_LONGROPE % (_TWICE, 8)],
+    "some layers of each window turned": [
+        *("model.sliding_window=5", "model.layer_pattern=SF", "model.window_rope_theta=100"),
+        *("model.rotary_pattern=RRNN", f"model.rope_scaling={{rope_type: dynamic, {_TWICE}: 64}}"),
+    ],
     "scaled in layers without the window": [
         *("model.sliding_window=5", "model.layer_pattern=SSF", "model.window_rope_theta=100"),
         "model.rope_scaling={rope_type: linear, factor: 4}",

@@ -56,6 +56,7 @@ _CASES: dict[Any, list[Any]] = {
         "model.sliding_window=7",
         "model.layer_pattern=SF",
         "model.window_rope_theta=100",
+        "model.rotary_pattern=RRN",
         "model.attention_multiplier=2",
         "model.residual_multiplier=0.2",
         "model.logit_multiplier=0.2",

@@ -82,6 +82,19 @@ def test_a_layer_keeps_what_the_formula_says(workers, processes, overrides):
         assert measured == pytest.approx(formula, rel=0.04)
 
 
+@pytest.mark.parametrize("groups", [2, 8])
+def test_layers_that_are_not_turned_keep_less(workers, groups):
+    """By what the formula says, within 1 %."""
+    from tests.model.builds import small_config
+
+    every = ["training.recompute=selective", f"model.num_key_value_heads={groups}"]
+    some = [*every, "model.rotary_pattern=RNN"]
+    measured = [workers.run(kept, 1, 3, overrides)[0] for overrides in (every, some)]
+    formula = [layer_activations(small_config(*SETTINGS, *o, "model.num_layers=3"), False).kept for o in (every, some)]
+    assert measured[0] - measured[1] == pytest.approx(3 * (formula[0] - formula[1]), rel=0.01)
+    assert formula[0] > formula[1]
+
+
 def test_a_stage_keeps_its_layers_and_the_head(workers):
     """Within 2 %, without the gradient of the logits, which forward passes do not make."""
     from tests.model.builds import small_config

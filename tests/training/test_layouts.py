@@ -39,6 +39,7 @@ VARIANTS = {
     "biases, norms of queries and keys, two rotary bases": [
         *("model.attention_bias=true", "model.qk_norm=head"),
         *("model.sliding_window=7", "model.layer_pattern=SF", "model.window_rope_theta=100"),
+        "model.rotary_pattern=RRN",
     ],
     "half of each head turned, by yarn": [
         "model.rotary_fraction=0.5",

@@ -51,7 +51,7 @@ _SHAPE_KEYS = (
 )
 _BEHAVIOUR_KEYS = (
     *("activation", "rms_norm_eps", "norm_zero_centered", "rope_theta", "rope_scaling", "rotary_fraction"),
-    "window_rope_theta",
+    *("window_rope_theta", "rotary_pattern"),
     *("sliding_window", "layer_pattern", "embedding_multiplier", "attention_multiplier"),
     *("residual_multiplier", "logit_multiplier", "attention_softcap", "logit_softcap"),
 )

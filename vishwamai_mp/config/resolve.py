@@ -131,11 +131,11 @@ def _resolve_model(model: ModelConfig) -> ModelConfig:
             f" use a divisor of {heads}"
         )
     head_dim = _default(model.head_dim, model.hidden_size // heads)
-    check_rotary(model, head_dim)
     for name in ("attention_dropout", "hidden_dropout"):
         if getattr(model, name) >= 1:
             raise ConfigError(f"model.{name}={getattr(model, name)}: a probability; use a number from 0 to below 1")
     check_layer_pattern(model)
+    check_rotary(model, head_dim)
     if model.attention_softcap and model.attention_dropout:
         raise ConfigError(
             f"model.attention_softcap={model.attention_softcap} with model.attention_dropout={model.attention_dropout}:"

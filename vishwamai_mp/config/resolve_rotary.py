@@ -4,7 +4,10 @@ import math
 from dataclasses import fields, replace
 
 from vishwamai_mp.config.errors import ConfigError, leave_out
+from vishwamai_mp.config.layer_windows import layer_windows
 from vishwamai_mp.config.schema import ModelConfig, RopeScaling
+
+_WITHOUT = "N"  # a letter of `model.rotary_pattern`
 
 _KEYS: dict[str, set[str]] = {  # beside rope_type, factor and original_max_position_embeddings
     "linear": set(),
@@ -13,6 +16,12 @@ _KEYS: dict[str, set[str]] = {  # beside rope_type, factor and original_max_posi
     "yarn": {"beta_fast", "beta_slow", "truncate", "attention_factor"},
     "longrope": {"short_factor", "long_factor", "attention_factor"},
 }
+
+
+def layer_is_turned(model: ModelConfig, layer: int) -> bool:
+    """Whether queries and keys of layer number `layer` (from 0 in the whole model) are turned by their positions."""
+    pattern = model.rotary_pattern
+    return pattern is None or pattern[layer % len(pattern)] != _WITHOUT
 
 
 def resolve_scaling(scaling: RopeScaling) -> RopeScaling:
@@ -40,6 +49,7 @@ def check_rotary(model: ModelConfig, head_dim: int) -> None:
         )
     if model.rope_scaling:
         _check_scaling(model.rope_scaling, width // 2)
+    _check_pattern(model)
     if model.window_rope_theta is None:
         return
     if model.layer_pattern is None:
@@ -52,6 +62,25 @@ def check_rotary(model: ModelConfig, head_dim: int) -> None:
             f"model.window_rope_theta={model.window_rope_theta} with model.rope_scaling.rope_type="
             f"{model.rope_scaling.rope_type}: its attention factor would be that of layers with the window too; use"
             f" linear, llama3 or dynamic, or {leave_out('model.window_rope_theta')}"
+        )
+
+
+def _check_pattern(model: ModelConfig) -> None:
+    pattern = model.rotary_pattern
+    if pattern is None:
+        return
+    if set(pattern) != {"R", "N"} or len(pattern) > model.num_layers:
+        raise ConfigError(
+            f"model.rotary_pattern={pattern}: write R for each layer with rotary positions and N for each without, up"
+            f" to model.num_layers={model.num_layers} letters and both of them, such as RRRN; for layers that are all"
+            f" turned {leave_out('model.rotary_pattern')}"
+        )
+    turned = [window for layer, window in enumerate(layer_windows(model)) if layer_is_turned(model, layer)]
+    if model.window_rope_theta and len(set(turned)) == 1:
+        raise ConfigError(
+            f"model.window_rope_theta={model.window_rope_theta} with model.rotary_pattern={pattern} and"
+            f" model.layer_pattern={model.layer_pattern}: all layers that are turned are of one kind; set"
+            f" model.rope_theta, and {leave_out('model.window_rope_theta')}"
         )
 
 

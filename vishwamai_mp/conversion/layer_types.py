@@ -1,6 +1,6 @@
 """Layers that differ, in `config.json`: `layer_types`, and `rope_parameters` for each type of layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,40 @@ def from_hf(config: Mapping[str, Any], path: Path, default: str) -> dict[str, An
         return {"sliding_window": None, "layer_pattern": None}
     if "F" not in letters:
         return {"sliding_window": window, "layer_pattern": None}
+    return {"sliding_window": window, "layer_pattern": shortest_pattern(letters)}
+
+
+def shortest_pattern(letters: str) -> str:
+    """What has to be repeated to begin with `letters`."""
     whole = len(letters)
-    length = next(n for n in range(2, whole + 1) if (letters[:n] * (whole // n + 1)).startswith(letters))
-    return {"sliding_window": window, "layer_pattern": letters[:length]}
+    return next(letters[:n] for n in range(1, whole + 1) if (letters[:n] * (whole // n + 1)).startswith(letters))
+
+
+def with_switched_windows(
+    config: Mapping[str, Any], path: Path, is_windowed: Callable[[int], bool]
+) -> Mapping[str, Any]:
+    """`config.json` of a family with `use_sliding_window`, with what is not said where it is false said as null.
+
+    Args:
+        config: `config.json`.
+        path: of it, for messages.
+        is_windowed: whether a layer (from 0) has the window where `layer_types` is not said.
+
+    Raises:
+        UserError: layers have windows, and the switch is off.
+    """
+    check_kinds(config, {"num_hidden_layers": (int,), "layer_types": (list,)}, path)
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers") or 0
+    if not config.get("use_sliding_window"):
+        if "sliding_attention" in (types or ()):
+            raise UserError(
+                f"{path}: layer_types has 'sliding_attention' and use_sliding_window is not set; make them agree"
+            )
+        return {**config, "sliding_window": None, "layer_types": None}
+    if types:
+        return config
+    names = {letter: name for name, letter in _LETTERS.items()}
+    return {**config, "layer_types": [names["S" if is_windowed(layer) else "F"] for layer in range(layers)]}
 
 
 def with_one_rotary(config: Mapping[str, Any], path: Path, model: dict[str, Any]) -> dict[str, Any]:

@@ -94,10 +94,11 @@ class DirectLayer:
             x_ND = batch.run_component(number, name, getattr(self._layer, name), x_ND[:, None])[:, 0]
         normed = F.rms_norm(x_ND, x_ND.shape[-1:], self._norms[0], self._epsilon)
         qkv = _multiply(normed, self._qkv).contiguous().view(len(x_ND), self._heads, -1, self._width)
-        cosine, sine = (angles_of_layer(x, self._layer.kind) for x in (cosine, sine))
-        width = cosine.shape[-1]
-        turned = qkv[:, :, :-1, :width]  # of the queries and the key of each group
-        turned.copy_(torch.addcmul(turned * cosine, turned.roll(width // 2, -1), sine))
+        if self._layer.is_turned:
+            cosine, sine = (angles_of_layer(x, self._layer.kind) for x in (cosine, sine))
+            width = cosine.shape[-1]
+            turned = qkv[:, :, :-1, :width]  # of the queries and the key of each group
+            turned.copy_(torch.addcmul(turned * cosine, turned.roll(width // 2, -1), sine))
         attended = batch.attend(number, qkv[:, :, :-2], qkv[:, :, -2:]).reshape(len(x_ND), -1)
         if wanted is not None:
             x_ND, attended = x_ND[wanted], attended[wanted]

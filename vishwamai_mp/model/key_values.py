@@ -50,15 +50,19 @@ class KvSelfAttention(SelfAttention):
         rotary_pos_emb: Tensor | None = None,
         **options: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """As megatron-core has it; with an `inference_context`, hidden states are (N, 1, D) and angles (N, 1, 1, K)."""
+        """As megatron-core has it; with an `inference_context`, hidden states are (N, 1, D) and angles (N, 1, 1, K).
+
+        Without angles nothing is turned.
+        """
         if inference_context is None:
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **options)
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        factor = _yarn_get_concentration_factor_from_config(self.config)
-        query, key = (
-            apply_rotary_pos_emb(x, rotary_pos_emb, self.config, mscale=factor, cp_group=self.pg_collection.cp)
-            for x in (query, key)
-        )
+        if rotary_pos_emb is not None:
+            factor = _yarn_get_concentration_factor_from_config(self.config)
+            query, key = (
+                apply_rotary_pos_emb(x, rotary_pos_emb, self.config, mscale=factor, cp_group=self.pg_collection.cp)
+                for x in (query, key)
+            )
         query_NGRK = query[:, 0].unflatten(1, (key.shape[2], -1))
         key_value_NG2K = torch.stack((key[:, 0], value[:, 0]), 2)
         attended = inference_context.attend(self.layer_number, query_NGRK, key_value_NG2K)

@@ -25,6 +25,7 @@ class VishwamAILayer(TransformerLayer):
             configuration, the process groups and the layer's number (from 1).
         output_norm: class of a norm of what attention and MLP add to the residual stream; None: no norm there.
         kind: which of the masks and of the angles is this layer's, where there are several.
+        is_turned: whether positions turn its queries and keys.
         residual_multiplier: of what attention and MLP add to the residual stream; components add theirs as it is.
         shard: called with the layer when it is complete, so that no two layers are ever whole at a time.
         **options: megatron-core's.
@@ -38,12 +39,13 @@ class VishwamAILayer(TransformerLayer):
         components: Mapping[str, Callable[..., nn.Module]],
         output_norm: Any = None,
         kind: int = 0,
+        is_turned: bool = True,
         residual_multiplier: float | None = None,
         shard: Callable[[nn.Module], None] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(config, submodules, **options)
-        self.component_names, self.kind = tuple(components), kind
+        self.component_names, self.kind, self.is_turned = tuple(components), kind, is_turned
         self.residual_multiplier = 1.0 if residual_multiplier is None else residual_multiplier
         if residual_multiplier is not None:
             self.self_attn_bda = self.mlp_bda = partial(_scaled_add, residual_multiplier)
@@ -91,12 +93,15 @@ class VishwamAILayer(TransformerLayer):
                 hidden_states = inference_context.run_component(self.layer_number, name, component, hidden_states)
         if attention_mask is not None and attention_mask.shape[1] > 1:
             attention_mask = attention_mask[:, self.kind : self.kind + 1]
+        angles = None
+        if rotary_pos_emb is not None and self.is_turned:
+            angles = angles_of_layer(rotary_pos_emb, self.kind)
         hidden_states, _ = super().forward(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
             context=None,
             inference_context=inference_context,
-            rotary_pos_emb=None if rotary_pos_emb is None else angles_of_layer(rotary_pos_emb, self.kind),
+            rotary_pos_emb=angles,
             **options,
         )
         return hidden_states, context

@@ -19,6 +19,7 @@ from vishwamai_mp.components.head_sharded import Linears
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.config.layer_windows import layer_window
+from vishwamai_mp.config.resolve_rotary import layer_is_turned
 from vishwamai_mp.model.core_attention import CoreAttention
 from vishwamai_mp.model.gated_units import GATED_UNITS
 from vishwamai_mp.model.key_values import KvSelfAttention
@@ -71,6 +72,7 @@ def layer_spec(
             "components": layer_components(config, layer, _linears(backend)),
             "shard": shard,
             "output_norm": norm if norms_outputs else None,
+            "is_turned": layer_is_turned(model, layer),
             "residual_multiplier": model.residual_multiplier,
             "kind": int(layer_window(model, layer) is not None) if model.layer_pattern else 0,
         },

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, layers_per_stage, padded_vocab_size
+from vishwamai_mp.config.resolve_rotary import layer_is_turned
 from vishwamai_mp.planning.component_activations import component_activations, components_on_stage
 
 _QUERIES = 64  # that a CPU's attention takes at a time
@@ -226,11 +227,15 @@ def key_width(config: PretrainConfig) -> int:
 def _inputs(config: PretrainConfig, on_gpu: bool) -> float:
     """Queries and keys, turned by position, and values: on CPUs with all of the projection that they are a part of.
 
-    Transformer Engine copies the values, so that the projection need not stay.
+    Transformer Engine copies the values, so that the projection need not stay. Where nothing is turned, CPUs copy the
+    queries of groups alone; the average over layers stands for each.
     """
-    queries, keys = query_width(config), key_width(config)
-    numbers = tokens_of_micro_batch(config) * (queries + 2 * keys if on_gpu else 2 * queries + 3 * keys)
-    return numbers * number_bytes(config) / config.parallel.tensor_model_parallel_size
+    queries, keys, model = query_width(config), key_width(config), config.model
+    numbers = float(queries + 2 * keys)
+    if not on_gpu:
+        turned = sum(layer_is_turned(model, layer) for layer in range(model.num_layers)) / model.num_layers
+        numbers += turned * (queries + keys) + (1 - turned) * (queries if queries != keys else 0)
+    return tokens_of_micro_batch(config) * numbers * number_bytes(config) / config.parallel.tensor_model_parallel_size
 
 
 def _attention(config: PretrainConfig, on_gpu: bool) -> float:

@@ -146,6 +146,7 @@ class ModelConfig:
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
     rotary_fraction: PositiveFloat = 1.0  # of a head's width that is turned, its first part
+    rotary_pattern: str | None = None  # repeated over layers, R: turned, N: without positions; None: all turned
     sliding_window: PositiveInt | None = None  # tokens a token sees, itself included; None: all before it
     layer_pattern: str | None = None  # repeated over layers, S: with the window, F: without; None: all alike
     window_rope_theta: PositiveFloat | None = None  # of its layers S, without rope_scaling; None: all layers turn alike

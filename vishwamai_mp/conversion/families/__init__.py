@@ -18,6 +18,7 @@ from vishwamai_mp.conversion.families.olmo3 import Olmo3
 from vishwamai_mp.conversion.families.phi3 import Phi3
 from vishwamai_mp.conversion.families.qwen2 import Qwen2
 from vishwamai_mp.conversion.families.qwen3 import Qwen3
+from vishwamai_mp.conversion.families.smollm3 import SmolLM3
 from vishwamai_mp.conversion.families.with_components import WithComponents
 from vishwamai_mp.conversion.mapping import WeightNames
 from vishwamai_mp.conversion.value_kinds import check_kinds
@@ -25,7 +26,19 @@ from vishwamai_mp.conversion.value_kinds import check_kinds
 __all__ = ["Family", "Key", "WeightNames", "family_holding", "family_named", "family_of", "model_types"]
 
 # A model is exported as the first of these that can hold it.
-_FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, Phi3, Olmo2, Olmo3, Gemma2, Gemma3, Granite)
+_FAMILIES: tuple[type[Family], ...] = (
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+    Phi3,
+    Olmo2,
+    Olmo3,
+    Gemma2,
+    Gemma3,
+    Granite,
+    SmolLM3,
+)
 _IMPORTED: tuple[type[Family], ...] = (*_FAMILIES, WithComponents)
 # Why models of these architectures cannot be converted.
 _NO_ROOM_FOR = {

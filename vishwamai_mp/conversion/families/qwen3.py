@@ -1,10 +1,9 @@
-"""Qwen 3 without experts: norms of each head's queries and keys."""
+"""Qwen 3 without experts: a Qwen 2 with norms of each head's queries and keys in place of biases."""
 
-from vishwamai_mp.conversion.families.family import Family
 from vishwamai_mp.conversion.families.qwen2 import Qwen2
 
 
-class Qwen3(Family):
+class Qwen3(Qwen2):
     """See the module."""
 
     architecture = "Qwen3ForCausalLM"
@@ -12,6 +11,4 @@ class Qwen3(Family):
     title = "Qwen 3"
     has = {"qk_norm": "head"}
     defaults = {**Qwen2.defaults, "head_dim": 128}
-    only = Qwen2.only
-    neutral = Qwen2.neutral
-    written = {**Qwen2.written, "attention_bias": False}
+    written = {"attention_bias": False}
