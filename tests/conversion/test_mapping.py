@@ -7,10 +7,17 @@ import torch
 
 from vishwamai_mp.config import ModelConfig, PretrainConfig, load_config, preset_names, resolve
 from vishwamai_mp.conversion.components import component_mapping
+from vishwamai_mp.conversion.families import family_holding
 from vishwamai_mp.conversion.mapping import Mapped, nearest, padded_rows, plain_mapping
 from vishwamai_mp.model import build_model
 from vishwamai_mp.planning import parameter_count
 from vishwamai_mp.runtime import initialize, shutdown
+
+_OPEN_MODELS = {
+    "qwen3-8b": "Qwen3ForCausalLM",
+    "gemma3-4b": "Gemma3ForCausalLM",
+    "olmo2-7b": "Olmo2ForCausalLM",
+}
 
 
 def meta_tensors(preset: str, overrides: list[str]) -> dict[str, tuple[int, ...]]:
@@ -55,19 +62,22 @@ def test_every_tensor_of_the_model_has_its_place_and_none_is_left(workers, prese
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_transformers_llama_has_these_tensors_and_no_other(preset):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_transformers_has_these_tensors_and_no_other(preset):
+    import transformers
 
     from vishwamai_mp.conversion.model_config import to_hf
 
     model = resolved(preset).model
-    table = plain_mapping(model)
+    family = family_holding(model)
+    table = plain_mapping(model, family.weights)
+    kind = getattr(transformers, _OPEN_MODELS.get(preset, "LlamaForCausalLM"))
     with torch.device("meta"):
-        llama = LlamaForCausalLM(LlamaConfig.from_dict(to_hf(model, "bfloat16", {})))
+        theirs = kind(kind.config_class.from_dict(to_hf(model, "bfloat16", {})))
+    assert family.architecture == kind.__name__
     names = [part.name for mapped in table for part in mapped.parts]
     assert len(names) == len(set(names))
     assert {part.name: part.shape for mapped in table for part in mapped.parts} == {
-        name: tuple(parameter.shape) for name, parameter in llama.named_parameters()
+        name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()
     }
     total = sum(math.prod(part.shape) for mapped in table for part in mapped.parts)
     assert total == parameter_count(model, model.vocab_size)

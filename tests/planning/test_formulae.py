@@ -46,6 +46,18 @@ def test_the_flagship_has_99_billion_parameters():
     assert 98e9 < parameter_count(preset("vishwamai-120l")) < 99.5e9
 
 
+@pytest.mark.parametrize(
+    ("name", "published", "beside_tables"),
+    [("llama3-8b", 8.03, 6.98), ("qwen3-8b", 8.19, 6.95), ("gemma3-4b", 3.88, 3.21), ("olmo2-7b", 7.30, 6.48)],
+)
+def test_presets_of_open_models_have_the_published_size(name, published, beside_tables):
+    """Billions of parameters as the model cards and reports say, to their last digit."""
+    model = preset(name)
+    tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    assert round(parameter_count(model) / 1e9, 2) == published
+    assert round((parameter_count(model) - tables) / 1e9, 2) == beside_tables
+
+
 def test_tying_saves_one_table_and_no_flops():
     model = preset("7b")
     tied = replace(model, tie_word_embeddings=True)
