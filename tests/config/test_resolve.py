@@ -68,13 +68,6 @@ def _config(*overrides):
             ["model.window_rope_theta=7"],
             ["model.window_rope_theta=7.0", "set model.rope_theta, or model.layer_pattern"],
         ),
-        (
-            [
-                *("model.layer_pattern=SF", "model.sliding_window=9", "model.window_rope_theta=7"),
-                "model.rope_scaling={rope_type: yarn, factor: 4}",
-            ],
-            ["model.window_rope_theta=7.0", "rope_type=yarn", "linear, llama3 or dynamic"],
-        ),
         (["model.rotary_pattern=N"], ["model.rotary_pattern=N", "both of them, such as RRRN"]),
         (["model.rotary_pattern=RNX"], ["model.rotary_pattern=RNX", "up to model.num_layers=8 letters"]),
         (

@@ -153,6 +153,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Olmo2": ("Olmo2", {"num_key_value_heads": 2}),
     "Olmo2, tied": ("Olmo2", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-3}),
     "Olmo3": ("Olmo3", {"num_key_value_heads": 2, "num_hidden_layers": 5, "sliding_window": 20}),
+    "Olmo3, yarn in layers without a window": (
+        "Olmo3",
+        {
+            "num_key_value_heads": 3,
+            "layer_types": _WINDOWS,
+            "sliding_window": 9,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
     "Olmo3, tied": ("Olmo3", {"tie_word_embeddings": True, "layer_types": _WINDOWS, "sliding_window": 9}),
     "Gemma2, tied": (
         "Gemma2",
@@ -214,6 +231,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM3, windows where nothing is turned": (
         "SmolLM3",
         {
+            "num_key_value_heads": 3,
             "head_dim": 20,
             "tie_word_embeddings": False,
             "no_rope_layers": [0, 1, 1, 1],

@@ -121,7 +121,7 @@ _CASES = {name: case for name, case in _SETTINGS.items() if isinstance(case, lis
     ],
     "scaled in layers without the window": [
         *("model.sliding_window=5", "model.layer_pattern=SSF", "model.window_rope_theta=100"),
-        "model.rope_scaling={rope_type: linear, factor: 4}",
+        f"model.rope_scaling={{rope_type: yarn, {_TWICE}: 8}}",
     ],
     "yarn": [f"model.rope_scaling={{rope_type: yarn, {_TWICE}: 8}}", "model.rotary_fraction=0.5"],
 }

@@ -12,7 +12,7 @@ from vishwamai_mp.conversion import rope_scaling
 from vishwamai_mp.model.rotary import (
     RotaryEmbedding,
     angles_of_layer,
-    attention_factor,
+    attention_factors,
     inverse_frequencies,
     rotary_width,
 )
@@ -79,11 +79,11 @@ def test_frequencies_and_angles_are_transformers_own(name, theta):
         positions = torch.arange(length)[None]
         cos, sin = theirs(torch.zeros(1), positions)
         torch.testing.assert_close(inverse_frequencies(model, length), theirs.inv_freq, rtol=1e-6, atol=0)
-        assert attention_factor(model) == pytest.approx(theirs.attention_scaling, rel=1e-12)
+        assert attention_factors(model)[0] == pytest.approx(theirs.attention_scaling, rel=1e-12)
         angles = embedding(positions, length)
         assert angles.shape == (length, 1, 1, 32)
         # An angle of 8,000 radians has six digits before the point's third: its last bit is 5e-4.
-        ours = angles[:, 0, 0].cos() * attention_factor(model), angles[:, 0, 0].sin() * attention_factor(model)
+        ours = angles[:, 0, 0].cos() * attention_factors(model)[0], angles[:, 0, 0].sin() * attention_factors(model)[0]
         torch.testing.assert_close(ours[0], cos[0], rtol=0, atol=3e-3)
         torch.testing.assert_close(ours[1][:3], sin[0, :3], rtol=0, atol=1e-6)
 

@@ -41,7 +41,8 @@ VARIANTS = {
         *("model.sliding_window=7", "model.layer_pattern=SF", "model.window_rope_theta=100"),
         "model.rotary_pattern=RRN",
     ],
-    "half of each head turned, by yarn": [
+    "half of each head turned, by yarn where there is no window": [
+        *("model.sliding_window=7", "model.layer_pattern=SF", "model.window_rope_theta=100"),
         "model.rotary_fraction=0.5",
         "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 8}",
     ],

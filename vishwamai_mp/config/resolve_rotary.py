@@ -57,12 +57,6 @@ def check_rotary(model: ModelConfig, head_dim: int) -> None:
             f"model.window_rope_theta={model.window_rope_theta} without model.layer_pattern: all layers are of one"
             " kind; set model.rope_theta, or model.layer_pattern and model.sliding_window"
         )
-    if model.rope_scaling and model.rope_scaling.rope_type in ("yarn", "longrope"):
-        raise ConfigError(
-            f"model.window_rope_theta={model.window_rope_theta} with model.rope_scaling.rope_type="
-            f"{model.rope_scaling.rope_type}: its attention factor would be that of layers with the window too; use"
-            f" linear, llama3 or dynamic, or {leave_out('model.window_rope_theta')}"
-        )
 
 
 def _check_pattern(model: ModelConfig) -> None:

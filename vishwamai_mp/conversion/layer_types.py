@@ -105,6 +105,8 @@ def with_one_rotary(config: Mapping[str, Any], path: Path, model: dict[str, Any]
             model["window_rope_theta"] = _base(each[-1], config, path)
     elif old and len(kinds) > 1:  # it is of layers without a window
         model["window_rope_theta"] = _base({}, config, path)
+    elif old and kinds == ["sliding_attention"]:
+        found["rope_scaling"] = None
     return found
 
 

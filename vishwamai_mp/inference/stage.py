@@ -13,7 +13,7 @@ from vishwamai_mp.inference.batch import Batch, Work
 from vishwamai_mp.inference.blocks import BlockPool
 from vishwamai_mp.inference.direct_layer import DirectHead, DirectLayer
 from vishwamai_mp.model import VishwamAIModel
-from vishwamai_mp.model.rotary import attention_factor
+from vishwamai_mp.model.rotary import attention_factors
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime
 
@@ -77,9 +77,10 @@ class Stage:
 
     def _turn(self, angles: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of angles, so that a turn is x · cos + (x with its halves exchanged) · sin."""
-        factor, sine = attention_factor(self.settings), angles.sin()
+        factors = torch.tensor(attention_factors(self.settings), device=angles.device)[:, None]
+        cosine, sine = angles.cos() * factors, angles.sin() * factors
         sine[..., : sine.shape[-1] // 2].neg_()
-        return (angles.cos() * factor).to(self.dtype), (sine * factor).to(self.dtype)
+        return cosine.to(self.dtype), sine.to(self.dtype)
 
     def normed(self, hidden_ND: Tensor) -> Tensor:
         """What the last stage's logits come from, (N, D)."""

@@ -20,9 +20,13 @@ def rotary_width(model: ModelConfig) -> int:
     return int(model.head_dim * model.rotary_fraction)
 
 
-def attention_factor(model: ModelConfig) -> float:
-    """What turned queries and keys are multiplied by: longer texts flatten attention, and this sharpens it."""
-    return (model.rope_scaling.attention_factor if model.rope_scaling else None) or 1.0
+def attention_factors(model: ModelConfig) -> list[float]:
+    """What turned queries and keys are multiplied by: longer texts flatten attention, and this sharpens it.
+
+    Of each of the kinds of layers that `layer_frequencies` tells: those with a window of another base are not scaled.
+    """
+    factor = (model.rope_scaling.attention_factor if model.rope_scaling else None) or 1.0
+    return [factor, 1.0] if model.window_rope_theta else [factor]
 
 
 def frequency_length(model: ModelConfig, length: int) -> int:

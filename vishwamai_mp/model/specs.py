@@ -25,6 +25,7 @@ from vishwamai_mp.model.gated_units import GATED_UNITS
 from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.norm import RMSNorm
+from vishwamai_mp.model.rotary import attention_factors
 from vishwamai_mp.model.width_norm import WidthNorm
 from vishwamai_mp.precision import use_transformer_engine
 
@@ -58,6 +59,7 @@ def layer_spec(
     fused = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm(rms_norm=True)
     model = config.model
+    kind = int(layer_window(model, layer) is not None) if model.layer_pattern else 0
     norms_inputs, norms_outputs = model.norm_position != "post", model.norm_position != "pre"
     linear_qkv = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
     mlp = get_mlp_module_spec_for_backend(backend=backend)
@@ -72,9 +74,10 @@ def layer_spec(
             "components": layer_components(config, layer, _linears(backend)),
             "shard": shard,
             "output_norm": norm if norms_outputs else None,
+            "rotary_factor": attention_factors(model)[kind if model.window_rope_theta else 0],
             "is_turned": layer_is_turned(model, layer),
             "residual_multiplier": model.residual_multiplier,
-            "kind": int(layer_window(model, layer) is not None) if model.layer_pattern else 0,
+            "kind": kind,
         },
         submodules=TransformerLayerSubmodules(
             input_layernorm=separate_norm,

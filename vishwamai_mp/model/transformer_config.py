@@ -1,6 +1,5 @@
 """From our configuration to megatron-core's `TransformerConfig`: the only place that names its fields."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from megatron.core.transformer import TransformerConfig
 
 from vishwamai_mp.config import ConfigError, PretrainConfig
 from vishwamai_mp.config.layer_windows import layer_windows
-from vishwamai_mp.model.rotary import attention_factor
+from vishwamai_mp.model.rotary import attention_factors
 from vishwamai_mp.precision import PrecisionPolicy, check_fp8_hardware, use_transformer_engine
 from vishwamai_mp.runtime import device, is_accelerator
 
@@ -26,8 +25,7 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
             " the model on CPUs"
         )
     chunks = parallel.virtual_pipeline_model_parallel_size
-    rotary_factor = attention_factor(model)
-    made = TransformerConfig(
+    return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -71,7 +69,7 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         use_te_activation_func=not fused,  # megatron-core's name for: the layer spec brings it (gated_units.py)
         # The fused kernel turns all rows alike; packed documents it turns each from its start. It knows no factor.
         apply_rope_fusion=fused
-        and rotary_factor == 1
+        and set(attention_factors(model)) == {1}
         and (config.data.reset_attention_mask or not config.data.reset_position_ids),
         # Transformer Engine's default, a ring of point-to-point messages, knows no window.
         cp_comm_type="all_gather" if fused and model.sliding_window and parallel.context_parallel_size > 1 else None,
@@ -83,11 +81,6 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         **(policy.fp8.megatron_fields() if policy.fp8 and fused else {}),
         **_recompute_fields(config),
     )
-    if rotary_factor != 1:
-        # No fields: attributes from which megatron-core's attention computes 1 + 0.1 · mscale · ln(scaling factor).
-        made.yarn_rotary_scaling_factor = math.e
-        made.yarn_mscale, made.yarn_mscale_all_dim = 10 * (rotary_factor - 1), 0.0
-    return made
 
 
 def _precision_fields(policy: PrecisionPolicy) -> dict[str, Any]:
