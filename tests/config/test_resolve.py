@@ -49,6 +49,12 @@ def _config(*overrides):
         (["model.hidden_size=100"], ["model.hidden_size=100", "model.num_attention_heads=8", "set model.head_dim"]),
         (["model.num_key_value_heads=3"], ["model.num_key_value_heads=3", "use a divisor of 8"]),
         (["model.num_key_value_heads=16"], ["model.num_key_value_heads=16", "use a divisor of 8"]),
+        (["parallel.reduce_grads_in=bf16", "precision=fp32"], ["reduce_grads_in=bf16 with precision=fp32", "fp32"]),
+        (["parallel.reduce_grads_in=bf16", "precision=fp16"], ["reduce_grads_in=bf16 with precision=fp16", "digits"]),
+        (
+            ["parallel.fuse_grad_accumulation=true", "parallel.fully_sharded=true"],
+            ["parallel.fuse_grad_accumulation=true with parallel.fully_sharded=true", "set one of them"],
+        ),
         (
             ["training.recompute_layers=2"],
             ["training.recompute_layers=2 has no effect at training.recompute=none", "set training.recompute=full"],

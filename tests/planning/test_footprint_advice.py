@@ -128,6 +128,7 @@ def test_components_count_where_they_stand():
 
 _BOTH = ["memory.enabled=true", "cache.enabled=true"]
 _FULL = "training.recompute=full"
+_FUSED, _BF16 = "parallel.fuse_grad_accumulation=true", "parallel.reduce_grads_in=bf16"
 _MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
 # Long rows of a narrow model, whose peak is at the gradient of the logits.
 _LOGITS = ["model.hidden_size=512", "training.sequence_length=4096", "model.max_position_embeddings=4096"]
@@ -174,6 +175,10 @@ def _split(tensor: int = 1, pipeline: int = 1, chunks: int = 1) -> list[str]:
         (8, 0, 8, ["parallel.fully_sharded=true", _FULL, "training.recompute_layers=14"], 607),
         (8, 0, 16, [*_BOTH, "parallel.fully_sharded=true", _FULL, "training.recompute_layers=4"], 1017),
         (1, 0, 2, [_FULL, "training.recompute_layers=8", "precision=fp8_current"], 4212),
+        (1, 0, 2, [_FUSED], 4140),
+        (2, 0, 2, [_BF16], 2550),
+        (1, 0, 2, [_BF16, _FUSED, _FULL, "training.recompute_layers=14"], 3975),
+        (8, 0, 16, ["parallel.fully_sharded=true", _BF16], 1036),
         (1, 0, 1, [_FULL, *_LOGITS], 1370),
         (1, 0, 1, [_FULL, *_LOGITS, "model.vocab_size=65536"], 3401),
     ],

@@ -33,11 +33,14 @@ _CHUNKS = [*_STAGES, "parallel.virtual_pipeline_model_parallel_size=2", "model.n
 _CONTEXT = ["parallel.context_parallel_size=2"]
 _REPLICAS = ["parallel.use_distributed_optimizer=true"]
 _MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
+_FUSED = ["parallel.fuse_grad_accumulation=true", "parallel.reduce_grads_in=bf16"]
 _DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 
 # Name: ranks, rank, settings. Each kind of layer, layout and precision is in several.
 _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "one process, bf16": (1, 0, ["precision=bf16"]),
+    "one process, fused": (1, 0, [_FUSED[0], "precision=bf16"]),
+    "one process, bf16 gradients": (1, 0, [_FUSED[1], "precision=bf16"]),
     "one process, fp32": (1, 0, ["precision=fp32"]),
     "tensor, fp16": (2, 1, [*_TENSOR, "precision=fp16"]),
     "tensor, delayed": (2, 0, [*_TENSOR, "precision=fp8_delayed"]),
@@ -64,6 +67,12 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
         [*_REPLICAS, *MEMORY, *CACHE, *RECOMPUTE, "training.recompute_layers=1", "precision=fp8_blockwise"],
     ),
     "chunks, MLPs recomputed, delayed": (2, 0, [*_CHUNKS, *_MLP, "precision=fp8_delayed"]),
+    "tensor, bf16 gradients fused, memory and cache, delayed": (
+        4,
+        1,
+        [*_TENSOR, *_REPLICAS, *_FUSED, *MEMORY, *CACHE, "memory.chunk_size=64", "precision=fp8_delayed"],
+    ),
+    "chunks, bf16 gradients fused, adapters": (2, 1, [*_CHUNKS, *_FUSED, *LORA, "precision=bf16"]),
     "replicas, adapters, mx": (2, 0, [*_REPLICAS, *LORA, "precision=fp8_mx"]),
     "replicas, dropout, recomputed, current": (
         2,
@@ -130,6 +139,14 @@ def test_fp8_launches_quantizers_for_the_same_products(found):
     steps = {name: found[f"tensor, {name}"] for name in ("fp16", "delayed", "current", "blockwise", "mx")}
     assert len({step["flops"] for step in steps.values()}) == 1
     assert all(steps[name]["launches"] > steps["fp16"]["launches"] for name in steps if name != "fp16")
+
+
+def test_fused_accumulation_launches_no_sums_of_weights_gradients(found):
+    """In two layers and two micro-batches: one for each of four weights. And sums in bf16 take half the memory."""
+    plain, fused, halved = (found[f"one process, {name}"] for name in ("bf16", "fused", "bf16 gradients"))
+    assert plain["launches"] - fused["launches"] >= 2 * 2 * 4
+    assert fused["flops"] == plain["flops"]
+    assert halved["at_peak"]["gradients"] == plain["at_peak"]["gradients"] / 2
 
 
 def test_the_rules_of_the_double():

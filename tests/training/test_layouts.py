@@ -122,6 +122,20 @@ def test_bf16_layout_equals_one_process(workers, one_process, name):
     assert theirs != one_process(*_BF16[1:])
 
 
+@pytest.mark.parametrize("name", ["DP2", "DP2 sharded optimizer, overlap", "PP2x2", "FSDP2"])
+def test_gradients_may_be_summed_in_bf16(workers, one_process, name):
+    """Eight bits of each sum are less than what bf16 layers round themselves."""
+    processes, layout = LAYOUTS[name]
+    ours, theirs = curve(workers, processes, [*layout, *_BF16, "parallel.reduce_grads_in=bf16"]), one_process(*_BF16)
+    assert_equal(ours, theirs, loss=2e-3, norm=1e-2)
+    assert ours != curve(workers, processes, [*layout, *_BF16])
+
+
+def test_a_cpu_fuses_no_accumulation(workers):
+    with pytest.raises(Exception, match="fuse_grad_accumulation=true: only Transformer Engine's layers on GPUs do so"):
+        curve(workers, 1, ["parallel.fuse_grad_accumulation=true"], steps=1)
+
+
 _PARTS = ["training.recompute=selective", "training.recompute_modules=[core_attn,mlp]"]
 _DROPOUT = ["model.attention_dropout=0.1", "model.hidden_dropout=0.1"]
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from vishwamai_mp.config.check_fully_sharded import check_fully_sharded
+from vishwamai_mp.config.check_gradients import check_gradients
 from vishwamai_mp.config.check_recompute import check_recompute
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.extensions import check_combinations
@@ -39,6 +40,7 @@ def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainCo
         data=resolve_rows(config.data),
     )
     _check_layout(config)
+    check_gradients(config)
     check_fully_sharded(config)
     config = replace(config, memory=resolve_memory(config), cache=resolve_cache(config))
     config = resolve_fp8(config)

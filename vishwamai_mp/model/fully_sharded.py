@@ -39,9 +39,10 @@ class ParameterSharding:
     Args:
         compute: type of gathered parameters.
         group: the replicas.
+        reduced: type of gradients on their way to the replicas that keep them; there sums are fp32.
     """
 
-    def __init__(self, compute: torch.dtype, group: dist.ProcessGroup) -> None:
+    def __init__(self, compute: torch.dtype, group: dist.ProcessGroup, reduced: torch.dtype = torch.float32) -> None:
         if not hasattr(FSDPModule, "set_custom_reduce_scatter"):
             raise ConfigError(
                 f"parallel.fully_sharded=true: torch {torch.__version__} is too old for it; install the version that"
@@ -54,13 +55,14 @@ class ParameterSharding:
         debug._clear_sharding_prop_cache()
         self._mesh = DeviceMesh.from_group(group, device().type)
         # Nothing is cast but parameters: angles and losses are fp32 on purpose.
-        self._types = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+        self._types = MixedPrecisionPolicy(compute, reduced, cast_forward_inputs=False)
 
     @classmethod
     def of(cls, config: PretrainConfig, groups: ProcessGroupCollection) -> "ParameterSharding | None":
         """What the configuration asks for; None: parameters stay whole."""
         compute = PrecisionPolicy.of(config.precision, config.fp8).compute
-        return cls(compute, groups.dp_cp) if fully_shards(config, groups) else None
+        reduced = torch.float32 if config.parallel.reduce_grads_in == "fp32" else torch.bfloat16
+        return cls(compute, groups.dp_cp, reduced) if fully_shards(config, groups) else None
 
     def __call__(self, module: nn.Module) -> None:
         """Split the parameters of a module, without those of its parts that are split already."""

@@ -79,8 +79,9 @@ def _working(config: PretrainConfig) -> float:
     size, shards = number_bytes(config), _sequence_shards(config)
     rows = tokens_of_micro_batch(config) * size
     whole, wide = rows * model.hidden_size, rows * model.intermediate_size / tensor
-    # Fully sharded ranks' gradients of weights are counted with the layer that is gathered.
-    weights = 0.0 if config.parallel.fully_sharded else size * model.intermediate_size * model.hidden_size / tensor
+    # Fully sharded ranks' gradients of weights are counted with the layer that is gathered; others add theirs at once.
+    alone = config.parallel.fully_sharded or config.parallel.fuse_grad_accumulation
+    weights = 0.0 if alone else size * model.intermediate_size * model.hidden_size / tensor
     gathered, residual = (whole, whole / shards) if shards > 1 else (0.0, whole)
     second = gathered + wide + weights + residual
     quantized = 2 * wide if config.precision.startswith("fp8") else 0.0  # gradients of gate and up, twice

@@ -9,7 +9,16 @@ from vishwamai_mp.planning.cache_costs import cache_state_bytes
 from vishwamai_mp.planning.fully_sharded_footprint import fully_sharded_parts, shares_parameters
 from vishwamai_mp.planning.neural_memory_costs import memory_state_bytes
 from vishwamai_mp.planning.parameters import total_parameters
-from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, WORKSPACE, fp8_weights, stage_parameters
+from vishwamai_mp.planning.states import (
+    MAIN,
+    MOMENTS,
+    WORKSPACE,
+    fp8_weights,
+    fused_gradients,
+    gradient_bytes,
+    stage_parameters,
+    widened_gradients,
+)
 
 # Of CUDA and its libraries, and of each communicator's channels, as NCCL makes them by default.
 _CONTEXT, _COMMUNICATOR = 0.8 * 2**30, 0.2 * 2**30
@@ -50,9 +59,9 @@ def stage_footprint(config: PretrainConfig, world_size: int, stage: int) -> Foot
         parameters, main = stage_parameters(config, stage), 0 if config.precision == "fp32" else MAIN
         parts = {
             "weights": number_bytes(config) * parameters,
-            "gradients": GRADIENT * parameters,
+            "gradients": gradient_bytes(config) * parameters + fused_gradients(config),
             "optimizer": (MOMENTS + main) * parameters / (shards if parallel.use_distributed_optimizer else 1),
-            "activations": activations.total,
+            "activations": max(activations.total, widened_gradients(config, stage, world_size)),
         }
         parts["weights"] += fp8_weights(config, stage, micro_batches)
     groups = [parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, shards]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from vishwamai_mp.config import ConfigError, PretrainConfig, micro_batches_per_step, resolve
 from vishwamai_mp.planning.activations import stage_activations
 from vishwamai_mp.planning.fully_sharded_footprint import fully_sharded_parts, shares_parameters
-from vishwamai_mp.planning.states import WORKSPACE, fp8_weights, stage_states
+from vishwamai_mp.planning.states import WORKSPACE, fp8_weights, fused_gradients, stage_states, widened_gradients
 
 _WORTH = 0.01  # of the need: what saves less is not mentioned
 
@@ -43,7 +43,9 @@ def stage_memory(config: PretrainConfig, world_size: int, stage: int, on_gpu: bo
         parts = fully_sharded_parts(config, world_size, activations)
         kept = parts.pop("activations")
         return RankMemory(sum(parts.values()) + workspace, kept)
-    return RankMemory(stage_states(config, stage, world_size) + workspace, activations.total)
+    workspace += fused_gradients(config)
+    later = max(activations.total, widened_gradients(config, stage, world_size))
+    return RankMemory(stage_states(config, stage, world_size) + workspace, later)
 
 
 def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:

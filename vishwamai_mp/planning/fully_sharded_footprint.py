@@ -3,7 +3,7 @@
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step, padded_vocab_size
 from vishwamai_mp.planning.activations import StageActivations, number_bytes, recomputed_layers
 from vishwamai_mp.planning.parameters import embedding_parameters, layer_parameters
-from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, stage_parameters
+from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, gradient_bytes, stage_parameters
 
 
 def shares_parameters(config: PretrainConfig, world_size: int) -> bool:
@@ -31,7 +31,8 @@ def fully_sharded_parts(config: PretrainConfig, world_size: int, activations: St
     before = share if micro_batches_per_step(config, world_size) > 1 else 0.0  # summed in earlier micro-batches
     layers = config.model.num_layers
     recomputed = recomputed_layers(config, layers) or layers
-    one_layer = size * (root + table + 3 * layer) + GRADIENT * layer
+    sent = gradient_bytes(config)
+    one_layer = size * (root + table + 3 * layer) + sent * layer
     left = activations.kept - activations.passed
     moments = [
         # The logits' gradient, with the last layer fetched.
@@ -47,8 +48,8 @@ def fully_sharded_parts(config: PretrainConfig, world_size: int, activations: St
             one_layer,
             min(2 / recomputed, 1) * left + activations.remade,
         ),
-        # The gradients of embedding and output layer are summed: in their type, and in fp32.
-        (share, (2 * size + GRADIENT) * root, 0.0),
+        # The gradients of embedding and output layer are summed: in their type, and in what they are sent in.
+        (share, (2 * size + sent) * root, 0.0),
     ]
     summed, gathered, kept = max(moments, key=lambda moment: GRADIENT * moment[0] + moment[1] + moment[2])
     return {

@@ -166,6 +166,8 @@ def _variants(
                 sequence_parallel=tensor > 1,
                 use_distributed_optimizer=True,
                 fully_sharded=sharded,
+                reduce_grads_in=config.parallel.reduce_grads_in,
+                fuse_grad_accumulation=config.parallel.fuse_grad_accumulation,
                 timeout_minutes=config.parallel.timeout_minutes,
             )
             changed = replace(

@@ -31,10 +31,32 @@ def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
     parameters, replicas = stage_parameters(config, stage), data_parallel_size(config, world_size)
     if config.parallel.fully_sharded and replicas > 1:
         return parameters * (MAIN + GRADIENT + MOMENTS) / replicas
-    kept = number_bytes(config) + GRADIENT
+    kept = number_bytes(config) + gradient_bytes(config)
     shared = MOMENTS + (0 if config.precision == "fp32" else MAIN)
     owners = replicas * config.parallel.context_parallel_size  # context parallel ranks share optimizer state as well
     return parameters * (kept + shared / (owners if config.parallel.use_distributed_optimizer else 1))
+
+
+def gradient_bytes(config: PretrainConfig) -> int:
+    """Of a gradient on its way to others, and of its sum where each rank keeps all of its parameters'."""
+    return 2 if config.parallel.reduce_grads_in == "bf16" else GRADIENT
+
+
+def widened_gradients(config: PretrainConfig, stage: int, world_size: int) -> float:
+    """Bytes of the fp32 copies that the optimizer takes of 16-bit sums: there when activations are gone."""
+    if config.parallel.reduce_grads_in == "fp32":
+        return 0.0
+    replicas = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
+    return GRADIENT * stage_parameters(config, stage) / (replicas if config.parallel.use_distributed_optimizer else 1)
+
+
+def fused_gradients(config: PretrainConfig) -> float:
+    """Bytes of what stands for a weight's gradient that was added to its sum at once: one of each shape."""
+    if not config.parallel.fuse_grad_accumulation:
+        return 0.0
+    model = config.model
+    matrices = attention_matrices(model) + mlp_matrices(model)
+    return number_bytes(config) * matrices / config.parallel.tensor_model_parallel_size
 
 
 def fp8_weights(config: PretrainConfig, stage: int, micro_batches: int) -> float:

@@ -280,7 +280,8 @@ def _data_parallel(config: PretrainConfig, world_size: int, machine: Machine, st
     share = parameters * (replicas - 1) / replicas
     rate = _rate(config, machine, replicas, parallel.tensor_model_parallel_size)
     hops = config.model.num_layers * stack.latency
-    gather, scatter = (share * size / rate for size in (stack.parameter_bytes, stack.gradient_bytes))
+    gradient = 2.0 if parallel.reduce_grads_in == "bf16" else stack.gradient_bytes
+    gather, scatter = (share * size / rate for size in (stack.parameter_bytes, gradient))
     if parallel.fully_sharded:  # each layer's parameters come before its forward and again before its backward pass
         each = 2 * gather + scatter + 3 * hops
         return count * max(each - stack.data_overlap * stage, (1 - stack.data_overlap) * each)

@@ -10,11 +10,11 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, Optimiz
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config import ConfigError, PretrainConfig
 from vishwamai_mp.config.extensions import is_own
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.model.fully_sharded import FullySharded, fully_shards
-from vishwamai_mp.precision import PrecisionPolicy
+from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
 from vishwamai_mp.runtime import Runtime, device
 from vishwamai_mp.runtime.megatron_versions import gradients_for_norm
 from vishwamai_mp.training.own_optimizer import use_own_optimizer
@@ -24,12 +24,18 @@ from vishwamai_mp.training.sharded_optimizer import ShardedOptimizer
 def wrap_data_parallel(
     config: PretrainConfig, runtime: Runtime, models: Sequence[VishwamAIModel]
 ) -> list[DistributedDataParallel]:
-    """Each model chunk with its gradients in contiguous fp32 buffers, reduced over the replicas; or fully sharded."""
+    """Each model chunk with its gradients in contiguous buffers, reduced over the replicas; or fully sharded.
+
+    Raises:
+        ConfigError: `parallel.fuse_grad_accumulation` without Transformer Engine.
+    """
+    if config.parallel.fuse_grad_accumulation:
+        _fuse_accumulation(models)
     if fully_shards(config, runtime.groups):
         return [FullySharded(model) for model in models]
     replicated = runtime.groups.dp_cp.size() > 1
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.parallel.reduce_grads_in == "fp32",
         use_distributed_optimizer=shards_optimizer(config, runtime),
         overlap_grad_reduce=config.parallel.overlap_grad_reduce and replicated,
         overlap_param_gather=shards_optimizer(config, runtime)
@@ -46,6 +52,21 @@ def wrap_data_parallel(
         )
         for chunk, model in enumerate(models)
     ]
+
+
+def _fuse_accumulation(models: Sequence[VishwamAIModel]) -> None:
+    """Let Transformer Engine's layers add to `main_grad` within the product that makes a weight's gradient.
+
+    megatron-core's own field for it would ask apex of the output layer, which is megatron-core's.
+    """
+    if not use_transformer_engine():
+        raise ConfigError(
+            "parallel.fuse_grad_accumulation=true: only Transformer Engine's layers on GPUs do so; set it to false"
+        )
+    for model in models:
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
 
 
 def shards_optimizer(config: PretrainConfig, runtime: Runtime) -> bool:

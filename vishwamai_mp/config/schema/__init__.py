@@ -242,6 +242,8 @@ class ParallelConfig:
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
+    reduce_grads_in: Literal["fp32", "bf16"] = "fp32"  # what gradients of bf16 and FP8 models are summed in
+    fuse_grad_accumulation: bool = False  # Transformer Engine's products add to the sums of gradients themselves
     timeout_minutes: PositiveFloat = 30.0  # a collective that waits longer ends the job
 
 
