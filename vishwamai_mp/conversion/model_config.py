@@ -133,6 +133,11 @@ def is_neutral(key: str) -> bool:
     return key in _NEUTRAL
 
 
+def is_read(key: str, family: type[Family]) -> bool:
+    """Whether a key of a family's `config.json` is part of what `from_hf` reads."""
+    return key in _READ | family.known_keys()
+
+
 def _check_supported(config: Mapping[str, Any], path: Path, family: type[Family]) -> None:
     """What is refused of any family."""
     check_kinds(config, _KINDS, path)

@@ -241,13 +241,27 @@ def _different_keys(work: _Work) -> list[str]:
         read = [
             AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True).to_dict() for path in paths
         ]
-        for key in read[0].keys() | read[1].keys():
-            values = [one.get(key) for one in read]
-            # What only one of them says may be the default of a key that this package reads: compared above.
-            is_default = None in values and key in work.family.known_keys()
-            if values[0] != values[1] and not is_default and not model_config.is_neutral(key):
-                different.add(key)
+        for one in read:  # a base of kinds of layers that the model has not says nothing
+            unused = {"full_attention", "sliding_attention"} - set(one.get("layer_types") or ())
+            rope = one.get("rope_parameters") or {}
+            one["rope_parameters"] = {key: value for key, value in rope.items() if key not in unused}
+        different |= {
+            key
+            for key in read[0].keys() | read[1].keys()
+            if not model_config.is_neutral(key)
+            and _contradict(read[0].get(key), read[1].get(key), model_config.is_read(key, work.family))
+        }
     return sorted(different)
+
+
+def _contradict(one: Any, other: Any, read: bool) -> bool:
+    """Whether two values of a key of `config.json` differ.
+
+    Of a key that this package reads, what only one of them says may be the default, and its own reading decides.
+    """
+    if read and isinstance(one, dict) and isinstance(other, dict):
+        return any(_contradict(one[key], other[key], read) for key in one.keys() & other.keys())
+    return one != other and not (read and (one is None or other is None))
 
 
 def _train(work: _Work, layouts: Sequence[str] | None, run_ranks: RunRanks) -> list[Finding]:

@@ -63,7 +63,7 @@ def training_config(run: Path, overrides: Sequence[str], processes: int) -> Pret
 
 
 def train(
-    run: Path, overrides: Sequence[str], steps: int, learning_rate: float = 1e-3, output: Path | None = None
+    run: Path, overrides: Sequence[str], steps: int, learning_rate: float = 1e-4, output: Path | None = None
 ) -> Losses:
     """On every rank of the layout: train from the run's checkpoint.
 
