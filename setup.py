@@ -20,6 +20,7 @@ def _readme() -> str:
 
 
 _HUGGING_FACE = ["transformers>=4.48", "tokenizers>=0.21"]
+_GGUF = ["gguf>=0.19"]  # files for llama.cpp
 _PARQUET = ["pyarrow>=14"]
 _SERVE = ["starlette>=0.40", "uvicorn>=0.27"]  # vishwamai_mp/serving
 _PLOTS = ["matplotlib>=3.8"]
@@ -60,12 +61,14 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.0"],  # on GPUs: fused layers, FP8
         "wandb": ["wandb>=0.17"],
         "hf": _HUGGING_FACE,
+        "gguf": _GGUF,
         "parquet": _PARQUET,
         "serve": _SERVE,
         "plots": _PLOTS,  # of the studies in examples/
         "datasets": _DATASETS,
         "dev": [
             *_HUGGING_FACE,
+            *_GGUF,
             *_PARQUET,
             *_SERVE,
             *_PLOTS,

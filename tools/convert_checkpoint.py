@@ -2,6 +2,7 @@
 """Converts checkpoints to Hugging Face folders and back, on the CPU and in bounded memory.
 
     python tools/convert_checkpoint.py to-hf --load runs/mine --output mine-hf --dtype bf16 --verify
+    python tools/convert_checkpoint.py to-hf --load runs/mine --output mine-hf --gguf q8_0
     python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/llama
     python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/more memory.enabled=true
     python tools/convert_checkpoint.py from-hf --load Llama-3.2-1B --output runs/steps --add-tokens "[STEP]"
@@ -89,6 +90,11 @@ def parse_arguments() -> argparse.Namespace:
     export.add_argument(
         "--max-shard-size", type=size, default=5 * 10**9, help="most bytes of weights in a file (default: 5GB)"
     )
+    export.add_argument(
+        "--gguf",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        help="also write a file for llama.cpp into the folder, of numbers of this kind (needs the package gguf)",
+    )
     export.add_argument("--chat-template", type=Path, help="a file with a Jinja template for the tokenizer")
     export.add_argument("--verify", action="store_true", help="compare afterwards; needs the memory of one fp32 model")
     return parser.parse_args()
@@ -111,7 +117,7 @@ def to_hf(options: argparse.Namespace) -> None:
     tokenizer = tokenizer_path(options, source)
     template = read_text(options.chat_template) if options.chat_template else None
     dtype = by_option(options.dtype) if options.dtype else None
-    chosen = ExportOptions(dtype, options.max_shard_size, tokenizer, template)
+    chosen = ExportOptions(dtype, options.max_shard_size, tokenizer, template, options.gguf)
     for note in export_folder(source, options.output, chosen):
         print(note, file=sys.stderr)
     print(f"{source.path} → {options.output}")

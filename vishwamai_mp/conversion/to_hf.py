@@ -28,6 +28,7 @@ from vishwamai_mp.conversion.mapping import Mapped, Part
 from vishwamai_mp.conversion.model_card import model_card
 from vishwamai_mp.conversion.safetensors_files import Planned
 from vishwamai_mp.conversion.source import Source
+from vishwamai_mp.conversion.to_gguf import check_gguf, write_gguf
 from vishwamai_mp.conversion.tokenizer import TokenizerFiles, generation_config, tokenizer_files
 from vishwamai_mp.data.corpus_tools import byte_bar
 from vishwamai_mp.data.tokenizer import tokenizer_file
@@ -48,12 +49,14 @@ class ExportOptions:
         max_shard_size: bytes of tensors in a file.
         tokenizer: its file or folder; None: none in the output. The run folder's goes with the files beside it.
         chat_template: Jinja, for the tokenizer's files.
+        gguf: one of `to_gguf.KINDS`: a file for llama.cpp is written into the folder as well; None: none is.
     """
 
     dtype: DType | None = None
     max_shard_size: int = 5_000_000_000
     tokenizer: Path | None = None
     chat_template: str | None = None
+    gguf: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def export_folder(source: Source, output: Path, options: ExportOptions) -> list[
     Raises:
         UserError: the folder holds something else, the disk is full, the checkpoint is damaged.
     """
+    if options.gguf:
+        check_gguf(source, options.dtype)
     path = options.tokenizer and tokenizer_file(options.tokenizer)
     is_own = path is not None and path.parent.resolve() == source.run.resolve()
     tokenizer = tokenizer_files(path, source.config.model, options.chat_template, imported=is_own)
@@ -86,6 +91,7 @@ def export_folder(source: Source, output: Path, options: ExportOptions) -> list[
         "checkpoint": source.digest,
         "dtype": options.dtype.option if options.dtype else None,
         "max_shard_size": options.max_shard_size,
+        **({"gguf": options.gguf} if options.gguf else {}),
     }
     with disk_errors(output):
         journal = Journal(output, job)
@@ -98,8 +104,12 @@ def export_folder(source: Source, output: Path, options: ExportOptions) -> list[
             chosen = [(names[number], shards[number]) for number in todo]
             _write_shards(reader, source.config.lora, output, chosen, journal, progress)
         _write_small_files(source, output, shards, tokenizer, kept)
+        notes = [f"{output}: its tokenizer has added tokens: {added}"] if (added := tokenizer.added()) else []
+        if options.gguf:
+            file = output / f"{output.resolve().name}-{options.gguf}.gguf"
+            notes += write_gguf(output, source.family, source.config.model, options.gguf, file)
         journal.close()
-    return [f"{output}: its tokenizer has added tokens: {added}"] if (added := tokenizer.added()) else []
+    return notes
 
 
 def _plan(source: Source, dtype: DType | None) -> list[_Output]:
