@@ -40,6 +40,7 @@ SIZES: Mapping[str, Any] = {
     "pad_token_id": None,
 }
 _GROUPED, _TIED = {"num_key_value_heads": 2}, {"tie_word_embeddings": True}
+_SCALED = {"head_dim": 32, "query_pre_attn_scalar": 32}
 _PATTERN = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 9}
 
 
@@ -110,7 +111,7 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
         Variant("tied, windows of every other layer", {**_TIED, **_PATTERN}),
     ),
     "Gemma2ForCausalLM": (
-        Variant("tied, grouped queries, head_dim 32", {**_GROUPED, "head_dim": 32, "sliding_window": 20}),
+        Variant("tied, grouped queries, head_dim 32", {**_GROUPED, **_SCALED, "sliding_window": 20}),
         Variant(
             "untied, no soft caps, several files",
             {
@@ -126,7 +127,7 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     "Gemma3ForCausalLM": (
         Variant(
             "tied, grouped queries, head_dim 32, the family's windows",
-            {**_GROUPED, "head_dim": 32, "sliding_window": 20, "num_hidden_layers": 6},
+            {**_GROUPED, **_SCALED, "sliding_window": 20, "num_hidden_layers": 6},
         ),
         Variant(
             "untied, logits capped, windows of every other layer, rope stretched",
@@ -187,7 +188,7 @@ def main() -> int:
     found = {report["variant"]: report for report in [*kept, *reports]}
     reports = [found[title(*variant)] for variant in variants() if title(*variant) in found]
     RESULTS.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-    write_table(PAGE, reports)
+    write_section(PAGE, BEGIN, END, table(reports))
     print(f"{len(chosen) - len(failed)} of {len(chosen)} variants hold", *failed, sep="\n")
     return 1 if failed else 0
 
@@ -284,14 +285,13 @@ def cell(finding: dict[str, Any] | None, reasons: list[str]) -> str:
     return text if finding["status"] == "holds" else f"**fails**: {text}"
 
 
-def write_table(page: Path, reports: list[dict[str, Any]]) -> None:
-    """Put the table between its marks."""
-    text = page.read_text(encoding="utf-8")
-    before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise UserError(f"{page} has no marks {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{table(reports)}\n{END}{after}", encoding="utf-8")
+def write_section(page: Path, begin: str, end: str, content: str) -> None:
+    """Put what a script found between its marks on a page."""
+    before, mark, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (mark and closed):
+        raise UserError(f"{page} has no marks {begin} and {end}")
+    page.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""`examples/conversion/families.py`: every family has variants, one is checked, and the page says what was seen."""
+"""`examples/conversion/families.py`: every family has variants, one is checked, and the page says what was seen.
+
+`llama_cpp_check.py` beside it needs llama.cpp, which CI does not compile: its figures on the page are its own.
+"""
 
 import importlib.util
 import json
@@ -11,18 +14,23 @@ import pytest
 from tests.workers import WorkerPool
 from vishwamai_mp.config import UserError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples/conversion/families.py"
+FOLDER = Path(__file__).resolve().parents[2] / "examples/conversion"
 
 
-@pytest.fixture(scope="module")
-def families() -> Any:
-    spec = importlib.util.spec_from_file_location("families_example", SCRIPT)
+def loaded(name: str) -> Any:
+    """A script of the folder as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def families() -> Any:
+    return loaded("families")
 
 
 def test_every_family_has_two_variants_and_a_row_each(families: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +43,15 @@ def test_every_family_has_two_variants_and_a_row_each(families: Any, monkeypatch
     monkeypatch.setattr(families, "VARIANTS", {**families.VARIANTS, "Qwen3ForCausalLM": ()})
     with pytest.raises(UserError, match="Qwen3ForCausalLM has 0 variants"):
         families.variants()
+
+
+def test_the_page_has_what_llama_cpp_computed(families: Any) -> None:
+    script = loaded("llama_cpp_check")
+    results = json.loads(script.RESULTS.read_text())
+    assert f"{script.BEGIN}\n{script.table(results)}\n{script.END}" in script.PAGE.read_text()
+    assert {families.title(*variant) for variant in families.variants()} <= {
+        row["variant"] for row in results["models"]
+    }
 
 
 def test_a_family_is_checked(families: Any, workers: WorkerPool) -> None:

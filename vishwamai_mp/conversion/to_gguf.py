@@ -62,8 +62,8 @@ class _Tensor:
             rows = self._rows(first, min(first + step, self.shape[0]))
             if self.head:
                 rows = neighbours(rows, self.head)
-            if self.kind == "f16":
-                rows = dtypes.cast(rows, dtypes.FP16, self.name).float()
+            if self.kind == "f16" and bool((rows.half().isinf() & rows.isfinite()).any()):
+                raise UserError(f"{self.name} has values beyond the range of f16 (65504); use --gguf bf16 or f32")
             yield gguf.quantize(np.ascontiguousarray(rows.numpy()), kind)
 
     def _rows(self, first: int, last: int) -> torch.Tensor:
