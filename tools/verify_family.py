@@ -7,7 +7,7 @@
 The folder is imported; logits and greedy tokens are compared with transformers' in fp32; the export is compared with
 the folder, bit by bit; two training steps are taken at two layouts (TP1 and TP2, or another where heads do not divide);
 generation is compared with one pass over the text, and adapters (LoRA) merged into the weights with adapters beside
-them. Needs 16 bytes of memory and up to 12 bytes of disk per parameter; --layers verifies the first layers alone.
+them. Needs 18 bytes of memory and 12 to 16 bytes of disk per parameter; --layers verifies the first layers alone.
 
 No code in the folder is run, and nothing is left behind. Exit status 0: all that applies holds.
 """

@@ -151,7 +151,7 @@ def test_missing_folders_packages_and_memory_are_told(
     assert "nowhere is no folder" in str(ending(tmp_path / "nowhere").code)
     assert "no Hugging Face folder (config.json is missing)" in str(ending(tmp_path).code)
     model = replace(family_checks.open_folder(folder).config.model, num_layers=2)
-    monkeypatch.setattr(family_checks, "_free_memory", lambda: (2 << 30) + 16 * parameter_count(model))
+    monkeypatch.setattr(family_checks, "_free_memory", lambda: (2 << 30) + 18 * parameter_count(model))
     assert str(ending(folder).code).endswith("verify the first layers alone, with --layers 2")
     monkeypatch.setattr(family_checks, "_free_memory", lambda: 2 << 30)
     assert str(ending(folder).code).endswith("not even one layer fits")

@@ -39,13 +39,14 @@ from vishwamai_mp.planning.parameters import parameter_count
 from vishwamai_mp.runtime import distributed_session
 from vishwamai_mp.verification.cut_folder import write_first_layers
 from vishwamai_mp.verification.findings import FAILS, HOLDS, LEFT_OUT, Finding, Report
+from vishwamai_mp.verification.gloo_ranks import release_memory
 from vishwamai_mp.verification.short_training import LAYOUTS, train, training_config
 
 RunRanks = Callable[..., list[Any]]
 _LOGITS_TOLERANCE = 1e-4  # of the largest logit
 _OWN_TOLERANCE = 1e-5  # of the largest logit, between two ways of this package's
 _LOSS_TOLERANCE = 1e-6  # of the loss
-_TRAINING_BYTES = 16  # per parameter in fp32: weight, gradient, two moments
+_TRAINING_BYTES = 18  # per parameter in fp32: weight, gradient, two moments, and copies in passing
 _PROCESS_BYTES = 1 << 30  # the stack itself, and what a short text needs
 _TEXT, _PIECES = 40, (17, 1, 1, 4, 1, 8, 1, 7)  # tokens; read in these pieces
 _LORA = ["lora.enabled=true", "lora.rank=4"]
@@ -128,6 +129,7 @@ def verify(
 
 def _made(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     """What a check finds; an error is a finding too, for the others may still hold."""
+    release_memory()
     try:
         return check()
     except MemoryError:
@@ -153,7 +155,9 @@ def _check_room(folder: Folder, layers: int, place: Path) -> None:
             f" ({_TRAINING_BYTES} bytes a parameter), {free / 1e9:.1f} GB are free; {mend}"
         )
     parameters = parameter_count(replace(model, num_layers=layers))
-    check_space(place, 3 * FP32.size * parameters, f"--work-dir {place.parent}")
+    # The import, the checkpoint with adapters and its export, each in fp32 at most; and the first layers' own folder.
+    copies = 4 if layers < model.num_layers else 3
+    check_space(place, copies * FP32.size * parameters, f"--work-dir {place.parent}")
 
 
 def _free_memory() -> int:
@@ -204,15 +208,16 @@ def _finding(check: str, holds: bool, seen: str, **figures: float) -> Finding:
 
 def _export(work: _Work) -> list[Finding]:
     export_folder(open_source(work.run, work.family), work.exported, ExportOptions())
-    ours, theirs = safetensors_files.read_folder(work.exported), work.folder.entries
-    names = sorted(ours.keys() | theirs.keys())
-    different = [
-        name
-        for name in names
-        if name not in ours or name not in theirs or not safetensors_files.are_equal(ours[name], theirs[name])
-    ]
+    with _removed(work.exported):
+        ours, theirs = safetensors_files.read_folder(work.exported), work.folder.entries
+        names = sorted(ours.keys() | theirs.keys())
+        different = [
+            name
+            for name in names
+            if name not in ours or name not in theirs or not safetensors_files.are_equal(ours[name], theirs[name])
+        ]
+        keys = _different_keys(work)
     some = f", {different[0]} among them" if different else ""
-    keys = _different_keys(work)
     said = f"config.json differs in {', '.join(keys)}" if keys else "config.json says the same"
     return [
         _finding(
@@ -277,6 +282,7 @@ def _train(work: _Work, layouts: Sequence[str] | None, run_ranks: RunRanks) -> l
             refused[name] = one_line(error)
             continue
         losses[name] = run_ranks(train, processes, work.run, settings, 2)[0]
+        release_memory()  # of this process, where it is the job
         if layouts is None and len(losses) == 2:
             break
     found = [Finding(f"training: {name}", LEFT_OUT, why) for name, why in refused.items()]
@@ -335,6 +341,7 @@ def _adapters(work: _Work, run_ranks: RunRanks) -> list[Finding]:
     except ConfigError as error:
         return [Finding("LoRA", LEFT_OUT, one_line(error))]
     run_ranks(train, 1, work.run, _LORA, 2, _LORA_LEARNING_RATE, adapted)
+    release_memory()
     source = open_source(adapted, work.family)
     export_folder(source, merged, ExportOptions(dtype=FP32))
     with _removed(adapted, merged):

@@ -1,6 +1,9 @@
 """Processes of this machine that are the ranks of a gloo job, one job after another: a start takes seconds."""
 
+import ctypes
+import gc
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -13,6 +16,13 @@ import torch.distributed as dist
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.errors import one_line
 from vishwamai_mp.runtime.failure import die_with_parent
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more: a model and its optimizer refer to each other."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # musl has none
+        libc.malloc_trim(0)
 
 
 class GlooRanks:
@@ -35,15 +45,13 @@ class GlooRanks:
 
         Args:
             function: a module's.
-            processes: one: this process is the job.
+            processes: of the job.
             arguments: of the function.
 
         Raises:
             UserError: as the function does.
             RuntimeError: any other error of a rank, or its end.
         """
-        if processes == 1:
-            return [function(*arguments)]
         while len(self._members) < processes:
             self._start()
         members = self._members[:processes]
@@ -100,3 +108,4 @@ def _serve(pipe: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            release_memory()
