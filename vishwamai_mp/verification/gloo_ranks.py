@@ -65,7 +65,7 @@ class GlooRanks:
                 for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
                     try:
                         outcome, answers[rank] = waiting.pop(rank).recv()
-                    except EOFError:
+                    except (EOFError, ConnectionError):
                         outcome, answers[rank] = "failed", "its process ended"
                     if outcome != "returned":
                         self._end()  # the others may wait for it in vain
