@@ -24,7 +24,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from vishwamai_mp.model import core_attention  # noqa: F401  (modules with choices make them known when imported)
+    # Modules with choices make them known when imported.
+    from vishwamai_mp.inference import packed_weights  # noqa: F401
+    from vishwamai_mp.model import core_attention  # noqa: F401
     from vishwamai_mp.runtime.choices import decide, machine, measured
 
     seconds, ways = measured(), decide()

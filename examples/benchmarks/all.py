@@ -52,6 +52,10 @@ class Benchmark:
 BENCHMARKS = {
     "training_step": Benchmark(quick=("--rounds", "1")),
     "decode": Benchmark(("--batch", "1", "4", "16"), ("--rounds", "1", "--new-tokens", "8", "--layers", "2")),
+    "packed_weights": Benchmark(
+        ("--output", _OUTPUT),
+        ("--rounds", "1", "--new-tokens", "4", "--layers", "1", "--hidden", "256", "--steps", "3"),
+    ),
     "search": Benchmark(quick=("--prompt-tokens", "128", "--thought-tokens", "2")),
     "components": Benchmark(quick=("--rounds", "1", "--model", "tiny")),
     "precision": Benchmark(("--most", "10"), ("--most", "1000", "--rounds", "1", "--layers", "1")),

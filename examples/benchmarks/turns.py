@@ -2,10 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
-def alternate(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def alternate(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each arm's step; two unmeasured rounds first. Who comes after whom changes every round."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)

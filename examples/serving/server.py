@@ -33,7 +33,7 @@ def main() -> None:
     from vishwamai_mp.tree_of_thoughts import ending_of_thoughts
 
     limits = Limits(**{field.name: value for field in fields(Limits) if (value := getattr(options, field.name, None))})
-    with laid_out(run, options.overrides, options.bos) as model:
+    with laid_out(run, options.overrides, options.bos, options.weights) as model:
         tree = model.tree_settings()
         ending = ending_of_thoughts(model.tokenizer.tokenizer, tree.stop)
         service = Service(model.generator(speculate=options.speculate), model.tokenizer, tree, ending, limits)
@@ -59,6 +59,12 @@ def parse_arguments() -> argparse.Namespace:
         default=0,
         metavar="N",
         help="guess up to N tokens ahead, as a text went on where it was alike before; texts stay the same",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["int8", "int4"],
+        help="round the weights of linear layers: on CPUs, one or a few texts are written faster that way; for models"
+        " in bf16 (precision=bf16 makes one of any), with half as much memory again",
     )
     parser.add_argument("--max-seconds", dest="seconds", type=positive(float), help="per request (default: 600)")
     parser.add_argument(

@@ -163,6 +163,13 @@ def test_guesses_leave_the_text_alone_and_are_counted(workers: WorkerPool, run_f
     assert f"of {done['guessed']} guessed tokens {done['accepted']} were right" in said
 
 
+def test_weights_are_rounded_when_that_is_asked_for(workers: WorkerPool, run_folder: Path) -> None:
+    options = ["--load", run_folder, "--prompt", _PROMPT, "--max-new-tokens", 6, "--json", "precision=bf16"]
+    exact, rounded = (json.loads(on(workers, 1, *options, *more)) for more in ([], ["--weights", "int8"]))
+    assert 0 < abs(rounded["log_probs"][0] - exact["log_probs"][0]) < 0.5
+    assert len(json.loads(on(workers, 4, *options, "--weights", "int4", *_TP2_PP2))["new_tokens"]) == 6
+
+
 @pytest.mark.parametrize("part", ["checkpoints", "checkpoints/step_00000008"])
 def test_load_takes_a_folder_of_checkpoints_and_one_checkpoint(
     workers: WorkerPool, run_folder: Path, part: str
@@ -207,6 +214,7 @@ def test_a_broken_newer_checkpoint_is_mentioned(
         ),
         (["--strategy", "sample", "--temperature", "nan"], "--temperature nan: use a number above 0"),
         (["--strategy", "sample", "--top-k", "0"], "top_k=0: use 1 or more"),
+        (["--weights", "int8"], "weights=int8 multiplies in bf16, and the model computes in fp32; add precision=bf16"),
         (["--strategy", "tree", "--speculate", "3"], "--speculate has no effect on --strategy tree; it is for greedy"),
         (["--speculate", "-1"], "speculate=-1: use 0 (no guesses) or more"),
         (["--top-k", "3"], "--top-k has no effect on --strategy greedy"),

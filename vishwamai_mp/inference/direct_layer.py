@@ -6,7 +6,7 @@ Shapes: N tokens of all sequences, D width, R width of a head that is turned, O 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from vishwamai_mp.model.softcap import softcap
 from vishwamai_mp.runtime import multiplies_natively
 from vishwamai_mp.runtime.products import skinny_linear_fp32
 
+Product = Callable[[Tensor], Tensor]
+
 
 class DirectLayer:
     """The same result as `layer`, from the same weights, within rounding.
@@ -42,8 +44,8 @@ class DirectLayer:
         attention, mlp = layer.self_attention, layer.mlp
         self._norms = layer.input_layernorm.weight, layer.pre_mlp_layernorm.weight
         self._epsilon = layer.config.layernorm_epsilon
-        self._qkv, self._projection = attention.linear_qkv.weight, attention.linear_proj.weight
-        self._fc1, self._fc2 = mlp.linear_fc1.weight, mlp.linear_fc2.weight
+        self._qkv, self._projection = _weight(attention.linear_qkv), _weight(attention.linear_proj)
+        self._fc1, self._fc2 = _weight(mlp.linear_fc1), _weight(mlp.linear_fc2)
         self._activated = mlp.activation_func.activated
         self._heads = attention.num_query_groups_per_partition
         self._width = attention.hidden_size_per_attention_head
@@ -127,7 +129,7 @@ class DirectHead:
         self._norm, self._epsilon = model.decoder.final_layernorm.weight, model.config.layernorm_epsilon
         tied = model.share_embeddings_and_output_weights
         self._multiplier, self._softcap = model.model_config.logit_multiplier, model.model_config.logit_softcap
-        self._weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+        self._weight = model.shared_embedding_or_output_weight() if tied else _weight(model.output_layer)
         self._hooks = _hooks((model.decoder.final_layernorm, model.output_layer))
 
     @staticmethod
@@ -155,8 +157,15 @@ class DirectHead:
         return softcap(logits, self._softcap) if self._softcap else logits
 
 
-def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+def _weight(linear: Any) -> Tensor | Product:
+    """A layer's weight, or what multiplies by it where it is packed (inference/packed_weights.py)."""
+    return getattr(linear, "packed_weight", linear.weight)
+
+
+def _multiply(x: Tensor, weight: Tensor | Product) -> Tensor:
     """x Wᵀ, (N, O); of some N it lies in memory as (O, N)."""
+    if not isinstance(weight, Tensor):
+        return weight(x)
     if weight.dtype == torch.float32 or not multiplies_natively(weight.dtype):
         return skinny_linear_fp32(x.float(), weight.float()).to(x.dtype)
     return F.linear(x, weight)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from vishwamai_mp.checkpoint import CheckpointManager
 from vishwamai_mp.config import PretrainConfig, TreeConfig, UserError
@@ -49,13 +49,19 @@ class LaidOutModel:
 
 
 @contextmanager
-def laid_out(run: RunFolder, overrides: Sequence[str] = (), add_bos: bool | None = None) -> Iterator[LaidOutModel]:
+def laid_out(
+    run: RunFolder,
+    overrides: Sequence[str] = (),
+    add_bos: bool | None = None,
+    weights: Literal["int8", "int4"] | None = None,
+) -> Iterator[LaidOutModel]:
     """Lay a run's model out for answering; what the user should know of it goes to stderr.
 
     Args:
         run: from `find_run`.
         overrides: `section.key=value`: the layout, the search, another tokenizer (`data.tokenizer`).
         add_bos: as `PromptTokenizer` has it.
+        weights: what linear layers are rounded to (inference/packed_weights.py); None: not at all.
 
     Raises:
         UserError: a setting that has no place here, or no tokenizer that fits.
@@ -70,5 +76,11 @@ def laid_out(run: RunFolder, overrides: Sequence[str] = (), add_bos: bool | None
                 print(note, file=sys.stderr)
         (model,) = build_model(config, runtime, initialize=False)
         CheckpointManager(run.checkpoint.parent, config, runtime).load(run.checkpoint, [model])
+        if weights is not None:
+            from vishwamai_mp.inference.packed_weights import pack_weights
+
+            for note in pack_weights(model, config, runtime, weights):
+                if runtime.tensor_rank == 0:  # each stage has layers of its own
+                    print(note, file=sys.stderr)
         real = replace(config, model=replace(config.model, vocab_size=tokenizer.tokenizer.vocab_size))
         yield LaidOutModel(real, runtime, model, tokenizer, run.folder.name)
