@@ -13,7 +13,6 @@ import torch
 
 from vishwamai_mp.config import ModelConfig, RopeScaling, UserError
 from vishwamai_mp.conversion.families import Family
-from vishwamai_mp.model.rotary import inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -200,6 +199,9 @@ def rope_tensors(model: ModelConfig) -> dict[str, torch.Tensor]:
     if scaling is None:
         return {}
     if scaling.rope_type == "llama3":
+        import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
+        from vishwamai_mp.model.rotary import inverse_frequencies  # other exports need no megatron-core
+
         plain = inverse_frequencies(replace(model, rope_scaling=None))
         return {"rope_freqs.weight": plain / inverse_frequencies(model)}
     if scaling.rope_type == "longrope":
