@@ -9,12 +9,16 @@ example:
 
 A line is {"messages": [{"role": "user", "content": "…"}, …]}, {"conversations": [{"from": "human", "value": "…"}, …]},
 {"question": "…", "answer": "…"} or {"prompt": "…", "completion": "…"}. An answer with "weight": 0, or "loss", "train"
-or "trainable": false, is context without loss. Any other key (tool calls, identifiers) is refused unless --ignore-keys
-names it. The template of a conversation is documented in vishwamai_mp/data/chat.py. Lengths are in tokens. Files appear
-when complete; after an error nothing is left behind.
+or "trainable": false, is context without loss. Where the tokenizer has a chat template beside it (chat_template.jinja,
+or in tokenizer_config.json), or with --chat-template, conversations are written by that, with "tools", "documents",
+tool calls and whatever else of a record and its messages the template reads; a prompt and its completion are taken as
+they stand. Otherwise, and with --no-chat-template, the template is the one documented in vishwamai_mp/data/chat.py. A
+key that the template does not read is refused unless --ignore-keys names it. Lengths are in tokens. Files appear when
+complete, and PATH_rows.json, which says how they were made; after an error nothing is left behind.
 """
 
 import argparse
+from pathlib import Path
 
 from vishwamai_mp.config.errors import run_program
 from vishwamai_mp.data.corpus_tools import CorpusProgress, add_encoding, corpus_parser, stop_on_sigterm
@@ -31,6 +35,20 @@ def parse_arguments() -> argparse.Namespace:
         "--output-prefix", required=True, metavar="PATH", help="files are PATH.bin, .idx and PATH_marks.bin, .idx"
     )
     parser.add_argument("--no-packing", action="store_true", help="one conversation to a row, the rest is padding")
+    template = parser.add_mutually_exclusive_group()
+    template.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        type=Path,
+        help="a Jinja template for conversations (default: the one beside the tokenizer, if there is one)",
+    )
+    template.add_argument(
+        "--no-chat-template",
+        dest="chat_template",
+        action="store_const",
+        const="none",
+        help="leave the template beside the tokenizer alone",
+    )
     parser.add_argument(
         "--bos", action="store_true", help="begin conversations with the tokenizer's bos, as models like Llama expect"
     )
@@ -66,6 +84,7 @@ def main() -> None:
             sequence_length=arguments.sequence_length,
             packing=not arguments.no_packing,
             begin=arguments.bos,
+            chat_template=arguments.chat_template or "own",
             too_long=arguments.too_long,
             on_error=arguments.on_error,
             ignored_keys=arguments.ignore_keys,
@@ -77,6 +96,12 @@ def main() -> None:
         f"{report.prefix}: {report.conversations} conversations in {report.rows} rows of {report.row_tokens} tokens,"
         f" {report.filled:.1%} filled; loss on {report.learnt_tokens} of {report.tokens} tokens"
     )
+    template = report.template
+    if template:
+        by = f"chat template: {template.name} (sha256 {template.sha256[:12]}); answers by {template.answers_by}"
+        print(by + ("; it may write the date of today" if template.tells_time else ""))
+    else:
+        print("chat template: the headings of vishwamai_mp/data/chat.py")
     print(
         f"{report.truncated} truncated, {report.too_long} too long and {report.malformed} malformed left out;"
         f" {report.seconds:.1f} s"

@@ -15,7 +15,7 @@ without headings.
 Needs no torch.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,12 @@ from vishwamai_mp.data.tokenizer import Tokenizer
 
 _HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
 _AFTER_TEXT = "\n\n"
-_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in _HEADINGS}}
+ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in _HEADINGS}}
 _FORMS = (("messages",), ("conversations",), ("question", "answer"), ("prompt", "completion"))
 _KEYS = "'messages', 'conversations', 'question' and 'answer', or 'prompt' and 'completion'"
-_LEARNT_MARKS = ("weight", "loss", "train", "trainable")  # of a message: whether it is learnt, true or 1, false or 0
+LEARNT_MARKS = ("weight", "loss", "train", "trainable")  # of a message: whether it is learnt, true or 1, false or 0
+
+Encoded = tuple[list[int], list[int]]  # token ids, and as many marks: sums of `LEARNT` and `BEGINS`
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,21 @@ class Turn:
 
 class UnusableRecord(Exception):  # noqa: N818 (a finding about the data: its reader decides what it means)
     """Why a JSON value is no conversation."""
+
+
+def form_of(record: Any, ignored: Collection[str] = ()) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Which of the known keys a record has, and the record without the `ignored` ones.
+
+    Raises:
+        UnusableRecord: it has none of them.
+    """
+    if not isinstance(record, Mapping):
+        raise UnusableRecord(f"not a JSON object with {_KEYS}")
+    given = {key: value for key, value in record.items() if key not in ignored}
+    form = next((form for form in _FORMS if given.keys() >= set(form)), None)
+    if form is None:
+        raise UnusableRecord(f"no {_KEYS} (keys: {', '.join(map(repr, list(given)[:8]))})")
+    return form, given
 
 
 def conversation(record: Any, ignored: Collection[str] = ()) -> list[Turn]:
@@ -59,12 +76,7 @@ def conversation(record: Any, ignored: Collection[str] = ()) -> list[Turn]:
     Raises:
         UnusableRecord: it is nothing of these, a role or key is unknown, a text is none, or no answer is learnt.
     """
-    if not isinstance(record, Mapping):
-        raise UnusableRecord(f"not a JSON object with {_KEYS}")
-    given = {key: value for key, value in record.items() if key not in ignored}
-    form = next((form for form in _FORMS if given.keys() >= set(form)), None)
-    if form is None:
-        raise UnusableRecord(f"no {_KEYS} (keys: {', '.join(map(repr, list(given)[:8]))})")
+    form, given = form_of(record, ignored)
     _refuse_others(given, form, "the record")
     if form == ("messages",):
         return _turns(given["messages"], "messages", "role", "content", ignored)
@@ -89,15 +101,15 @@ def _turns(messages: Any, key: str, role_key: str, text_key: str, ignored: Colle
         where = f"{key!r}: message {number}"
         if not isinstance(message, Mapping) or not message.keys() >= {role_key, text_key}:
             raise UnusableRecord(f"{where} is no object with {role_key!r} and {text_key!r}")
-        role = _ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
+        role = ROLES.get(message[role_key]) if isinstance(message[role_key], str) else None
         if role is None:
-            known = ", ".join(_ROLES)
+            known = ", ".join(ROLES)
             raise UnusableRecord(f"{where} has {role_key!r}={message[role_key]!r}; known: {known}")
         given = {key: value for key, value in message.items() if key not in ignored}
-        _refuse_others(given, (role_key, text_key, *_LEARNT_MARKS), where)
+        _refuse_others(given, (role_key, text_key, *LEARNT_MARKS), where)
         if reason := unusable(text_key, message[text_key]):
             raise UnusableRecord(f"{where}: {reason}")
-        turns.append(Turn(role, message[text_key], _is_learnt(given, role, where)))
+        turns.append(Turn(role, message[text_key], is_learnt(given, role, where)))
     while turns and not turns[-1].learnt:
         turns.pop()  # after the last answer nothing is learnt
     if not turns:
@@ -105,9 +117,9 @@ def _turns(messages: Any, key: str, role_key: str, text_key: str, ignored: Colle
     return turns
 
 
-def _is_learnt(message: Mapping[str, Any], role: str, where: str) -> bool:
+def is_learnt(message: Mapping[str, Any], role: str, where: str) -> bool:
     """Whether a message is learnt: an answer is, unless it is marked otherwise."""
-    marks = {key: message[key] for key in _LEARNT_MARKS if message.get(key) is not None}
+    marks = {key: message[key] for key in LEARNT_MARKS if message.get(key) is not None}
     for key, value in marks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise UnusableRecord(f"{where} has {key!r}={value!r}; use true or 1, false or 0")
@@ -131,13 +143,14 @@ class ChatEncoder:
     Args:
         tokenizer: with an end-of-document token.
         begin: a conversation begins with the tokenizer's beginning-of-sequence token, as Llama's do.
+        ignored: keys of records and messages that are taken as not there.
 
     Raises:
         UserError: the tokenizer lacks one of these tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, begin: bool = False) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, begin: bool = False, ignored: Collection[str] = ()) -> None:
+        self._tokenizer, self._ignored = tokenizer, ignored
         self._end = tokenizer.require_eod()
         self._first = [tokenizer.require_bos()] if begin else []
         pieces = {role: tokenizer.find(f"<|{role}|>") for role in _HEADINGS}
@@ -146,8 +159,16 @@ class ChatEncoder:
             self._pieces = {}
         self._line_break = tokenizer.encode("\n")
 
-    def encode(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation, and as many marks: sums of `LEARNT` and `BEGINS`."""
+    def encode_records(self, records: Sequence[Any]) -> Iterator[Encoded | UnusableRecord]:
+        """The conversation of each record, or why there is none."""
+        for record in records:
+            try:
+                yield self.encode(conversation(record, self._ignored))
+            except UnusableRecord as reason:
+                yield reason
+
+    def encode(self, turns: Sequence[Turn]) -> Encoded:
+        """A conversation's tokens and marks."""
         ids, learnt = list(self._first), [0] * len(self._first)
 
         def add(more: list[int], mark: int) -> None:

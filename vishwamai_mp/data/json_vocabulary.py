@@ -92,6 +92,11 @@ class JsonVocabulary:
         with self._its_faults():
             return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_placed(self, text: str) -> list[tuple[int, int, int]]:
+        with self._its_faults():
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        return [(token, first, last) for token, (first, last) in zip(found.ids, found.offsets, strict=True)]
+
     def decode(self, ids: list[int]) -> str:
         with self._its_faults():
             return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -2,27 +2,33 @@
 
 A row is one document of `<prefix>.bin/.idx`: `sequence_length` + 1 tokens, of which the last is only a label. Beside
 it `<prefix>_marks.bin/.idx` has a byte for each token (see `marks`). What conversations leave of a row is filled with
-padding, a document of its own without loss.
+padding, a document of its own without loss. `<prefix>_rows.json` says how the rows were made.
 """
 
 import contextlib
+import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.data.bins import best_fit
-from vishwamai_mp.data.chat import ChatEncoder, UnusableRecord, conversation
+from vishwamai_mp.data.chat import ChatEncoder, Encoded, UnusableRecord
+from vishwamai_mp.data.chat_template import ChatTemplate, read_template, template_beside
 from vishwamai_mp.data.corpus import Block, CorpusReader, Malformed, kind_of, read_records
 from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
 from vishwamai_mp.data.marks import BEGINS, LEARNT, SUFFIX
 from vishwamai_mp.data.preprocess import OnError, encoded_blocks
+from vishwamai_mp.data.templated_chat import TemplatedChat
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 TooLong = Literal["stop", "truncate", "skip"]
@@ -42,6 +48,7 @@ class PrepareReport:
     rows: int = 0
     row_tokens: int = 0  # of one
     prefix: str = ""
+    template: ChatTemplate | None = None  # None: the one in `chat.py`
     bytes_read: int = 0
     total_bytes: int = 0
     seconds: float = 0.0
@@ -72,6 +79,7 @@ def prepare(
     sequence_length: int,
     packing: bool = True,
     begin: bool = False,
+    chat_template: Path | Literal["own", "none"] = "own",
     too_long: TooLong = "stop",
     on_error: OnError = "stop",
     ignored_keys: Collection[str] = (),
@@ -88,7 +96,9 @@ def prepare(
         tokenizer: with an end-of-document token; a file or folder as `Tokenizer` has it.
         sequence_length: `training.sequence_length` of the training to come.
         packing: False: one conversation a row.
-        begin: conversations begin with the tokenizer's beginning-of-sequence token.
+        begin: conversations begin with the tokenizer's beginning-of-sequence token; for the template in `chat.py`.
+        chat_template: a file with a template; "own": the one beside the tokenizer if there is one; "none": the one
+            that `chat.py` describes.
         too_long: what becomes of a conversation longer than a row: an error, its beginning alone (it is left out where
             that has nothing to learn), or nothing.
         on_error: "stop" at the first malformed record, or "skip" and count it.
@@ -108,11 +118,20 @@ def prepare(
         raise UserError(f"--sequence-length {sequence_length}, --workers {workers}: at least 1 each")
     reader = CorpusReader(inputs, [])
     vocabulary = Tokenizer(tokenizer)
-    ChatEncoder(vocabulary, begin)  # finds what the tokenizer lacks
-    report = PrepareReport(total_bytes=reader.total_bytes, row_tokens=sequence_length + 1, prefix=str(output_prefix))
-    started = time.perf_counter()
+    template = _template_for(vocabulary, chat_template)
+    if template and begin:
+        raise UserError(
+            f"--bos: the chat template of {template.name} says what a conversation begins with; leave it out"
+        )
+    now = datetime.now()
     ignored = frozenset(ignored_keys)
-    make = partial(ConversationEncoder, str(tokenizer), begin, report.row_tokens, too_long, on_error == "stop", ignored)
+    make_chat = partial(_chat_encoder, str(tokenizer), begin, template, ignored, now)
+    make_chat()  # finds what the tokenizer lacks
+    report = PrepareReport(
+        total_bytes=reader.total_bytes, row_tokens=sequence_length + 1, prefix=str(output_prefix), template=template
+    )
+    started = time.perf_counter()
+    make = partial(ConversationEncoder, make_chat, report.row_tokens, too_long, on_error == "stop")
     dtype = token_dtype(vocabulary.vocab_size)
     with contextlib.ExitStack() as stack:
         rows = stack.enter_context(IndexedWriter(output_prefix, dtype))
@@ -149,6 +168,7 @@ def prepare(
         for writer in (rows, marks):
             writer.finish()
         marks.publish()
+        _describe(report, vocabulary, packing, begin, now)
         rows.publish()
     report.seconds = time.perf_counter() - started
     return report
@@ -161,23 +181,63 @@ def _stop_at(block: EncodedConversations, too_long: TooLong, on_error: OnError) 
         raise UserError(f"{block.too_long[0]}; raise --sequence-length, or --too-long truncate or skip")
 
 
+def _template_for(tokenizer: Tokenizer, asked: Path | Literal["own", "none"]) -> ChatTemplate | None:
+    if isinstance(asked, Path):
+        return read_template(asked)
+    return template_beside(tokenizer.path) if asked == "own" else None
+
+
+def _describe(report: PrepareReport, tokenizer: Tokenizer, packing: bool, begin: bool, now: datetime) -> None:
+    """Say beside the rows how they were made; the same for the same rows."""
+    template = report.template
+    chat: dict[str, Any] = {"name": "the headings of vishwamai_mp/data/chat.py", "bos": begin}
+    if template:
+        chat = {"name": template.name, "sha256": template.sha256, "answers": template.answers_by}
+        if template.tells_time:
+            chat["date"] = now.date().isoformat()
+    counts = ("conversations", "truncated", "too_long", "malformed", "tokens", "learnt_tokens", "rows")
+    description = {
+        "tokenizer": {"name": tokenizer.path.name, "sha256": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()},
+        "chat_template": chat,
+        "sequence_length": report.row_tokens - 1,
+        "packing": packing,
+        **{name: getattr(report, name) for name in counts},
+    }
+    path = Path(f"{report.prefix}_rows.json")
+    try:
+        write_whole(path, json.dumps(description, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; nothing was kept") from error
+
+
+class _Chat(Protocol):
+    """Records to tokens and marks, or why there are none."""
+
+    def encode_records(self, records: Sequence[Any]) -> Iterator[Encoded | UnusableRecord]: ...
+
+
+def _chat_encoder(
+    tokenizer: str, begin: bool, template: ChatTemplate | None, ignored: Collection[str], now: datetime
+) -> tuple[Tokenizer, _Chat]:
+    vocabulary = Tokenizer(tokenizer)
+    if template:
+        return vocabulary, TemplatedChat(vocabulary, template, ignored, now)
+    return vocabulary, ChatEncoder(vocabulary, begin, ignored)
+
+
 class ConversationEncoder:
     """Parses and encodes blocks of JSON lines; one per worker."""
 
     def __init__(
         self,
-        tokenizer: str,
-        begin: bool,
+        make_chat: Callable[[], tuple[Tokenizer, _Chat]],
         row_tokens: int,
         too_long: TooLong,
         stop_at_malformed: bool,
-        ignored_keys: Collection[str] = (),
     ) -> None:
-        vocabulary = Tokenizer(tokenizer)
-        self._chat = ChatEncoder(vocabulary, begin)
+        vocabulary, self._chat = make_chat()
         self._dtype = token_dtype(vocabulary.vocab_size)
         self._row_tokens, self._too_long, self._stop_at_malformed = row_tokens, too_long, stop_at_malformed
-        self._ignored_keys = ignored_keys
 
     def encode(self, block: Block) -> EncodedConversations:
         tokens: list[int] = []
@@ -186,16 +246,20 @@ class ConversationEncoder:
         truncated = 0
         too_long: list[Malformed] = []
         malformed: list[Malformed] = []
-        for found in (record for part in block.parts for record in read_records(part)):
+        records = [record for part in block.parts for record in read_records(part)]
+        encoded = self._chat.encode_records([found[1] for found in records if not isinstance(found, Malformed)])
+        for found in records:
             if isinstance(found, Malformed):
                 malformed.append(found)
                 continue
-            where, record = found
-            try:
-                ids, marked = self._chat.encode(conversation(record, self._ignored_keys))
-            except UnusableRecord as reason:
-                malformed.append(Malformed(where, str(reason)))
+            where, _ = found
+            made = next(encoded)
+            if isinstance(made, UnusableRecord):
+                malformed.append(Malformed(where, str(made)))
+                if self._stop_at_malformed:
+                    break
                 continue
+            ids, marked = made
             if len(ids) > self._row_tokens:
                 begins = marked[: self._row_tokens]
                 if self._too_long != "truncate" or not any(mark & LEARNT for mark in begins[1:]):

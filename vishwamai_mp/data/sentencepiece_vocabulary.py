@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
+from sentencepiece.sentencepiece_pb2 import SentencePieceText  # type: ignore[attr-defined]
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.data.file_kinds import foreign_tokenizer
@@ -44,6 +46,13 @@ class SentencePieceVocabulary:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]  # SentencePiece's own batch call starts threads, and is slower
+
+    def encode_placed(self, text: str) -> list[tuple[int, int, int]]:
+        found = SentencePieceText.FromString(self._processor.encode(text, out_type="serialized_proto"))
+        # Its places count bytes. A character is where its first byte is: all but 10xxxxxx are first.
+        firsts = (np.frombuffer(text.encode(), dtype=np.uint8) & 0xC0) != 0x80
+        characters = [0, *np.cumsum(firsts).tolist()]
+        return [(piece.id, characters[piece.begin], characters[piece.end]) for piece in found.pieces]
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)

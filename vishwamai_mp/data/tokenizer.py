@@ -46,6 +46,8 @@ class Vocabulary(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
+    def encode_placed(self, text: str) -> list[tuple[int, int, int]]: ...
+
     def decode(self, ids: list[int]) -> str: ...
 
     def spelling(self, token_id: int) -> str: ...
@@ -99,6 +101,14 @@ class Tokenizer:
         for text in texts:
             check_encodable(text)
         return self.vocabulary.encode_batch(list(texts))
+
+    def encode_placed(self, text: str) -> list[tuple[int, int, int]]:
+        """`encode` of a text, and beside each id from and to which character of the text it is.
+
+        The places are the library's: a character that is several tokens is at all of them or at one alone.
+        """
+        check_encodable(text)
+        return self.vocabulary.encode_placed(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control tokens (bos, eod, pad) have none, incomplete bytes become U+FFFD.
