@@ -24,6 +24,7 @@ _GGUF = ["gguf>=0.19"]  # files for llama.cpp
 _PARQUET = ["pyarrow>=14"]
 _SERVE = ["starlette>=0.40", "uvicorn>=0.27"]  # vishwamai_mp/serving
 _PLOTS = ["matplotlib>=3.8"]
+_DEDUP = ["rensa>=0.5"]  # preprocess_data.py --dedup minhash
 _DATASETS = ["datasets>=3.0"]  # Hugging Face's, as training data
 
 setup(
@@ -66,6 +67,7 @@ setup(
         "serve": _SERVE,
         "plots": _PLOTS,  # of the studies in examples/
         "datasets": _DATASETS,
+        "dedup": _DEDUP,
         "dev": [
             *_HUGGING_FACE,
             *_GGUF,
@@ -73,6 +75,7 @@ setup(
             *_SERVE,
             *_PLOTS,
             *_DATASETS,
+            *_DEDUP,
             "accelerate>=1.1",  # transformers' Trainer, which schedules are compared with, needs it
             "hypothesis>=6.100",
             "mypy>=1.13",

@@ -6,8 +6,9 @@ example:
       --workers 8 --output-prefix corpus/train
     writes corpus/train_text_document.bin and .idx; train on them with data.train=corpus/train_text_document
 
-Documents keep the order of the input. The files are byte for byte those of Megatron-LM's tool for the same tokenizer.
-They appear when complete; after an error or an interrupt nothing is left behind.
+Documents keep the order of the input unless they are to be shuffled. The files are byte for byte those of Megatron-LM's
+tool for the same tokenizer, and the same for any number of workers. They appear when complete; after an error or an
+interrupt nothing is left behind.
 """
 
 import argparse
@@ -42,13 +43,29 @@ def parse_arguments() -> argparse.Namespace:
         help="make a document of each stretch of a plain text file between blank lines (default: of the whole file)",
     )
     parser.add_argument(
+        "--dedup",
+        choices=("exact", "minhash"),
+        help="drop documents that an earlier one repeats: exact, of the same text (100 bytes of memory for each that"
+        " stays); minhash, nearly the same, 80%% of all runs of five tokens by estimate (2.5 KB each; needs rensa)",
+    )
+    parser.add_argument(
+        "--shuffle-documents",
+        action="store_true",
+        help="write documents in an order drawn from --seed; beside the output the disk holds all tokens twice",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of --shuffle-documents (default: 1234)")
+    parser.add_argument(
         "--output-prefix", required=True, metavar="PATH", help="files are PATH_<key>_document.bin, .idx"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.seed is not None and not arguments.shuffle_documents:
+        parser.error("--seed is for --shuffle-documents")
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
+    seed = 1234 if arguments.seed is None else arguments.seed
     stop_on_sigterm()
     with CorpusProgress() as progress:
 
@@ -63,6 +80,8 @@ def main() -> None:
             append_eod=arguments.append_eod,
             append_bos=arguments.append_bos,
             split_documents_at=arguments.split_documents_at,
+            dedup=arguments.dedup,
+            shuffle_seed=seed if arguments.shuffle_documents else None,
             workers=arguments.workers,
             on_error=arguments.on_error,
             on_progress=show,
@@ -70,6 +89,11 @@ def main() -> None:
         )
     for key, prefix in report.prefixes.items():
         print(f"{prefix}: {report.documents} documents, {report.tokens[key]} tokens")
+    if arguments.dedup:
+        share = report.repeated_documents / max(1, report.documents + report.repeated_documents)
+        print(f"--dedup {arguments.dedup}: {report.repeated_documents} repeated documents dropped ({share:.1%})")
+    if arguments.shuffle_documents:
+        print(f"documents shuffled by --seed {seed}")
     if report.documents == 1:
         print(
             "warning: the corpus is one document, and data.split divides a corpus between documents: none of it can"

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.data import preprocess as module
+from vishwamai_mp.data import shuffling
 from vishwamai_mp.data.corpus import CorpusReader, Malformed
 from vishwamai_mp.data.indexed import check_indexed
 from vishwamai_mp.data.preprocess import BlockEncoder, preprocess
@@ -75,6 +77,48 @@ def test_workers_change_nothing(tmp_path, tokenizer, corpus, monkeypatch):
         preprocess([corpus, corpus], tokenizer, tmp_path / f"w{workers}", keys=["text", "title"], workers=workers)
     for name in ("text_document.bin", "text_document.idx", "title_document.bin", "title_document.idx"):
         assert (tmp_path / f"w1_{name}").read_bytes() == (tmp_path / f"w2_{name}").read_bytes()
+
+
+@pytest.mark.parametrize("dedup", [None, "exact", "minhash"])
+def test_repeated_documents_are_dropped_and_the_rest_shuffled_whatever_the_workers(
+    tmp_path, tokenizer, monkeypatch, dedup
+):
+    draw = random.Random(1)
+    long = [" ".join(draw.choices(WORDS, k=80)) for _ in range(40)]
+    texts = [*long, "a mat", long[3] + " mice", "a mat", long[4], "", "a", ""]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "title": text[:9]}) + "\n" for text in texts))
+    monkeypatch.setattr(module, "CorpusReader", lambda paths, keys, **more: CorpusReader(paths, keys, 3000, **more))
+    monkeypatch.setattr(shuffling, "_BUCKET_BYTES", 5000)  # of several buckets
+    vocabulary = Tokenizer(tokenizer)
+    dropped = {None: [], "exact": [42, 43, 46], "minhash": [41, 42, 43, 46]}[dedup]
+    kept = [vocabulary.encode(text) for number, text in enumerate(texts) if number not in dropped]
+    written = []
+    for workers, seed in ((1, None), (1, 5), (2, 5), (1, 6)):
+        out = tmp_path / f"{workers}{seed}"
+        report = preprocess(
+            [path], tokenizer, out, keys=["text", "title"], dedup=dedup, shuffle_seed=seed, workers=workers
+        )
+        assert report.repeated_documents == len(dropped)
+        assert report.documents == len(kept)
+        assert report.empty_documents == (1 if dedup else 2)
+        written.append(documents_of(f"{out}_text_document"))
+        titles = documents_of(f"{out}_title_document")
+        starts = [vocabulary.decode(document)[:9] for document in written[-1]]
+        assert [vocabulary.decode(title) for title in titles] == starts
+    assert written[0] == kept
+    assert written[1] == written[2]
+    assert sorted(written[1]) == sorted(written[3]) == sorted(kept)
+    assert len({str(some) for some in written}) == 3
+    numbers = shuffling.order_numbers(0, len(kept), 5)
+    assert written[1] == [kept[i] for i in np.argsort(numbers)]
+
+
+def test_an_order_is_fair():
+    """Where the first of eight documents comes, over seeds."""
+    places = [int(np.argsort(shuffling.order_numbers(0, 8, seed)).tolist().index(0)) for seed in range(4000)]
+    counts = np.bincount(places, minlength=8)
+    assert np.abs(counts - 500).max() < 5 * 500**0.5
 
 
 @settings(max_examples=40, deadline=None)

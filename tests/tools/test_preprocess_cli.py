@@ -87,6 +87,26 @@ def test_skipped_documents_are_named_and_counted(folder, tmp_path):
     assert "0 documents without text, 12 malformed skipped" in done.stdout
 
 
+def test_killed_and_run_again_the_same_is_written(folder, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES * 2))
+    files = ("--input", tmp_path / "in.jsonl", "--tokenizer", folder / "small.model")
+    arguments = (*files, "--dedup", "exact", "--shuffle-documents", "--seed", 3, "--output-prefix")
+    done = run("preprocess_data.py", *arguments, tmp_path / "whole")
+    assert "--dedup exact: 300 repeated documents dropped (50.0%)" in done.stdout
+    assert "documents shuffled by --seed 3" in done.stdout
+    command = [sys.executable, "tools/preprocess_data.py", *map(str, arguments), str(tmp_path / "again")]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        while process.poll() is None and not list(tmp_path.glob("again*.partial")):
+            time.sleep(0.01)
+        process.kill()
+    assert run("preprocess_data.py", *arguments, tmp_path / "again").returncode == 0
+    for suffix in ("bin", "idx"):
+        written = (tmp_path / f"again_text_document.{suffix}").read_bytes()
+        assert written == (tmp_path / f"whole_text_document.{suffix}").read_bytes()
+    refused = run("preprocess_data.py", *files, "--seed", 3, "--output-prefix", tmp_path / "x")
+    assert "--seed is for --shuffle-documents" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("tool", "content", "changes", "message"),
     [

@@ -22,8 +22,11 @@ import numpy as np
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.data.corpus import Block, CorpusReader, Malformed, read_block
+from vishwamai_mp.data.corpus_tools import byte_bar
+from vishwamai_mp.data.deduplication import Dedup, prints, seen
 from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
 from vishwamai_mp.data.piece_cache import DocumentEncoder
+from vishwamai_mp.data.shuffling import DocumentShuffler
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 OnError = Literal["stop", "skip"]
@@ -39,6 +42,7 @@ class PreprocessReport:
     documents: int = 0
     empty_documents: int = 0
     skipped_documents: int = 0
+    repeated_documents: int = 0  # dropped
     tokens: dict[str, int] = field(default_factory=dict)
     prefixes: dict[str, str] = field(default_factory=dict)
     bytes_read: int = 0
@@ -48,12 +52,29 @@ class PreprocessReport:
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """A worker's answer: for each key the token bytes and (documents,) lengths, and what had to be left out."""
+    """A worker's answer: for each key the token bytes and (documents,) lengths, and what had to be left out.
+
+    Attributes:
+        empty: (documents,) which lack a text under some key.
+        prints: of documents, where repeated ones are to be dropped.
+    """
 
     tokens: list[bytes]
     lengths: list[np.ndarray]
-    empty_documents: int
+    empty: np.ndarray
     malformed: list[Malformed]
+    prints: list[Any]
+
+    def only(self, kept: np.ndarray) -> "EncodedBlock":
+        """Without the documents for which `kept` (documents,) is False."""
+        if kept.all():
+            return self
+        tokens = []
+        for of_key, lengths in zip(self.tokens, self.lengths, strict=True):
+            ends = np.cumsum(lengths) * (len(of_key) // max(1, int(lengths.sum())))
+            starts = np.concatenate(([0], ends[:-1]))
+            tokens.append(b"".join(of_key[starts[at] : ends[at]] for at in np.flatnonzero(kept)))
+        return EncodedBlock(tokens, [lengths[kept] for lengths in self.lengths], self.empty[kept], self.malformed, [])
 
 
 def preprocess(
@@ -65,6 +86,8 @@ def preprocess(
     append_eod: bool = False,
     append_bos: bool = False,
     split_documents_at: SplitAt | None = None,
+    dedup: Dedup | None = None,
+    shuffle_seed: int | None = None,
     workers: int = 1,
     on_error: OnError = "stop",
     on_progress: Callable[[PreprocessReport], None] | None = None,
@@ -81,7 +104,9 @@ def preprocess(
         append_eod: end every document that has tokens with the end-of-document token.
         append_bos: begin every such document with the beginning-of-sequence token.
         split_documents_at: where a plain text file is cut into documents; None: it is one.
-        workers: processes that encode; 1 encodes in this one.
+        dedup: how repeated documents are found, which are dropped (see `deduplication.py`); None: all stay.
+        shuffle_seed: names the order of documents, the same under every key (see `shuffling.py`); None: the corpus's.
+        workers: processes that encode; 1 encodes in this one. They change nothing of what is written.
         on_error: "stop" at the first malformed document, or "skip" and count it (under every key).
         on_progress: called after each block with the report so far.
         on_skip: called with each document left out.
@@ -96,26 +121,42 @@ def preprocess(
     end = [vocabulary.require_eod()] if append_eod else []
     report = PreprocessReport(total_bytes=reader.total_bytes)
     started = time.perf_counter()
-    make = partial(BlockEncoder, str(tokenizer), tuple(keys), begin, end, on_error == "stop")
+    make = partial(BlockEncoder, str(tokenizer), tuple(keys), begin, end, on_error == "stop", dedup)
+    so_far = seen(dedup) if dedup else None
     with contextlib.ExitStack() as stack:
         dtype = token_dtype(vocabulary.vocab_size)
         prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
         writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in prefixes.values()]
+        takers: Sequence[IndexedWriter | DocumentShuffler] = writers
+        if shuffle_seed is not None:
+            folder = Path(output_prefix).absolute().parent
+            takers = shufflers = [
+                stack.enter_context(
+                    DocumentShuffler(folder, dtype.itemsize, shuffle_seed, reader.total_bytes, 1 / len(keys))
+                )
+                for _ in keys
+            ]
         for block in stack.enter_context(encoded_blocks(reader, workers, make)):
             for malformed in block.malformed:
                 if on_error == "stop":
                     raise UserError(f"{malformed} (--on-error skip leaves such documents out)")
                 if on_skip:
                     on_skip(malformed)
-            for writer, tokens, lengths in zip(writers, block.tokens, block.lengths, strict=True):
-                writer.add(tokens, lengths)
+            read = len(block.lengths[0])
+            if so_far:
+                block = block.only(np.array([so_far.is_new(found) for found in block.prints], dtype=bool))
+            for taker, tokens, lengths in zip(takers, block.tokens, block.lengths, strict=True):
+                taker.add(tokens, lengths)
             report.documents += len(block.lengths[0])
-            report.empty_documents += block.empty_documents
+            report.repeated_documents += read - len(block.lengths[0])
+            report.empty_documents += int(block.empty.sum())
             report.skipped_documents += len(block.malformed)
             report.bytes_read = reader.bytes_read
             report.seconds = time.perf_counter() - started
             if on_progress:
                 on_progress(report)
+        if shuffle_seed is not None:
+            _write_shuffled(shufflers, writers)
         report.tokens = {key: writer.num_tokens for key, writer in zip(keys, writers, strict=True)}
         _publish(writers, report)
     report.prefixes = prefixes
@@ -127,7 +168,13 @@ class BlockEncoder:
     """Parses and encodes blocks; one per worker. `begin` and `end` are tokens around each document that has any."""
 
     def __init__(
-        self, tokenizer: str, keys: Sequence[str], begin: list[int], end: list[int], stop_at_malformed: bool
+        self,
+        tokenizer: str,
+        keys: Sequence[str],
+        begin: list[int],
+        end: list[int],
+        stop_at_malformed: bool,
+        dedup: Dedup | None = None,
     ) -> None:
         vocabulary = Tokenizer(tokenizer)
         dtype = token_dtype(vocabulary.vocab_size)
@@ -136,23 +183,28 @@ class BlockEncoder:
         self._keys = keys
         self._begin, self._end = (np.array(ids, dtype=dtype).tobytes() for ids in (begin, end))
         self._stop_at_malformed = stop_at_malformed
+        self._prints = prints(dedup, dtype.itemsize) if dedup else None
 
     def encode(self, block: Block) -> EncodedBlock:
         encoded: list[list[bytes]] = [[] for _ in self._keys]
         malformed: list[Malformed] = []
-        empty = 0
+        empty: list[bool] = []
+        found: list[Any] = []
         for document in read_block(block, self._keys):
             if isinstance(document, Malformed):
                 malformed.append(document)
                 if self._stop_at_malformed:
                     break
                 continue
-            for tokens_of_key, text in zip(encoded, document, strict=True):
-                tokens = self._documents.encode(text)
+            plain = [self._documents.encode(text) for text in document]
+            for tokens_of_key, tokens in zip(encoded, plain, strict=True):
                 tokens_of_key.append(self._begin + tokens + self._end if tokens else tokens)
-            empty += not all(document)
+            empty.append(not all(document))
+            if self._prints:
+                found.append(self._prints.of(document, plain))
         lengths = [np.array([len(tokens) for tokens in key], dtype=np.int64) // self._itemsize for key in encoded]
-        return EncodedBlock([b"".join(key) for key in encoded], lengths, empty, malformed)
+        tokens_of_keys = [b"".join(key) for key in encoded]
+        return EncodedBlock(tokens_of_keys, lengths, np.array(empty, dtype=bool), malformed, found)
 
 
 def _check_arguments(keys: Sequence[str], workers: int) -> None:
@@ -163,6 +215,15 @@ def _check_arguments(keys: Sequence[str], workers: int) -> None:
     for key in keys:
         if os.sep in key:
             raise UserError(f"--json-keys {key}: a key becomes part of a file name and cannot hold {os.sep!r}")
+
+
+def _write_shuffled(shufflers: Sequence[DocumentShuffler], writers: Sequence[IndexedWriter]) -> None:
+    total = sum(shuffler.token_bytes for shuffler in shufflers)
+    with byte_bar(total, "shuffle") as progress:
+        for shuffler, writer in zip(shufflers, writers, strict=True):
+            for tokens, lengths in shuffler.shuffled():
+                writer.add(tokens, lengths)
+                progress.update(len(tokens))
 
 
 def _publish(writers: Sequence[IndexedWriter], report: PreprocessReport) -> None:
