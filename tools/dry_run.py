@@ -12,7 +12,7 @@ the device. Sizes are bytes; in text, binary units (1 GiB = 2^30 B).
 
 Layers are Transformer Engine's where its Python is; a double stands in for what it compiles. To put it there:
   pip install --no-deps --target .venv/transformer_engine transformer-engine==2.20.2  # .venv: the environment's folder
-Without it, or with --torch-layers, they are torch's own, and FP8 is simulated as bf16.
+Without it, or with --torch-layers, they are torch's own, and FP8 and NVFP4 are simulated as bf16.
 """
 
 import argparse

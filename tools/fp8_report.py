@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Show what FP8 does to the operands of each linear layer of a run: amax, scale, what is rounded away.
+"""Show what FP8 or NVFP4 does to the operands of each linear layer of a run: amax, scale, what is rounded away.
 
     python -m vishwamai_mp.pretrain --config RECIPE precision=fp8_delayed fp8.report_every=100
     python tools/fp8_report.py runs/mine                              the last reported step
     python tools/fp8_report.py runs/mine --step 300 --sort underflow  worst first
 
 underflow: share of the numbers, other than zero, that became zero. overflow: share that was clipped to the end of the
-format's range. A tensor with one scale shows it; one with many (fp8_blockwise, fp8_mx) shows the smallest and the
-largest.
+format's range. A tensor with one scale shows it; one with many (fp8_blockwise, fp8_mx, nvfp4) shows the smallest and
+the largest.
 """
 
 import argparse

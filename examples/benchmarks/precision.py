@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What does FP8 cost where it is emulated? The time of a training step of each recipe beside bf16's.
+"""What do FP8 and NVFP4 cost where they are emulated? The time of a training step of each recipe beside bf16's.
 
     python examples/benchmarks/precision.py [--layers 4] [--rounds 6] [--threads 2]
 
 A model 512 wide on random tokens. The settings take turns, one step each, so that a busy machine slows all alike;
-figures are medians over rounds. On a CPU FP8 is slower than bf16, always: it shows what FP8 does to training, not how
-fast a GPU would be. Fails if a recipe's step takes more than `--most` times bf16's.
+figures are medians over rounds. On a CPU they are slower than bf16, always: they show what rounding does to training,
+not how fast a GPU would be. Fails if a recipe's step takes more than `--most` times bf16's.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from turns import alternate, say_ratio
 
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.config.resolve_fp8 import rounds_operands
 from vishwamai_mp.config.schema import Precision
 from vishwamai_mp.runtime import distributed_session, multiplies_natively
 
 BATCH, LENGTH, VOCABULARY = 4, 512, 8192
-_SETTINGS = ["bf16", *(precision for precision in get_args(Precision) if precision.startswith("fp8"))]
+_SETTINGS = ["bf16", *(precision for precision in get_args(Precision) if rounds_operands(precision))]
 
 
 def main() -> None:

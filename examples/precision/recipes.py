@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does FP8 train as well as bf16? Loss curves of every precision on one small model.
+"""Do FP8 and NVFP4 train as well as bf16? Loss curves of every precision on one small model.
 
     python examples/precision/recipes.py                  300 steps each, some minutes
     python examples/precision/recipes.py --steps 40 --settings bf16 fp8_mx --output /tmp/short
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.config.resolve_fp8 import rounds_operands
 from vishwamai_mp.config.schema import Precision
 from vishwamai_mp.runtime import Runtime, distributed_session
 
@@ -32,6 +33,7 @@ from vishwamai_mp.runtime import Runtime, distributed_session
 from vishwamai_mp.data.batches import BatchStream, DocumentRules
 from vishwamai_mp.model import VishwamAIModel, build_model
 from vishwamai_mp.precision.formats import E4M3
+from vishwamai_mp.precision.fp8_linear import Scaling
 from vishwamai_mp.precision.scaling import Operand, scaled_operand
 from vishwamai_mp.precision.statistics import named_fp8_linears
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
@@ -39,7 +41,7 @@ from vishwamai_mp.training.schedule import learning_rate
 from vishwamai_mp.training.step import TrainStep
 
 _HERE = Path(__file__).resolve().parent
-_RECIPES = [name for name in get_args(Precision) if name.startswith("fp8")]
+_RECIPES = [name for name in get_args(Precision) if rounds_operands(name)]
 _UNSCALED = "unscaled"
 _LAST = 20  # steps that a final loss is the mean of
 VOCABULARY, LENGTH, BATCH = 256, 64, 8
@@ -108,7 +110,7 @@ class _Chains:
         return torch.tensor(tokens)
 
 
-class _Unscaled:
+class _Unscaled(Scaling):
     """Rounds numbers as they are; gradients as a mean over tokens would make them."""
 
     one_scale = True

@@ -40,12 +40,13 @@ def test_fitting_sizes_pass(precision):
 )
 def test_options_without_effect_are_refused(precision, option):
     with pytest.raises(
-        ConfigError, match=rf"fp8\.{option} has no effect at precision={precision}; use an fp8 precision or leave"
+        ConfigError,
+        match=rf"fp8\.{option} has no effect at precision={precision}; use an fp8 precision, nvfp4, or leave",
     ):
         resolved(precision, f"fp8.{option}")
 
 
-@pytest.mark.parametrize("precision", ["fp8_current", "fp8_blockwise", "fp8_mx"])
+@pytest.mark.parametrize("precision", ["fp8_current", "fp8_blockwise", "fp8_mx", "nvfp4"])
 @pytest.mark.parametrize("option", ["amax_history_length=4", "amax_algorithm=max"])
 def test_only_delayed_scaling_has_a_history(precision, option):
     with pytest.raises(ConfigError, match=rf"fp8\.{option} has no effect at precision={precision}.*fp8_delayed"):
@@ -60,7 +61,7 @@ def test_delayed_scaling_takes_all_layers(name):
 
 
 def test_some_layer_must_be_left():
-    with pytest.raises(ConfigError, match="leave none of the 4 layers in FP8"):
+    with pytest.raises(ConfigError, match="leave none of the 4 layers in fp8_mx"):
         resolved("fp8_mx", "fp8.bf16_layers_at_start=3", "fp8.bf16_layers_at_end=1")
     with pytest.raises(ConfigError, match=r"bf16_layers_at_start=3 exceeds the 2 layers of a pipeline stage"):
         resolved("fp8_mx", "fp8.bf16_layers_at_start=3", "parallel.pipeline_model_parallel_size=2")

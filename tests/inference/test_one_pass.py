@@ -346,7 +346,7 @@ def in_fp8(precision: str) -> tuple[Tensor, bool]:
     return logits, bool(emulates) and all(emulates)
 
 
-@pytest.mark.parametrize("precision", ["fp8_current", "fp8_delayed"])
+@pytest.mark.parametrize("precision", ["fp8_current", "fp8_delayed", "nvfp4"])
 def test_fp8_models_generate_in_bf16(workers, precision):
     """So a text does not depend on what else is in its batch, whose scales it would share."""
     plain, _ = workers.run(in_fp8, 1, "bf16")[0]

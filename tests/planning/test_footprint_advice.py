@@ -205,3 +205,9 @@ def test_the_flagships_stages(precision, peaks):
     assert predicted == [pytest.approx(peak, rel=0.025) for peak in peaks]
     petaflop = [5.558031, 6.179981, 5.558031, 5.811273, 5.926739, 5.558031, 6.179981, 5.661935]
     assert [stage_flops(config, 4096, stage) / 1e15 for stage in range(8)] == pytest.approx(petaflop, rel=0.001)
+
+
+def test_a_stage_of_the_flagship_in_nvfp4():
+    """The fourth, by tools/dry_run.py: 24531 MiB."""
+    config = configure("vishwamai-120l", 4096, *_BOTH, "precision=nvfp4")
+    assert stage_memory(config, 4096, 3, on_gpu=True).total / 2**20 == pytest.approx(24531, rel=0.025)

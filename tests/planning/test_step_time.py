@@ -108,6 +108,13 @@ def test_what_must_be_slower_is_slower():
     assert 1.01 < step_time(with_memory, 1024, machine()).total / base < 1.15
 
 
+@pytest.mark.parametrize("gpu", ["b200", "b300", "gb200", "gb300"])
+def test_fewer_bits_are_faster_where_the_hardware_has_them(gpu):
+    times = [step_time(flagship(f"precision={name}"), 1024, machine(gpu)).total for name in ("bf16", "fp8_mx", "nvfp4")]
+    assert times == sorted(times, reverse=True)
+    assert find_gpu(gpu).peak["4"] >= 2 * find_gpu(gpu).peak["8"]
+
+
 def test_the_bubble_is_that_of_the_paper():
     """(p − 1) / v micro-batches of a stage's mean (arXiv 2104.04473, section 2.2)."""
     time = step_time(flagship("training.global_batch_size=128"), 1024, machine())

@@ -1,4 +1,4 @@
-"""Training in emulated FP8: layouts, recomputation, interruptions, other precisions' checkpoints, the report."""
+"""Training in emulated FP8 and NVFP4: layouts, recomputation, interruptions, other precisions' checkpoints, report."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from vishwamai_mp.precision.statistics import OperandStatistics, named_fp8_linea
 from vishwamai_mp.training.callbacks import Callback
 from vishwamai_mp.training.loop import Trainer
 
-_RECIPES = ["fp8_delayed", "fp8_current", "fp8_blockwise", "fp8_mx"]
+_RECIPES = ["fp8_delayed", "fp8_current", "fp8_blockwise", "fp8_mx", "nvfp4"]
 _SMALL = [
     "model.hidden_size=256",
     "model.num_layers=2",
@@ -92,6 +92,29 @@ def test_recomputation_changes_nothing(workers, one_process, precision):
     assert again == one_process(f"precision={precision}")
 
 
+def test_memory_cache_and_adapters_in_nvfp4(workers):
+    """Their products too where widths are whole blocks; a pipeline draws the same random bits."""
+    memory = ["memory.enabled=true", "memory.layers=[0]", "memory.memory_size=32", "memory.head_dim=32"]
+    cache = ["cache.enabled=true", "cache.layers=[1]", "cache.num_heads=4", "cache.segment_length=32"]
+    settings = [
+        *_SMALL,
+        *memory,
+        *cache,
+        "memory.dropout=0",
+        "cache.dropout=0",
+        "lora.enabled=true",
+        "lora.targets=[linear_qkv,linear_fc2]",
+    ]
+    plain, rounded = (
+        workers.run(layouts.train, 1, [*settings, f"precision={name}"], 2)[0] for name in ("bf16", "nvfp4")
+    )
+    assert rounded != plain
+    assert [loss for loss, _ in rounded] == pytest.approx([loss for loss, _ in plain], abs=0.05)
+    split = workers.run(layouts.train, 2, [*settings, "precision=nvfp4", _PIPELINE], 2)[0]
+    assert split[0][0] == pytest.approx(rounded[0][0], rel=1e-6)
+    assert split[1][0] == pytest.approx(rounded[1][0], abs=0.02)
+
+
 _TRAINING = [*_SMALL, "checkpoint.save_every=2", "training.max_steps=5", "model.hidden_dropout=0.1"]
 
 
@@ -130,7 +153,13 @@ def test_amaxes_do_not_know_the_layout(workers, corpus, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("precision", "name"),
-    [("fp8_delayed", "TP2 SP"), ("fp8_delayed", "DP2"), ("fp8_delayed", "PP2"), ("fp8_mx", "TP2 SP")],
+    [
+        ("fp8_delayed", "TP2 SP"),
+        ("fp8_delayed", "DP2"),
+        ("fp8_delayed", "PP2"),
+        ("fp8_mx", "TP2 SP"),
+        ("nvfp4", "TP2 SP"),
+    ],
 )
 def test_a_resumed_run_is_bitwise_equal(workers, corpus, tmp_path, precision, name):
     processes, layout = LAYOUTS[name]
@@ -154,7 +183,7 @@ def test_checkpoints_move_between_precisions(workers, corpus, tmp_path):
     run("bf16", "precision=bf16")
     run("delayed", "precision=fp8_delayed", "fp8.amax_history_length=4")
     for load in ("bf16", "delayed"):
-        for precision in ("bf16", "fp8_delayed", "fp8_current"):
+        for precision in ("bf16", "fp8_delayed", "fp8_current", "nvfp4"):
             said = run(f"{precision} from {load}", f"precision={precision}", load=f"{load}/checkpoints/step_00000002")
             assert "starts from" in said
 

@@ -1,6 +1,6 @@
 """Transformer Engine on a GPU against the emulation: what it quantises bit by bit, what it multiplies within 0.2 %.
 
-Needs a GPU, Transformer Engine, and for two of the recipes a GPU that has them.
+Needs a GPU, Transformer Engine, and for three of the recipes a GPU that has them.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from vishwamai_mp.precision import scaling
 from vishwamai_mp.precision.formats import E4M3, E5M2
 from vishwamai_mp.precision.fp8_linear import BlockScaling, CurrentScaling, MXScaling, Scaling
+from vishwamai_mp.precision.nvfp4 import nvfp4_operand, rotate_tokens
 from vishwamai_mp.precision.scaling import quantize_blocks, quantize_mx, scale_from_amax, scaled_operand
 
 pytestmark = [
@@ -93,6 +94,28 @@ def test_mx_operands():
     x = matrix(_TOKENS, _IN)
     theirs = MXFP8Quantizer(tex.DType.kFloat8E4M3)(x.cuda())
     assert_same(quantize_mx(x, E4M3, 1, 32).dequantize_(), theirs.dequantize(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("square", [False, True], ids=["rotated", "weights"])
+def test_nvfp4_operands(square):
+    engine("check_nvfp4_support")
+    from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Quantizer
+
+    x = matrix(_TOKENS, _IN)
+    theirs = NVFP4Quantizer(with_rht=not square, with_post_rht_amax=not square, with_2d_quantization=square)(x.cuda())
+    side = (x.t() if square else rotate_tokens(x).t()).contiguous()
+    for given, codes, scales, amax in (
+        (x, theirs._rowwise_data, theirs._rowwise_scale_inv, theirs._amax_rowwise),
+        (side, theirs._columnwise_data, theirs._columnwise_scale_inv, theirs._amax_columnwise),
+    ):
+        rows, columns = given.shape
+        grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        pairs = codes.cpu().view(rows, columns // 2).int()
+        numbers = torch.stack((pairs & 15, pairs >> 4), -1).view(rows, columns)
+        values = grid[numbers & 7] * (1 - 2 * (numbers >> 3))
+        inverse = scales.cpu()[:rows, : columns // 16].contiguous().view(E4M3.dtype).float()
+        assert_same(nvfp4_operand(given, 16 if square else 1, 16).values, values * inverse.repeat_interleave(16, 1))
+        assert_same(scaling.largest_absolute(given).view(1), amax)
 
 
 @pytest.mark.parametrize(

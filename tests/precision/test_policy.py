@@ -22,6 +22,7 @@ _RECIPES = {
     "fp8_current": ("tensorwise", "hybrid"),
     "fp8_blockwise": ("blockwise", "e4m3"),
     "fp8_mx": ("mxfp8", "e4m3"),
+    "nvfp4": ("nvfp4", "e2m1"),
 }
 _SIZES = ["model.hidden_size=128", "model.intermediate_size=256", "model.num_key_value_heads=8"]
 _TOKENS = ["model.max_position_embeddings=128", "training.sequence_length=128"]
@@ -42,21 +43,31 @@ def as_if_on_a_gpu(engine: bool = True) -> mock._patch:
 
 @pytest.mark.parametrize("precision", _RECIPES)
 def test_megatron_core_is_told_everything(precision):
-    """None of its FP8 fields is left to its defaults, some of which are not Transformer Engine's."""
+    """None of its fields is left to its defaults, some of which are not Transformer Engine's."""
     config = fp8_config(precision)
     policy = PrecisionPolicy.of(precision, config.fp8)
     assert policy.fp8 is not None
     assert policy.compute == torch.bfloat16
     fields = policy.fp8.megatron_fields()
-    assert (fields["fp8_recipe"], fields["fp8"]) == _RECIPES[precision]
+    kind = "fp4" if precision == "nvfp4" else "fp8"
+    theirs = {field.name for field in dataclasses.fields(transformer_config(config)) if field.name.startswith(kind)}
+    # Of custom recipes; ignored.
+    assert (
+        theirs - set(fields)
+        == {"fp8": {"fp8_quantizer_factory", "fp8_interval"}, "fp4": {"fp4_quantizer_factory"}}[kind]
+    )
+    assert (fields[f"{kind}_recipe"], fields[kind]) == _RECIPES[precision]
+    if kind == "fp4":
+        return
     assert fields["fp8_amax_history_len"] == (1024 if precision == "fp8_delayed" else 1)
     assert fields["fp8_amax_compute_algo"] == "max"
     assert fields["fp8_wgrad"]  # Transformer Engine drops False without a word
-    theirs = {field.name for field in dataclasses.fields(transformer_config(config)) if field.name.startswith("fp8")}
-    assert theirs - set(fields) == {"fp8_quantizer_factory", "fp8_interval"}  # of custom recipes; ignored
 
 
 def test_on_transformer_engine_the_fields_are_set():
+    with mock.patch("vishwamai_mp.model.transformer_config.use_transformer_engine", return_value=True):
+        megatron = transformer_config(fp8_config("nvfp4", "data.reset_position_ids=true"))
+    assert (megatron.fp4, megatron.fp4_recipe, megatron.fp8) == ("e2m1", "nvfp4", None)
     layers = ["fp8.bf16_layers_at_start=1", "fp8.bf16_layers_at_end=2"]
     config = fp8_config("fp8_current", *layers, "data.reset_position_ids=true")  # with which it fuses no rotation
     with mock.patch("vishwamai_mp.model.transformer_config.use_transformer_engine", return_value=True):
@@ -84,10 +95,11 @@ def test_fp8_on_a_gpu_without_transformer_engine_is_refused(precision):
         ("fp8_current", "check_fp8_support"),
         ("fp8_blockwise", "check_fp8_block_scaling_support"),
         ("fp8_mx", "check_mxfp8_support"),
+        ("nvfp4", "check_nvfp4_support"),
     ],
 )
 def test_a_gpu_that_lacks_the_recipe_is_refused(precision, check):
-    names = ("check_fp8_support", "check_fp8_block_scaling_support", "check_mxfp8_support")
+    names = ("check_fp8_support", "check_fp8_block_scaling_support", "check_mxfp8_support", "check_nvfp4_support")
     answers = {name: (lambda name=name: (name != check, "Needs another." if name == check else "")) for name in names}
     modules: dict[str, Any] = {"transformer_engine": types.ModuleType("transformer_engine")}
     modules["transformer_engine.pytorch"] = types.SimpleNamespace(fp8=types.SimpleNamespace(**answers))
@@ -97,6 +109,18 @@ def test_a_gpu_that_lacks_the_recipe_is_refused(precision, check):
         pytest.raises(ConfigError, match=f"precision={precision}: this GPU cannot \\(Needs another\\); use"),
     ):
         check_fp8_hardware(PrecisionPolicy.of(precision))
+
+
+def test_an_environment_that_changes_nvfp4_is_refused(monkeypatch):
+    modules: dict[str, Any] = {"transformer_engine": types.ModuleType("transformer_engine")}
+    fp8 = types.SimpleNamespace(check_nvfp4_support=lambda: (True, ""), check_mxfp8_support=lambda: (True, ""))
+    modules["transformer_engine.pytorch"] = types.SimpleNamespace(fp8=fp8)
+    with as_if_on_a_gpu(), mock.patch.dict("sys.modules", modules):
+        check_fp8_hardware(PrecisionPolicy.of("nvfp4"))
+        monkeypatch.setenv("NVTE_NVFP4_DISABLE_RHT", "1")
+        check_fp8_hardware(PrecisionPolicy.of("fp8_mx"))
+        with pytest.raises(ConfigError, match=r"precision=nvfp4: NVTE_NVFP4_DISABLE_RHT=1 .*unset it"):
+            check_fp8_hardware(PrecisionPolicy.of("nvfp4"))
 
 
 def emulated(*overrides: str) -> list[str]:

@@ -49,11 +49,12 @@ def test_codes_of_current_scaling(found):
     assert found["current"] == {"e4m3": 0, "e5m2": 0}
 
 
-def test_a_whole_linear_layer(found):
+@pytest.mark.parametrize("kind", ["linear", "fp4_linear"])
+def test_a_whole_linear_layer(found, kind):
     """Equal, but for few numbers that are rounded to the other side: products are summed in another order."""
-    for wrong, count, _ in found["linear"].values():
+    for wrong, count, _ in found[kind].values():
         assert wrong < count / 1000
-    assert {name for name in found["linear"] if name.endswith("fp32")} == {"y fp32", "dx fp32", "dw fp32"}
+    assert {name for name in found[kind] if name.endswith("fp32")} == {"y fp32", "dx fp32", "dw fp32"}
 
 
 def test_blocks(found):

@@ -27,7 +27,7 @@ from torch import Tensor  # noqa: E402
 from vishwamai_mp.precision import nvfp4, scaling  # noqa: E402
 from vishwamai_mp.precision.delayed import update_scales_  # noqa: E402
 from vishwamai_mp.precision.formats import E4M3, E5M2, Format  # noqa: E402
-from vishwamai_mp.precision.fp8_linear import CurrentScaling, _Fp8Linear  # noqa: E402
+from vishwamai_mp.precision.fp8_linear import CurrentScaling, Nvfp4Scaling, Scaling, _Fp8Linear  # noqa: E402
 
 _FORMATS = {"e4m3": E4M3, "e5m2": E5M2}
 _GENERATOR = torch.Generator().manual_seed(11)
@@ -109,7 +109,31 @@ def current() -> dict[str, int]:
     return found
 
 
+class _Nearest(Nvfp4Scaling):
+    """NVFP4 that rounds gradients to the nearest, as the reference does."""
+
+    def __init__(self) -> None:
+        super().__init__("", mock.Mock())
+
+    def _bits(self, along: int) -> Any:
+        return None
+
+
 def linear() -> dict[str, list[int]]:
+    """`_linear` with one scale per tensor."""
+    from transformer_engine.pytorch.custom_recipes.reference_current_scaling import current_scaling_ref_factory
+
+    return _linear(CurrentScaling(), current_scaling_ref_factory)
+
+
+def fp4_linear() -> dict[str, list[int]]:
+    """`_linear` in NVFP4, rounding to the nearest."""
+    from transformer_engine.pytorch.custom_recipes.reference_nvfp4 import nvfp4_ref_rht_2d_factory
+
+    return _linear(_Nearest(), nvfp4_ref_rht_2d_factory)
+
+
+def _linear(scaling_of_ours: Scaling, their_factory: Any) -> dict[str, list[int]]:
     """[differing, compared, more than one last place apart] of y, dx, dw.
 
     `fp32`: our products in fp32, as theirs are; `bf16`: in bf16, where the hardware has it.
@@ -117,20 +141,20 @@ def linear() -> dict[str, list[int]]:
     x = torch.randn(256, 192, generator=_GENERATOR).bfloat16()
     w = (torch.randn(320, 192, generator=_GENERATOR) * 0.05).bfloat16()
     grad = (torch.randn(256, 320, generator=_GENERATOR) * 1e-3).bfloat16()
-    theirs = _their_linear(x, w, grad)
+    theirs = _their_linear(x, w, grad, their_factory)
     found = {}
     native = scaling.multiplies_natively(torch.bfloat16)
     for arithmetic in ("fp32", "bf16") if native else ("fp32",):
         with mock.patch.object(scaling, "multiplies_natively", return_value=arithmetic == "bf16"):
-            ours = _our_linear(x, w, grad)
+            ours = _our_linear(x, w, grad, scaling_of_ours)
         for name, one, other in zip(("y", "dx", "dw"), ours, theirs, strict=True):
             apart = (one.view(torch.int16).int() - other.view(torch.int16).int()).abs()
             found[f"{name} {arithmetic}"] = [differing(one, other), one.numel(), int((apart > 1).sum())]
     return found
 
 
-def _our_linear(x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
-    layer = types.SimpleNamespace(fp8_scaling=CurrentScaling(), fp8_observer=None)
+def _our_linear(x: Tensor, w: Tensor, grad: Tensor, ours: Scaling) -> list[Tensor]:
+    layer = types.SimpleNamespace(fp8_scaling=ours, fp8_observer=None)
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     y = _Fp8Linear.apply(x, w, layer, False, False, None)
     y.backward(grad)
@@ -139,17 +163,16 @@ def _our_linear(x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, w.grad]
 
 
-def _their_linear(x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
+def _their_linear(x: Tensor, w: Tensor, grad: Tensor, factory: Any) -> list[Tensor]:
     import transformer_engine.pytorch as te
     from transformer_engine.common.recipe import CustomRecipe
-    from transformer_engine.pytorch.custom_recipes.reference_current_scaling import current_scaling_ref_factory
 
     with _as_if_on_a_gpu():
         layer = te.Linear(w.shape[1], w.shape[0], bias=False, params_dtype=torch.bfloat16, device="cpu")
         with torch.no_grad():
             layer.weight.copy_(w)
         x = x.clone().requires_grad_()
-        with te.autocast(enabled=True, recipe=CustomRecipe(qfactory=current_scaling_ref_factory)):
+        with te.autocast(enabled=True, recipe=CustomRecipe(qfactory=factory)):
             y = layer(x)
         y.backward(grad)
     assert x.grad is not None
@@ -295,7 +318,7 @@ def _uneven(rows: int, columns: int) -> Tensor:
 
 
 def main() -> None:
-    checks = [scales, delayed, current, linear, blocks, fp4]
+    checks = [scales, delayed, current, linear, blocks, fp4, fp4_linear]
     if (Path(_FOLDER) / "torchao").is_dir():
         checks.append(mx)
     print(json.dumps({check.__name__: check() for check in checks}))

@@ -47,6 +47,17 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "tensor, current": (2, 1, [*_TENSOR, "precision=fp8_current"]),
     "tensor, blockwise": (2, 0, [*_TENSOR, "precision=fp8_blockwise"]),
     "tensor, mx": (2, 1, [*_TENSOR, "precision=fp8_mx"]),
+    "tensor, nvfp4": (2, 0, [*_TENSOR, "precision=nvfp4"]),
+    "chunks, memory, cache, adapters, nvfp4 at the end": (
+        2,
+        1,
+        [*_CHUNKS, *MEMORY, *CACHE, *LORA, *RECOMPUTE, "precision=nvfp4", "fp8.bf16_layers_at_start=1"],
+    ),
+    "context, replicas, narrow, nvfp4": (
+        4,
+        3,
+        [*_CONTEXT, *_REPLICAS, "model.hidden_size=192", "model.intermediate_size=96", "precision=nvfp4"],
+    ),
     "tensor, memory, cache and values, delayed": (
         2,
         1,
@@ -121,8 +132,10 @@ def test_a_step_runs_and_waits_once(found, name):
     assert step["layers"] == "Transformer Engine"
     assert not step["notes"]
     assert list(step["host_waits"].values()) == [1], step["host_waits"]
-    # The frequencies of positions, and a tensor of nothing that memory is given back with: once in a model's life.
-    assert all("rotary" in place or "pytorch/utils" in place for place in step["host_copies"]), step["host_copies"]
+    # The frequencies of positions, a tensor of nothing that memory is given back with, NVFP4's Hadamard matrix:
+    # once in a model's life.
+    once = ("rotary", "pytorch/utils", "pytorch/tensor/nvfp4_tensor")
+    assert all(any(part in place for part in once) for place in step["host_copies"]), step["host_copies"]
     assert sum(step["at_peak"].values()) == step["peak_bytes"]
     assert step["at_peak"]["workspaces"] == 32 * 2**20 + 1024  # cuBLAS's on a Hopper or later
 
@@ -136,7 +149,8 @@ def test_a_rank_of_each_recipe_trains(found, name):
 
 
 def test_fp8_launches_quantizers_for_the_same_products(found):
-    steps = {name: found[f"tensor, {name}"] for name in ("fp16", "delayed", "current", "blockwise", "mx")}
+    steps = {name: found[f"tensor, {name}"] for name in ("fp16", "delayed", "current", "blockwise", "mx", "nvfp4")}
+    steps["nvfp4"]["flops"] -= 2 * 16**3  # the Hadamard matrix gets its signs, once
     assert len({step["flops"] for step in steps.values()}) == 1
     assert all(steps[name]["launches"] > steps["fp16"]["launches"] for name in steps if name != "fp16")
 

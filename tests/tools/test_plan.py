@@ -117,6 +117,7 @@ def test_what_fits_nowhere_is_told_what_it_lacks(plan, capsys):
         (["--stack", "megatrom"], "did you mean megatron"),
         (["--gpu", "v100-32"], "use precision=fp16"),
         (["--gpu", "a100-80", "precision=fp8_current"], "has no FP8"),
+        (["--gpu", "h200", "precision=nvfp4"], "has no FP4"),
         (["model.hidden_size=7"], "multiple of model.num_attention_heads"),
     ],
 )

@@ -131,6 +131,7 @@ def test_evaluation_between_steps_changes_nothing(workers: WorkerPool, tmp_path:
         ("parallel.pipeline_model_parallel_size=2", "set parallel.pipeline_model_parallel_size=1"),
         ("parallel.context_parallel_size=2", "set parallel.context_parallel_size=1"),
         ("precision=fp8_current", "use bf16"),
+        ("precision=nvfp4", "use bf16"),
         ("lora.enabled=true", "lora.enabled=true with"),
     ],
 )

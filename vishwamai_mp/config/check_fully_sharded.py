@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.resolve_fp8 import rounds_operands
 
 if TYPE_CHECKING:
     from vishwamai_mp.config.schema import PretrainConfig
@@ -23,7 +24,7 @@ def check_fully_sharded(config: "PretrainConfig") -> None:
                 f"parallel.{name}={size} with parallel.fully_sharded=true: parameters are split over replicas only;"
                 f" set parallel.{name}=1, or parallel.fully_sharded=false"
             )
-    if config.precision.startswith("fp8"):
+    if rounds_operands(config.precision):
         raise ConfigError(
             f"precision={config.precision} with parallel.fully_sharded=true is not supported; use bf16, or"
             " parallel.fully_sharded=false"

@@ -1,4 +1,4 @@
-"""The section `fp8`: what its options default to, and what FP8 cannot do."""
+"""The section `fp8`: what its options default to, and what FP8 and NVFP4 cannot do."""
 
 from dataclasses import fields, replace
 
@@ -6,11 +6,16 @@ from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.schema import Fp8Config, PretrainConfig
 
 # Widths and token counts must be multiples of this: of a block of numbers that share a scale, or of the 16 bytes that
-# a GPU's FP8 product reads at once.
-MULTIPLE = {"fp8_delayed": 16, "fp8_current": 16, "fp8_blockwise": 128, "fp8_mx": 32}
+# a GPU's product reads at once: 32 numbers of NVFP4, two of its blocks.
+MULTIPLE = {"fp8_delayed": 16, "fp8_current": 16, "fp8_blockwise": 128, "fp8_mx": 32, "nvfp4": 32}
 # Buffers of a linear layer under delayed scaling: amaxes of its operands in past passes, and their scales.
 SCALING_STATE = ("fp8_amax_history", "fp8_scale")
 _DELAYED_ONLY = ("amax_history_length", "amax_algorithm")
+
+
+def rounds_operands(precision: str) -> bool:
+    """Whether linear layers multiply operands of 8 or 4 bits."""
+    return precision in MULTIPLE
 
 
 def resolve_fp8(config: PretrainConfig) -> PretrainConfig:
@@ -20,12 +25,12 @@ def resolve_fp8(config: PretrainConfig) -> PretrainConfig:
         ConfigError: an option without effect, or sizes that the recipe cannot take.
     """
     options = config.fp8
-    if config.precision not in MULTIPLE:
+    if not rounds_operands(config.precision):
         for option in fields(Fp8Config):
             if getattr(options, option.name) != option.default:
                 raise ConfigError(
                     f"fp8.{option.name}={getattr(options, option.name)} has no effect at precision={config.precision};"
-                    f" use an fp8 precision or {leave_out(f'fp8.{option.name}')}"
+                    f" use an fp8 precision, nvfp4, or {leave_out(f'fp8.{option.name}')}"
                 )
         return config
     _check_layers(config)
@@ -59,12 +64,13 @@ def _check_layers(config: PretrainConfig) -> None:
     if options.bf16_layers_at_start + options.bf16_layers_at_end >= layers:
         raise ConfigError(
             f"fp8.bf16_layers_at_start={options.bf16_layers_at_start} and"
-            f" bf16_layers_at_end={options.bf16_layers_at_end} leave none of the {layers} layers in FP8; lower them"
+            f" bf16_layers_at_end={options.bf16_layers_at_end} leave none of the {layers} layers in"
+            f" {config.precision}; lower them"
         )
 
 
 def _check_sizes(config: PretrainConfig) -> None:
-    """All that FP8 products read or write, per rank, must be whole blocks."""
+    """All that products of 8 or 4 bits read or write, per rank, must be whole blocks."""
     model, training, parallel = config.model, config.training, config.parallel
     multiple, tensor = MULTIPLE[config.precision], parallel.tensor_model_parallel_size
     assert model.head_dim is not None

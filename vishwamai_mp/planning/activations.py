@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, layers_per_stage, padded_vocab_size
+from vishwamai_mp.config.resolve_fp8 import rounds_operands
 from vishwamai_mp.config.resolve_rotary import layer_is_turned
 from vishwamai_mp.planning.component_activations import component_activations, components_on_stage
 
@@ -16,6 +17,9 @@ _QUERIES = 64  # that a CPU's attention takes at a time
 _LONGEST = 2048  # queries up to which it keeps its weights
 # Bytes of logits that a GPU turns into their gradient at a time, in fp32 (`runtime.device.row_blocks`).
 _LOSS_BLOCK = 2**28
+
+# Of a number and its part of a block's scale, where they are not one byte and next to nothing: 16 share an E4M3 scale.
+QUANTIZED = {"nvfp4": 1 / 2 + 1 / 16}
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def _working(config: PretrainConfig) -> float:
     weights = 0.0 if alone else size * model.intermediate_size * model.hidden_size / tensor
     gathered, residual = (whole, whole / shards) if shards > 1 else (0.0, whole)
     second = gathered + wide + weights + residual
-    quantized = 2 * wide if config.precision.startswith("fp8") else 0.0  # gradients of gate and up, twice
+    rounded = rounds_operands(config.precision)
+    quantized = 2 * wide * QUANTIZED.get(config.precision, 1.0) if rounded else 0.0  # gradients of gate and up, twice
     first = gathered - wide + quantized + whole + 2 * weights + residual + (residual if shards > 1 else 0)
     return max(first, second)
 

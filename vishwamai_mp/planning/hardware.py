@@ -1,6 +1,6 @@
 """GPUs and the links between them, as their data sheets give them. What of it programs reach is in `stacks`.
 
-Sources: NVIDIA's data sheets of V100, A100, H100, H200, HGX B200, GB200 NVL72, GB300 NVL72, L4,
+Sources: NVIDIA's data sheets of V100, A100, H100, H200, HGX B200 and B300, GB200 NVL72, GB300 NVL72, L4,
 A10G, L40S and RTX 4090.
 Matrix products are dense (data sheets often double them for sparsity); a link's figure is of one direction.
 """
@@ -72,6 +72,7 @@ _TABLE = [
     ),
     _gpu("h200", "H200 SXM 141 GB", 139.8, 4.8, (989.4, 1978.9), 450, 8, 50, 3.0),
     _gpu("b200", "B200 SXM 180 GB", 178.0, 7.7, (2250, 4500, 9000), 900, 8, 50, 4.0),
+    _gpu("b300", "B300 SXM 288 GB", 268.0, 8.0, (2250, 4500, 13500), 900, 8, 100, 5.0),
     _gpu("gb200", "GB200 NVL72 186 GB", 184.0, 8.0, (2450, 4900, 9800), 900, 72, 50, 4.5),
     _gpu("gb300", "GB300 NVL72 279 GB", 276.0, 8.0, (2450, 4900, 14700), 900, 72, 100, 5.5),
     _gpu("l4", "L4 24 GB", 22.0, 0.3, (121, 242), 25, 1, 3, 0.5),

@@ -116,6 +116,8 @@ def check_precision(precision: str, gpu: Gpu) -> None:
         raise UserError(f"precision=bf16: {gpu.title} has no bf16 matrix products; use precision=fp16")
     if precision.startswith("fp8") and "8" not in gpu.peak:
         raise UserError(f"precision={precision}: {gpu.title} has no FP8 matrix products; use precision=bf16")
+    if precision == "nvfp4" and "4" not in gpu.peak:
+        raise UserError(f"precision={precision}: {gpu.title} has no FP4 matrix products; use fp8_current or bf16")
 
 
 def nearest_that_fits(config: PretrainConfig, machine: Machine, more_than: int) -> Candidate | None:

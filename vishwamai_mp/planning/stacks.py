@@ -110,6 +110,7 @@ REACHED: dict[str, dict[str, dict[str, float]]] = {
 _NEIGHBOURS = {
     "gb200": "b200",
     "gb300": "gb200",
+    "b300": "gb300",
     "b200": "gb200",
     "h200": "h100",
     "h100-96-500w": "h100",
@@ -197,8 +198,9 @@ def reached(stack: Stack, gpu: Gpu, kind: str) -> float:
         return table["attention"] * gpu.peak["16"] * derate
     bits = _BITS[kind]
     if bits in gpu.peak:
-        eight = table.get("fp8", table["16"])
-        return table.get(kind, eight) * gpu.peak[bits] * derate
+        near = REACHED[stack.name].get(_NEIGHBOURS.get(gpu.name, ""), {})
+        share = table.get(kind) or near.get(kind) or table.get("fp8", table["16"])
+        return share * gpu.peak[bits] * derate
     return table["16"] * gpu.peak["16"] * derate
 
 

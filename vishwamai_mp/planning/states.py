@@ -1,7 +1,8 @@
 """Memory of parameters, gradients and optimizer state of one rank. A test holds these formulae against built models."""
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, padded_vocab_size
-from vishwamai_mp.planning.activations import micro_batches_underway, number_bytes, stage_layers
+from vishwamai_mp.config.resolve_fp8 import rounds_operands
+from vishwamai_mp.planning.activations import QUANTIZED, micro_batches_underway, number_bytes, stage_layers
 from vishwamai_mp.planning.cache_costs import cache_parameters
 from vishwamai_mp.planning.component_activations import components_on_stage
 from vishwamai_mp.planning.neural_memory_costs import memory_parameters
@@ -60,7 +61,7 @@ def fused_gradients(config: PretrainConfig) -> float:
 
 
 def fp8_weights(config: PretrainConfig, stage: int, micro_batches: int) -> float:
-    """Bytes of the FP8 copies of weights that a rank of a stage makes in a step's first micro-batch, on a GPU.
+    """Bytes of the FP8 or NVFP4 copies of weights that a rank of a stage makes in a step's first micro-batch, on a GPU.
 
     Two of each: as it lies and transposed, for the backward pass. Recomputation leaves the transposes of query, key,
     value, gate and up to the first backward pass of their chunk, and some chunks' come when the peak is past.
@@ -70,7 +71,7 @@ def fp8_weights(config: PretrainConfig, stage: int, micro_batches: int) -> float
         stage: from 0.
         micro_batches: of a step.
     """
-    if not config.precision.startswith("fp8"):
+    if not rounds_operands(config.precision):
         return 0.0
     model, parallel = config.model, config.parallel
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
@@ -82,7 +83,8 @@ def fp8_weights(config: PretrainConfig, stage: int, micro_batches: int) -> float
     if config.training.recompute == "full" and config.training.recompute_layers is None:
         passes = (micro_batches - micro_batches_underway(config, stage, micro_batches)) * chunks
         begun = min(1.0, (1 + passes // parallel.pipeline_model_parallel_size) / chunks)
-    return stage_layers(config)[stage] * (2 * second + (1 + begun) * first) / parallel.tensor_model_parallel_size
+    copies = (2 * second + (1 + begun) * first) * QUANTIZED.get(config.precision, 1.0)
+    return stage_layers(config)[stage] * copies / parallel.tensor_model_parallel_size
 
 
 def stage_parameters(config: PretrainConfig, stage: int) -> float:

@@ -63,7 +63,7 @@ class StepTime:
 
 def number_format(config: PretrainConfig) -> str:
     """Of the linear layers' products, in the names of `stacks.FORMATS`."""
-    return {"fp8_mx": "mxfp8", "fp8_blockwise": "mxfp8"}.get(
+    return {"fp8_mx": "mxfp8", "fp8_blockwise": "mxfp8", "nvfp4": "nvfp4"}.get(
         config.precision, "fp8" if config.precision.startswith("fp8") else "16"
     )
 

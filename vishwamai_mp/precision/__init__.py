@@ -1,4 +1,4 @@
-"""In which numbers it computes: fp32, bf16, fp16, FP8; Transformer Engine's linears on GPUs, faithful ones on CPUs."""
+"""In which numbers it computes: fp32, bf16, fp16, FP8, NVFP4; Transformer Engine's linears on GPUs, ours on CPUs."""
 
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 

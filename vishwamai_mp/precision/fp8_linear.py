@@ -1,4 +1,4 @@
-"""FP8 linear layers on a CPU: the operands are rounded as Transformer Engine rounds them on a GPU.
+"""FP8 and NVFP4 linear layers on a CPU: the operands are rounded as Transformer Engine rounds them on a GPU.
 
 Products of the rounded operands are accumulated in fp32 and rounded once to the data type of the activations. What
 differs from a GPU is the order of that accumulation. Shapes: T tokens (local under sequence parallelism), B batch,
@@ -7,7 +7,7 @@ I in, O out (local).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch import Tensor
 from vishwamai_mp.precision.collectives import gather_sequence, reduce_input_gradient
 from vishwamai_mp.precision.delayed import DelayedScaling
 from vishwamai_mp.precision.formats import E4M3, hybrid_format
+from vishwamai_mp.precision.nvfp4 import BLOCK, nvfp4_operand, rotate_tokens
+from vishwamai_mp.precision.rounding_bits import GradientPlaces, RoundingBits, layer_key
 from vishwamai_mp.precision.scaling import (
     Operand,
     block_operand,
@@ -31,20 +33,26 @@ from vishwamai_mp.precision.scaling import (
 Observer = Callable[[str, Tensor, Operand], None]
 
 
-class Scaling(Protocol):
+class Scaling:
     """How one linear layer's operands are scaled.
 
     `one_scale`: one per tensor, so the operand serves the products along both of its dimensions.
     """
 
-    one_scale: bool
+    one_scale: ClassVar[bool]
 
     def quantize(self, x_MN: Tensor, role: str, along: int) -> Operand:
         """An operand ("input", "weight" or "gradient") of a product that sums along dimension `along`."""
-        ...
+        raise NotImplementedError
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Called before a training step, of the run's seed and from 0: what is drawn at random follows from them."""
+
+    def begin_backward(self, shape: torch.Size) -> None:
+        """Called before the operands of a backward pass are rounded, with the shape of the output's gradient."""
 
 
-class CurrentScaling:
+class CurrentScaling(Scaling):
     """One scale per tensor, from its own amax: E4M3, gradients E5M2 (`fp8_current`)."""
 
     one_scale = True
@@ -54,7 +62,7 @@ class CurrentScaling:
         return scaled_operand(x_MN, to, scale_from_amax(largest_absolute(x_MN), to, x_MN.dtype))
 
 
-class DelayedLayerScaling:
+class DelayedLayerScaling(Scaling):
     """One scale per tensor, from earlier passes (`fp8_delayed`): layer `index` of a `DelayedScaling`."""
 
     one_scale = True
@@ -67,7 +75,7 @@ class DelayedLayerScaling:
         return scaled_operand(x_MN, hybrid_format(role), self.shared.scale_of(self.index, role, x_MN).clone())
 
 
-class BlockScaling:
+class BlockScaling(Scaling):
     """One scale per 1 × 128 numbers of inputs and gradients and per 128 × 128 of weights (`fp8_blockwise`)."""
 
     one_scale = False
@@ -77,7 +85,7 @@ class BlockScaling:
         return block_operand(quantize_blocks, x_MN, E4M3, rows, columns)
 
 
-class MXScaling:
+class MXScaling(Scaling):
     """One scale per 32 numbers along the sum (`fp8_mx`)."""
 
     one_scale = False
@@ -87,8 +95,43 @@ class MXScaling:
         return block_operand(quantize_mx, x_MN, E4M3, rows, columns)
 
 
+class Nvfp4Scaling(Scaling):
+    """E2M1 numbers in blocks of 16, weights of 16 × 16; gradients are rounded stochastically (`nvfp4`).
+
+    Args:
+        layer: its name in the whole model.
+        places: where its gradients' numbers stand.
+    """
+
+    one_scale = False
+
+    def __init__(self, layer: str, places: GradientPlaces) -> None:
+        self.layer, self.places = layer, places
+        self._seed = self._step = self._passes = 0
+        self._shape = torch.Size()
+
+    def begin_step(self, seed: int, step: int) -> None:
+        self._seed, self._step, self._passes = seed, step, 0
+
+    def begin_backward(self, shape: torch.Size) -> None:
+        self._shape, self._passes = shape, self._passes + 1
+
+    def quantize(self, x_MN: Tensor, role: str, along: int) -> Operand:
+        if role == "weight":
+            return nvfp4_operand(x_MN, BLOCK, BLOCK)
+        bits = self._bits(along) if role == "gradient" else None
+        if along == 1:
+            return nvfp4_operand(x_MN, 1, BLOCK, bits)
+        return nvfp4_operand(rotate_tokens(x_MN), BLOCK, 1, bits)
+
+    def _bits(self, along: int) -> RoundingBits:
+        """Of the product that gives the input's gradient (along 1) or the weight's (along 0)."""
+        key = layer_key(self._seed, self._step, self.layer, "input" if along else "weight")
+        return RoundingBits(key, *self.places.of_pass(self._passes - 1, self._shape))
+
+
 def emulate_fp8(linear: Any, scaling: Scaling) -> None:
-    """Give a parallel linear layer of megatron-core FP8 arithmetic.
+    """Give a parallel linear layer of megatron-core FP8 or NVFP4 arithmetic.
 
     `linear.fp8_observer`, if set, is called with each operand's role, high-precision values and rounded ones. While
     `linear.emulates_fp8` is False it computes as it did before.
@@ -157,6 +200,7 @@ class _Fp8Linear(torch.autograd.Function):
         x_saved, x_scale, w_OI, w_scale = ctx.saved_tensors
         linear, scaling = ctx.linear, ctx.linear.fp8_scaling
         grad = grads[0].flatten(0, -2)
+        scaling.begin_backward(grads[0].shape)
         g = _quantize(linear, grad, "gradient", 1)
         w = scaled_operand(w_OI, E4M3, w_scale) if scaling.one_scale else scaling.quantize(w_OI, "weight", 0)
         dx = multiply(g, w, grad.dtype).view(*grads[0].shape[:-1], -1)
@@ -184,7 +228,7 @@ def _quantize(linear: Any, x_MN: Tensor, role: str, along: int) -> Operand:
 
 def _to_save(x_TBI: Tensor, x: Operand, ctx: Any) -> tuple[Tensor, Tensor | None]:
     """This rank's part of the input for the backward pass: rounded already where the rounding serves there too."""
-    if x.scale is None:
+    if not ctx.linear.fp8_scaling.one_scale:
         return x_TBI, None
     codes = x.values.to(x_TBI.dtype).view(-1, *x_TBI.shape[1:])  # exact
     if ctx.sequence_parallel:

@@ -1,4 +1,4 @@
-"""Linear layers as CPUs compute them: FP8 emulated, fp32 by the faster library, 16 bits widened without the hardware.
+"""Linear layers as CPUs compute them: FP8 and NVFP4 emulated, fp32 by the faster library, 16 bits widened at need.
 
 Widening: the operands are multiplied in fp32 and the product rounded once, what a tensor core does, and some hundred
 times faster than the scalar fallback. Shapes: T tokens (local under sequence parallelism), B batch, I in, O out
@@ -6,6 +6,7 @@ times faster than the scalar fallback. Shapes: T tokens (local under sequence pa
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ from vishwamai_mp.precision.fp8_linear import (
     CurrentScaling,
     DelayedLayerScaling,
     MXScaling,
+    Nvfp4Scaling,
     Scaling,
     emulate_fp8,
     replace_product,
 )
 from vishwamai_mp.precision.policy import Fp8Policy, PrecisionPolicy
+from vishwamai_mp.precision.rounding_bits import GradientPlaces
+from vishwamai_mp.precision.statistics import named_fp8_linears
 from vishwamai_mp.runtime import device, is_accelerator, multiplies_natively
 from vishwamai_mp.runtime.products import (
     input_gradient_fp32,
@@ -55,9 +59,9 @@ def use_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
             replace_product(module, _Fp32Linear.apply)
     if policy.fp8 is not None:
         linears = _fp8_linears(model, policy)
-        if linears and hasattr(linears[0], "fp8_meta"):
+        if any(hasattr(linear, "fp8_meta") for linear in linears.values()):
             if policy.fp8.recipe == "delayed":
-                keep_scaling(linears, get_fp8_recipe(model.config))
+                keep_scaling(list(linears.values()), get_fp8_recipe(model.config))
         elif linears and not is_accelerator(device()):
             _emulate_fp8(model, linears, policy.fp8)
     refuse_pickles(model)
@@ -68,12 +72,27 @@ def parallel_linears(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, ColumnParallelLinear | RowParallelLinear)]
 
 
-def _fp8_linears(model: Any, policy: PrecisionPolicy) -> list[Any]:
-    """The linear layers that compute in FP8: those of attention, MLP and components of the policy's layers.
+def begin_step(models: Sequence[Any], seed: int, step: int) -> None:
+    """Let emulated layers of this rank's model chunks draw a training step's random numbers.
+
+    Args:
+        models: unwrapped.
+        seed: of the run.
+        step: from 0.
+    """
+    for _, linear in named_fp8_linears(models):
+        linear.fp8_scaling.begin_step(seed, step)
+
+
+def _fp8_linears(model: Any, policy: PrecisionPolicy) -> dict[str, Any]:
+    """The linear layers that compute in FP8 or NVFP4, by name in the whole model: those of attention, MLP and
+    components of the policy's layers.
 
     Says which of them are not made of whole blocks, and leaves these in bf16, on a GPU as on a CPU.
     """
-    fp8, found, left = policy.fp8, [], {}
+    fp8 = policy.fp8
+    found: dict[str, Any] = {}
+    left: dict[str, Any] = {}
     assert fp8 is not None
     for layer in model.decoder.layers:
         if not fp8.applies_to(layer.layer_number - 1, model.config.num_layers):
@@ -81,10 +100,8 @@ def _fp8_linears(model: Any, policy: PrecisionPolicy) -> list[Any]:
         for name, part in layer.named_modules():
             if not (isinstance(part, ColumnParallelLinear | RowParallelLinear) or _is_transformer_engine_linear(part)):
                 continue
-            if all(size % fp8.multiple == 0 for size in part.weight.shape):
-                found.append(part)
-            else:
-                left[f"layers.{layer.layer_number - 1}.{name}"] = part
+            fits = all(size % fp8.multiple == 0 for size in part.weight.shape)
+            (found if fits else left)[f"layers.{layer.layer_number - 1}.{name}"] = part
     for part in left.values():
         if _is_transformer_engine_linear(part):
             _leave_in_bf16(part)
@@ -115,17 +132,37 @@ def _leave_in_bf16(linear: Any) -> None:
     linear.forward = forward_in_bf16
 
 
-def _emulate_fp8(model: Any, linears: list[Any], fp8: Fp8Policy) -> None:
+def _emulate_fp8(model: Any, linears: Mapping[str, Any], fp8: Fp8Policy) -> None:
     if fp8.recipe == "delayed":
         length, algorithm = fp8.amax_history_length, fp8.amax_algorithm
-        shared = DelayedScaling(model.decoder, linears, model.pg_collection.tp_dp_cp, length, algorithm)
-        for index, linear in enumerate(linears):
+        group = model.pg_collection.tp_dp_cp
+        shared = DelayedScaling(model.decoder, list(linears.values()), group, length, algorithm)
+        for index, linear in enumerate(linears.values()):
             emulate_fp8(linear, DelayedLayerScaling(shared, index))
+        return
+    if fp8.recipe == "nvfp4":
+        groups = model.pg_collection
+        for name, linear in linears.items():
+            gated = name.endswith(".linear_fc1") and model.config.gated_linear_unit
+            places = GradientPlaces(outputs_of(linear, gated, groups.tp), groups.cp, groups.dp)
+            emulate_fp8(linear, Nvfp4Scaling(name, places))
         return
     kinds: dict[str, type[Scaling]] = {"tensorwise": CurrentScaling, "blockwise": BlockScaling, "mxfp8": MXScaling}
     scaling = kinds[fp8.recipe]()
-    for linear in linears:
+    for linear in linears.values():
         emulate_fp8(linear, scaling)
+
+
+def outputs_of(linear: Any, gated: bool, group: dist.ProcessGroup) -> Tensor:
+    """The numbers in the whole model of a linear layer's outputs on this rank; first gates, then what they multiply."""
+    own = torch.arange(linear.weight.shape[0])
+    if isinstance(linear, RowParallelLinear):
+        return own
+    if not gated:
+        return own + group.rank() * len(own)
+    half = len(own) // 2
+    gates = own[:half] + group.rank() * half
+    return torch.cat((gates, gates + group.size() * half))
 
 
 class _Fp32Linear(torch.autograd.Function):

@@ -86,7 +86,8 @@ def nvfp4_operand(x_MN: Tensor, rows: int, columns: int, bits: RoundingBits | No
         quantized = quantize_nvfp4(x_MN[slab], scale, rows, columns, None if bits is None else bits.of_rows(slab))
         values[slab] = quantized.dequantize_()
         found.append(quantized.scale_inverse)
-    return Operand(values, scale, block_scales=scale / torch.cat(found))
+    inverses = torch.cat(found)
+    return Operand(values, scale, block_scales=torch.where(inverses == 0, 1.0, scale / inverses))
 
 
 def rotate_tokens(x_MN: Tensor) -> Tensor:

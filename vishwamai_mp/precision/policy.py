@@ -1,5 +1,6 @@
 """One setting, `precision`, and everything that follows from it."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +11,25 @@ from vishwamai_mp.config.resolve_fp8 import MULTIPLE
 from vishwamai_mp.runtime import device, has_transformer_engine, is_accelerator
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# megatron-core's names of recipe and formats: "hybrid" is E4M3 forward, E5M2 for gradients.
+# megatron-core's names of recipe and format: "hybrid" is E4M3 forward, E5M2 for gradients.
 _RECIPES = {
     "fp8_delayed": ("delayed", "hybrid"),
     "fp8_current": ("tensorwise", "hybrid"),
     "fp8_blockwise": ("blockwise", "e4m3"),
     "fp8_mx": ("mxfp8", "e4m3"),
+    "nvfp4": ("nvfp4", "e2m1"),
 }
+# Beginnings of environment variables by which Transformer Engine would compute another NVFP4.
+_SWITCHES = ("NVTE_NVFP4_", "NVTE_BACKWARD_OVERRIDE", "NVTE_USE_FAST_MATH")
 
 
 @dataclass(frozen=True)
 class Fp8Policy:
-    """How the linear layers of the decoder compute in FP8. Embedding, output layer and heads stay in bf16.
+    """How the linear layers of the decoder compute in FP8 or NVFP4. Embedding, output layer and heads stay in bf16.
 
     Attributes:
-        recipe: megatron-core's name: delayed, tensorwise, blockwise or mxfp8.
-        format: megatron-core's name: hybrid or e4m3.
+        recipe: megatron-core's name: delayed, tensorwise, blockwise, mxfp8 or nvfp4.
+        format: megatron-core's name: hybrid, e4m3 or e2m1.
         amax_history_length: passes whose amaxes delayed scaling remembers; 1 where nothing is remembered.
         amax_algorithm: max or most_recent.
         bf16_layers_at_start: first layers that stay in bf16.
@@ -42,11 +46,19 @@ class Fp8Policy:
     multiple: int
 
     def applies_to(self, layer: int, num_layers: int) -> bool:
-        """Whether transformer layer number `layer` of the whole model, from 0, computes in FP8."""
+        """Whether transformer layer number `layer` of the whole model, from 0, computes in fewer bits than 16."""
         return self.bf16_layers_at_start <= layer < num_layers - self.bf16_layers_at_end
 
     def megatron_fields(self) -> dict[str, Any]:
-        """All that megatron-core's `TransformerConfig` has to say about FP8; none is left to its defaults."""
+        """All that megatron-core's `TransformerConfig` has to say about FP8 or FP4; none is left to its defaults."""
+        layers = {
+            "tp_only_amax_red": False,
+            "first_last_layers_bf16": bool(self.bf16_layers_at_start or self.bf16_layers_at_end),
+            "num_layers_at_start_in_bf16": self.bf16_layers_at_start,
+            "num_layers_at_end_in_bf16": self.bf16_layers_at_end,
+        }
+        if self.recipe == "nvfp4":
+            return {"fp4": self.format, "fp4_recipe": self.recipe, "fp4_param": False, **layers}
         return {
             "fp8": self.format,
             "fp8_recipe": self.recipe,
@@ -57,10 +69,7 @@ class Fp8Policy:
             "fp8_wgrad": True,
             "fp8_dot_product_attention": False,
             "fp8_multi_head_attention": False,
-            "tp_only_amax_red": False,
-            "first_last_layers_bf16": bool(self.bf16_layers_at_start or self.bf16_layers_at_end),
-            "num_layers_at_start_in_bf16": self.bf16_layers_at_start,
-            "num_layers_at_end_in_bf16": self.bf16_layers_at_end,
+            **layers,
         }
 
 
@@ -69,7 +78,7 @@ class PrecisionPolicy:
     """Data types of one run.
 
     `compute` is what parameters and activations are; the optimizer keeps fp32 copies of 16-bit parameters and the
-    gradients are accumulated in fp32. `fp8` says more where matrices are multiplied in 8 bits.
+    gradients are accumulated in fp32. `fp8` says more where matrices are multiplied in 8 or 4 bits.
     """
 
     name: str
@@ -106,23 +115,35 @@ def use_transformer_engine() -> bool:
 
 
 def check_fp8_hardware(policy: PrecisionPolicy) -> None:
-    """Refuse FP8 where nothing would act on it. A CPU emulates every recipe; a GPU needs Transformer Engine.
+    """Refuse FP8 and NVFP4 where nothing would act on it. A CPU emulates every recipe; a GPU needs Transformer Engine.
 
     Raises:
-        ConfigError: there is a GPU, but no Transformer Engine or no hardware for the recipe.
+        ConfigError: there is a GPU, but no Transformer Engine or no hardware for the recipe, or the environment
+            changes it.
     """
     if policy.fp8 is None or not is_accelerator(device()):
         return
     if not use_transformer_engine():
         raise ConfigError(
-            f"precision={policy.name}: FP8 on a GPU needs Transformer Engine, which is not installed;"
+            f"precision={policy.name}: on a GPU it needs Transformer Engine, which is not installed;"
             " install the extra: pip install vishwamai-mp[te], or use precision=bf16"
         )
     from transformer_engine.pytorch import fp8
 
-    checks = {"mxfp8": "check_mxfp8_support", "blockwise": "check_fp8_block_scaling_support"}
+    checks = {
+        "mxfp8": "check_mxfp8_support",
+        "blockwise": "check_fp8_block_scaling_support",
+        "nvfp4": "check_nvfp4_support",
+    }
     supported, reason = getattr(fp8, checks.get(policy.fp8.recipe, "check_fp8_support"))()
     if not supported:
         raise ConfigError(
             f"precision={policy.name}: this GPU cannot ({reason.strip().rstrip('.')}); use precision=bf16"
         )
+    if policy.fp8.recipe == "nvfp4":
+        switches = sorted(name for name in os.environ if name.startswith(_SWITCHES))
+        if switches:
+            raise ConfigError(
+                f"precision=nvfp4: {switches[0]}={os.environ[switches[0]]} in the environment changes what Transformer"
+                " Engine computes; unset it"
+            )

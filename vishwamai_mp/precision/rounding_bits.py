@@ -9,9 +9,11 @@ draws for the whole; what tensors that are split still differ by is their scales
 import hashlib
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vishwamai_mp.precision.formats import CHANCE_BITS
+from vishwamai_mp.runtime.zigzag import local_positions
 
 # A hash of 32 bits: two rounds of folding and of multiplying by odd numbers. int32 shifts copy the sign, so that a fold
 # clears the highest bit; the lower half stays as good.
@@ -40,6 +42,34 @@ class RoundingBits:
             bits ^= bits >> shift
             bits *= factor
         return bits.bitwise_xor_(bits >> _LAST_SHIFT).bitwise_and_((1 << CHANCE_BITS) - 1)
+
+
+class GradientPlaces:
+    """Where the numbers of a linear layer's gradients stand in the whole: sample, position and output.
+
+    Args:
+        outputs_N: the number in the whole model of each of this rank's outputs.
+        context: context parallel ranks, which share out positions.
+        data: data parallel ranks, which share out samples.
+    """
+
+    def __init__(self, outputs_N: Tensor, context: dist.ProcessGroup, data: dist.ProcessGroup) -> None:
+        self.outputs_N, self.context, self.data = outputs_N, context, data
+
+    def of_pass(self, number: int, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples and positions, one a row, and outputs, one a column, of a gradient (T, B, O).
+
+        Args:
+            number: of the layer's backward pass within the step, from 0. They come in the order of micro-batches.
+            shape: of the gradient, of the whole sequence of a context parallel rank.
+        """
+        tokens, batch = shape[0], shape[1:-1].numel()
+        size, rank = self.context.size(), self.context.rank()
+        # An odd number is no part of a sequence that was dealt out; then any numbers that others do not have.
+        odd = tokens % 2 == 1
+        positions = torch.arange(tokens) + rank * tokens if odd else local_positions(tokens * size, rank, size)
+        samples = torch.arange(batch) + (number * self.data.size() + self.data.rank()) * batch
+        return samples.repeat(tokens), positions.repeat_interleave(batch), self.outputs_N
 
 
 def layer_key(seed: int, step: int, layer: str, direction: str) -> int:

@@ -1,4 +1,4 @@
-"""What FP8 does to the operands of each linear layer: how large they are, how scaled, and how much is rounded away.
+"""What FP8 or NVFP4 does to operands of each linear layer: how large they are, how scaled, how much is rounded away.
 
 What a person looks at when FP8 training misbehaves. A share of underflow that grows says that small numbers (usually
 gradients) fall out of the format; overflow says that a delayed scale lags behind.
@@ -43,10 +43,10 @@ class OperandStatistics:
 
     def add(self, x_MN: Tensor, rounded: Operand) -> None:
         """Take a pass's operand into account."""
-        scales = rounded.scale if rounded.scale is not None else rounded.block_scales
+        scales = rounded.scale if rounded.block_scales is None else rounded.block_scales
         assert scales is not None
         size = x_MN.float().abs()
-        one_scale = rounded.scale is not None  # blocks have scales of their own largest number: none is clipped
+        one_scale = rounded.block_scales is None  # blocks have scales of their own largest number: none is clipped
         clipped = size * scales > hybrid_format(self.operand).maximum if one_scale else size.isinf()
         other = OperandStatistics(
             self.layer,

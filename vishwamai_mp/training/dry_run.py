@@ -95,7 +95,7 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
     began, notes = time.perf_counter(), []
     fp8 = PrecisionPolicy.of(config.precision, config.fp8).fp8 is not None
     if device != "cpu" and fp8 and not is_doubled():
-        notes.append(f"precision={config.precision} is simulated as bf16: FP8 is Transformer Engine's")
+        notes.append(f"precision={config.precision} is simulated as bf16: fewer bits are Transformer Engine's")
         config = replace(config, precision="bf16")
     with simulated_job(config, world_size, rank, device) as job, training_step(config, job) as step:
         batches = empty_batches(config, job)

@@ -21,6 +21,7 @@ from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.data.batches import Batch, context_shard
 from vishwamai_mp.diagnosis.shared import Phase
 from vishwamai_mp.model.fully_sharded import FullySharded
+from vishwamai_mp.precision.linears import begin_step
 from vishwamai_mp.runtime import Runtime, seed_step
 from vishwamai_mp.runtime.measures import (
     all_names,
@@ -64,6 +65,7 @@ class TrainStep:
         self.config, self.runtime, self.chunks, self.optimizer = config, runtime, list(chunks), optimizer
         self._forward_backward = get_forward_backward_func()
         self._connect_schedule()
+        self._rounds_at_random = config.precision == "nvfp4"
         self._measures = measures_of(self.chunks)
         self._measure_names = all_names(self._measures)
 
@@ -95,7 +97,7 @@ class TrainStep:
 
         Args:
             batches: this rank's micro-batches.
-            step: seeds dropout.
+            step: seeds dropout and stochastic rounding.
             learning_rate: of this step.
             loss_limit: with a loss above it, or a non-finite loss or gradient, parameters stay as they are.
         """
@@ -146,6 +148,8 @@ class TrainStep:
     def _begin(self, step: int) -> None:
         """Seeds of a step, and gradients and measures of zero."""
         seed_step(self.config.training.seed, step, self.runtime.groups)
+        if self._rounds_at_random:
+            begin_step([chunk.module for chunk in self.chunks], self.config.training.seed, step)
         scale = self.optimizer.scale_loss(torch.ones((), device=self.runtime.device)).squeeze()
         for measures in self._measures:
             measures.take()

@@ -94,7 +94,7 @@ def _extension(*ours: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8_delayed", "fp8_current", "fp8_blockwise", "fp8_mx"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8_delayed", "fp8_current", "fp8_blockwise", "fp8_mx", "nvfp4"]
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class Fp8Config:
-    """Options of `precision: fp8_*`; one that the chosen recipe has no use for is refused."""
+    """Options of `precision: fp8_*` and `nvfp4`; one that the chosen recipe has no use for is refused."""
 
     __pydantic_config__ = _STRICT
     amax_history_length: PositiveInt | None = None  # fp8_delayed: passes that a scale follows from; 1024

@@ -56,7 +56,7 @@ def simulated_job(
         from vishwamai_mp.runtime.simulated.transformer_engine_double.imports import forget
 
         assert device != "cpu", "with Transformer Engine's double megatron-core takes its optimizer on any device"
-        GPU.capability = (10, 0) if config.precision == "fp8_mx" else (9, 0)  # the first generation that can
+        GPU.capability = (10, 0) if config.precision in ("fp8_mx", "nvfp4") else (9, 0)  # the first generation that can
         forget()
     where = torch.device("cpu") if device == "cpu" else torch.device(device, 0)
     with ExitStack() as stack:

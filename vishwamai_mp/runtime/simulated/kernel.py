@@ -45,4 +45,7 @@ def parts(tensor: Any) -> list[Tensor]:
 
 def shape_of(tensor: Any) -> list[int]:
     """Of a tensor, or of the matrix that a quantized one stands for."""
+    if hasattr(tensor, "_fp4_dtype") and tensor._rowwise_data is None:  # its own size() warns that it has to guess
+        columns, pairs = tensor._columnwise_data.shape
+        return [2 * pairs, columns]
     return list(tensor.size())

@@ -1,4 +1,4 @@
-"""Matrix products: cuBLAS with operands of 16, 32 or 8 bits."""
+"""Matrix products: cuBLAS with operands of 32, 16, 8 or 4 bits."""
 
 import math
 from typing import Any
@@ -56,6 +56,11 @@ def generic_gemm(
         raise RuntimeError(f"generic_gemm: the output is {list(D.shape)} {D.dtype}, not {shape} {dtype}")
     bias_gradient = torch.empty(b_columns, dtype=D.dtype, device=D.device) if bias is not None and grad else None
     flops = 2 * math.prod(shape) * inner
+    if all(hasattr(operand, "_fp4_dtype") for operand in (A, B)):
+        if inner % 32:
+            raise RuntimeError(f"generic_gemm: FP4 operands are summed over multiples of 32, not {inner}")
+        amaxes = (A._amax_rowwise if transa else A._amax_columnwise, B._amax_columnwise if transb else B._amax_rowwise)
+        launch("nvfp4_compute_per_tensor_scale", *amaxes, workspaces=[workspace])
     launch("generic_gemm", A, B, D, bias, bias_gradient, *swizzled, workspaces=[workspace], flops=flops)
     return [D, bias_gradient, None, None]
 

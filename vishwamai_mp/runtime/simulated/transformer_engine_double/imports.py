@@ -17,6 +17,7 @@ from vishwamai_mp.runtime.megatron_cpu import IN_PLACE_OF_CUDA, ToThisDevice
 from vishwamai_mp.runtime.rewriting import RewritingLoader
 from vishwamai_mp.runtime.simulated.device import NAME
 from vishwamai_mp.runtime.simulated.transformer_engine_double.gpu import GPU
+from vishwamai_mp.runtime.simulated.transformer_engine_double.quantizing import pad_columnwise_scale_inv
 
 _ABSENT = ("triton", "einops", "onnxscript", "onnx")
 
@@ -68,6 +69,11 @@ class _Loader(RewritingLoader):
             module.load_framework_extension = lambda _: None  # type: ignore[attr-defined]  # ours is loaded
         elif module.__name__ == "transformer_engine.pytorch.cpp_extensions":  # it passes on whatever is compiled
             module.__getattr__ = sys.modules["transformer_engine_torch"].__getattr__  # type: ignore[method-assign]
+        elif module.__name__ == "transformer_engine.pytorch.tensor.nvfp4_tensor":
+            # It makes bits of the Hadamard matrix's signs, once, on the host; here tensors have no values to read.
+            module.get_sign_from_vector = lambda signs: (1 << signs.numel()) - 1  # type: ignore[attr-defined]
+        elif module.__name__ == "transformer_engine.pytorch.triton.pad":  # a kernel of triton's
+            module.pad_columnwise_scale_inv = pad_columnwise_scale_inv  # type: ignore[attr-defined]
 
 
 class _Finder(importlib.abc.MetaPathFinder):

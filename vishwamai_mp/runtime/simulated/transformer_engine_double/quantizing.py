@@ -1,4 +1,4 @@
-"""Quantizers of the four FP8 recipes: what their tensors consist of, and the kernels that fill them."""
+"""Quantizers of the FP8 recipes and of NVFP4: what their tensors consist of, and the kernels that fill them."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vishwamai_mp.runtime.simulated.kernel import DTYPES, launch
 
-_BLOCK, _MX_BLOCK = 128, 32
+_BLOCK, _MX_BLOCK, _NV_BLOCK = 128, 32, 16
 
 
 def create(quantizer: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
@@ -31,7 +31,7 @@ def create_empty_quantized_tensor(
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """`tensor` in 8 bits, as `quantizer` does it; into `output` where there is one."""
+    """`tensor` in 8 or 4 bits, as `quantizer` does it; into `output` where there is one."""
     tensor = tensor.contiguous()
     out = create(quantizer, tensor.shape, tensor.dtype, tensor.device) if output is None else output
     quantize_into(tensor, quantizer, out, noop=noop)
@@ -53,8 +53,44 @@ def quantize_into(
         launch("quantize", tensor, out, scale, noop)
     elif kind == "Float8Quantizer":
         launch("quantize", tensor, out, quantizer.scale, quantizer.amax, noop)
+    elif kind == "NVFP4Quantizer":
+        _quantize_nvfp4(tensor, quantizer, out, noop)
     else:
         launch("quantize", tensor, out, noop)
+
+
+def _quantize_nvfp4(tensor: Tensor, quantizer: Any, out: Any, noop: Tensor | None) -> None:
+    """Amaxes, of rotated numbers if it rotates; then both directions in one kernel, or in three at some sizes."""
+    rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    rotates, row, column = quantizer.with_rht, quantizer.rowwise_usage, quantizer.columnwise_usage
+    if rotates and tensor.dtype != torch.bfloat16:
+        raise RuntimeError(f"RHT is only supported for bfloat16 input, got {tensor.dtype}")
+    fused = _fits_rotating_kernel(tensor.shape)
+    states = [
+        torch.empty(2, dtype=torch.int64, device=tensor.device)
+        for needed in (True, rotates and column and not fused)
+        if quantizer.stochastic_rounding and needed
+    ]
+    launch("hadamard_transform_amax" if rotates else "compute_amax", tensor, out)
+    if quantizer.with_amax_reduction:
+        for amax in (out._amax_rowwise if row else None, out._amax_columnwise if column else None):
+            if amax is not None:
+                dist.all_reduce(amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+    if not rotates:
+        launch("quantize", tensor, out, noop, *states)
+    elif fused:
+        launch("quantize_with_hadamard_transform", tensor, out, quantizer.rht_matrix, noop, *states)
+    else:
+        if row:
+            launch("quantize", tensor, out._rowwise_data, out._rowwise_scale_inv, noop, *states[:1])
+        if column:
+            rotated = torch.empty(columns, rows, dtype=tensor.dtype, device=tensor.device)
+            launch("hadamard_transform", tensor, rotated)
+            launch("quantize", rotated, out._columnwise_data, out._columnwise_scale_inv, noop, *states[1:])
+
+
+def _fits_rotating_kernel(shape: Sequence[int]) -> bool:
+    return math.prod(shape[:-1]) % 64 == 0 and shape[-1] % 128 == 0
 
 
 def bgrad_quantize(grad_output: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
@@ -87,6 +123,14 @@ def swap_first_dims(tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
     elif list(out.shape[:2]) != [first, second] or out.numel() != tensor.numel():
         raise RuntimeError(f"swap_first_dims: the output is {list(out.shape)} of {list(tensor.shape)}")
     launch("swap_first_dims", tensor, out)
+    return out
+
+
+def pad_columnwise_scale_inv(inp: Tensor) -> Tensor:
+    """Scales that were gathered, filled up to what a product reads: multiples of 128 rows and of 4 columns."""
+    rows, columns = inp.shape
+    out = torch.empty(_up(rows, 128), _up(columns, 4), dtype=inp.dtype, device=inp.device)
+    launch("zero_pad_kernel", inp, out)
     return out
 
 
@@ -162,6 +206,40 @@ def _mx(quantizer: Any, shape: list[int], dtype: torch.dtype, device: torch.devi
     return _assemble(MXFP8Tensor, MXFP8TensorStorage, quantizer, held, shape, dtype, device)
 
 
+def _nv(quantizer: Any, shape: list[int], dtype: torch.dtype, device: torch.device) -> Any:
+    from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Tensor, NVFP4TensorStorage
+
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    if rows % _NV_BLOCK or columns % _NV_BLOCK:
+        raise RuntimeError(f"NVFP4 requires tensor dims that are divisible by {_NV_BLOCK} (got shape={shape})")
+    if quantizer.row_scaled_nvfp4 or quantizer.nvfp4_use_4over6:
+        raise NotImplementedError("NVFP4 with scales of rows, or with 4 over 6, is no part of the simulation")
+
+    def pairs(size: list[int]) -> Tensor:
+        return _codes([*size[:-1], size[-1] // 2], device)
+
+    def scales(m: int, k: int) -> Tensor:
+        return torch.empty(_up(m, 128), _up(k // _NV_BLOCK, 4), dtype=torch.uint8, device=device)
+
+    def amax() -> Tensor:
+        return torch.empty(1, dtype=torch.float32, device=device)
+
+    row, column = quantizer.rowwise_usage, quantizer.columnwise_usage
+    square = quantizer.with_2d_quantization and rows % 128 == 0 and columns % 128 == 0
+    held = {
+        "rowwise_data": pairs(shape) if row else None,
+        "rowwise_scale_inv": scales(rows, columns) if row else None,
+        "columnwise_data": pairs([columns, rows]) if column else None,
+        "columnwise_scale_inv": scales(columns, rows) if column else None,
+        "amax_rowwise": amax() if row else None,
+        "amax_columnwise": amax() if column else None,
+        "with_gemm_swizzled_scales": quantizer.optimize_for_gemm
+        and (_fits_rotating_kernel(shape) if quantizer.with_rht else square),
+        "fp4_dtype": quantizer.dtype,
+    }
+    return _assemble(NVFP4Tensor, NVFP4TensorStorage, quantizer, held, shape, dtype, device)
+
+
 def _assemble(
     cls: type,
     storage: type,
@@ -172,7 +250,9 @@ def _assemble(
     device: torch.device,
 ) -> Any:
     """A tensor, or inside a layer only what it consists of."""
-    held |= {"fp8_dtype": quantizer.dtype, "quantizer": quantizer}
+    held["quantizer"] = quantizer
+    if "fp4_dtype" not in held:
+        held["fp8_dtype"] = quantizer.dtype
     if quantizer.internal:
         return storage(**held, fake_dtype=dtype)
     return cls(**held, shape=shape, dtype=dtype, device=device)
@@ -183,6 +263,7 @@ _CREATE = {
     "Float8CurrentScalingQuantizer": _per_tensor,
     "Float8BlockQuantizer": _blockwise,
     "MXFP8Quantizer": _mx,
+    "NVFP4Quantizer": _nv,
 }
 
 
