@@ -15,6 +15,7 @@ from vishwamai_mp.config import CacheConfig, LoraConfig, MemoryConfig, ModelConf
 from vishwamai_mp.inference import Generator, SamplingOptions
 from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.inference.direct_layer import DirectHead, DirectLayer
+from vishwamai_mp.inference.speculation import RepeatedText
 from vishwamai_mp.model.lora import Adapter
 from vishwamai_mp.runtime import shutdown
 from vishwamai_mp.tree_of_thoughts import TreeOfThoughts
@@ -353,3 +354,28 @@ def test_fp8_models_generate_in_bf16(workers, precision):
     ours, emulates = workers.run(in_fp8, 1, precision)[0]
     assert torch.equal(ours, plain)
     assert emulates
+
+
+def with_guesses(overrides: list[str]) -> list[tuple[list[int], int]]:
+    """Runs in a worker: a text without guesses, then with three right ones a pass; and how many were accepted."""
+    ours = adapted(*overrides)
+    found: list[Any] = []
+
+    def guess(_: RepeatedText, text: list[int], count: int) -> list[int]:
+        return found[0].text[len(text) : len(text) + count]
+
+    with patch.object(RepeatedText, "guess", guess):
+        for ours.speculate in (0, 3):
+            found.append(ours.submit(_TEXT, SamplingOptions(12)))
+            while ours.busy:
+                ours.step()
+    return [(one.tokens, one.accepted) for one in found]
+
+
+@pytest.mark.parametrize("layout", ["one process", "TP2"])
+def test_guesses_are_judged_with_adapters(workers, layout):
+    processes, overrides = _LAYOUTS[layout]
+    (plain, _), (ours, accepted) = workers.run(with_guesses, processes, [*overrides, *_LORA])[0]
+    assert ours == plain
+    assert accepted >= 6
+    assert plain != workers.run(with_guesses, processes, overrides)[0][0][0]
