@@ -25,7 +25,8 @@ class SmolLM3(Family):
     title = "SmolLM 3"
     keys: ClassVar[tuple[Key, ...]] = (Key("no_rope_layers", "rotary_pattern", _pattern),)
     defaults = {"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True}
-    neutral = frozenset({"no_rope_layer_interval", "use_sliding_window"})  # read below
+    # The first two are read below; transformers does not read the last.
+    neutral = frozenset({"no_rope_layer_interval", "use_sliding_window", "max_window_layers"})
     default_pattern = "F"
     written = {"attention_bias": False, "mlp_bias": False}
 
