@@ -190,9 +190,9 @@ def tokenizer_path(options: argparse.Namespace, source: "Source") -> Path | None
         return None
     if options.tokenizer:
         return Path(options.tokenizer)
-    from vishwamai_mp.data.tokenizer import has_tokenizer, tokenizer_file
+    from vishwamai_mp.conversion.tokenizer import tokenizer_of_run
 
-    return tokenizer_file(source.run) if has_tokenizer(source.run) else None
+    return tokenizer_of_run(source.run)
 
 
 def read_text(path: Path) -> str:

@@ -89,7 +89,8 @@ class CheckpointManager:
         self._publishing: tuple[_Pending, Future | None] | None = None  # on rank 0 with what does it
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._deleting: Future | None = None
-        self._saved_step: int | None = None
+        self.saved_step: int | None = None  # published last
+        self.held: set[int] = set()  # steps, on rank 0, that somebody reads: not deleted for their age
         self._verified: set[Path] = set()  # by `latest`
 
     def save(
@@ -118,7 +119,7 @@ class CheckpointManager:
             UserError: the disk is full or fails. Nothing of the checkpoint is left, earlier ones are untouched.
         """
         self.wait()
-        if final and self._saved_step == step:
+        if final and self.saved_step == step:
             return
         partial_folder = on_first_rank(lambda: self._begin(step))
         if isinstance(partial_folder, Failure):
@@ -157,6 +158,15 @@ class CheckpointManager:
             self._look(blocking=True)
         if self._deleting:
             self._deleting.result()
+
+    def delete_old(self, best: int | None = None) -> None:
+        """On rank 0: delete what the last save would have, had nobody held it.
+
+        Args:
+            best: as for `save`.
+        """
+        if self.saved_step is not None:
+            self._delete_old(best if self.config.checkpoint.load_best else None)
 
     def latest(self) -> store.Found:
         """The newest whole checkpoint, its checksums verified by all ranks together, and why newer ones are not."""
@@ -224,7 +234,7 @@ class CheckpointManager:
             of_optimizer = sharded.optimizer_state(optimizer, state, self.runtime, is_loading=False)
             state |= sharded.without_redundant(of_optimizer, state)
         # That every shard is written exactly once depends on the layout alone: checked at the first save.
-        tensors, _ = save_preprocess(state, validate_access_integrity=self._saved_step is None)
+        tensors, _ = save_preprocess(state, validate_access_integrity=self.saved_step is None)
         return plan_write(tensors, folder, self.runtime.groups.dp_cp)
 
     def _collect(self) -> tuple[_Pending, list[Any]]:
@@ -260,7 +270,7 @@ class CheckpointManager:
                 if result.mendable
                 else "",
             )
-        self._saved_step = pending.step
+        self.saved_step = pending.step
 
     def _begin(self, step: int) -> Path:
         """On rank 0: the folder to write into."""
@@ -294,7 +304,7 @@ class CheckpointManager:
     def _delete_old(self, best: int | None) -> None:
         try:
             options = self.config.checkpoint
-            store.retain(self.root, options.keep_last, options.keep_every, best)
+            store.retain(self.root, options.keep_last, options.keep_every, best, frozenset(self.held))
         except OSError as error:
             _log.warning("old checkpoints could not be deleted: %s", error)
 

@@ -8,7 +8,7 @@ killed at any moment leaves at worst a folder that nobody takes for a checkpoint
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,11 @@ from vishwamai_mp.config.files import sync_folder, write_whole
 LATEST = "latest"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.[0-9a-f]+\.(partial|deleted)|latest\.[0-9a-f]+\.partial")
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps of a `checkpoints/` folder's checkpoints, oldest first, whole or not."""
+    return sorted(step_of(path) for path in _checkpoints(root))
 
 
 def name_of(step: int) -> str:
@@ -123,8 +128,15 @@ def publish(partial: Path, step: int) -> Path:
     return final
 
 
-def retain(root: Path, keep_last: int | None, keep_every: int | None, best: int | None = None) -> None:
-    """Delete whole checkpoints except the newest `keep_last`, steps divisible by `keep_every`, the latest and the best.
+def retain(
+    root: Path,
+    keep_last: int | None,
+    keep_every: int | None,
+    best: int | None = None,
+    held: Collection[int] = (),
+) -> None:
+    """Delete whole checkpoints except the newest `keep_last`, steps divisible by `keep_every`, the latest, the best and
+    those `held`, which somebody reads.
 
     Broken ones are left for the user to look at and do not count.
     """
@@ -138,7 +150,7 @@ def retain(root: Path, keep_last: int | None, keep_every: int | None, best: int 
     latest = (root / LATEST).read_text().strip()
     for path in whole[keep_last:]:
         step = step_of(path)
-        if path.name != latest and step != best and not (keep_every and step % keep_every == 0):
+        if path.name != latest and step != best and step not in held and not (keep_every and step % keep_every == 0):
             remove(path)
 
 

@@ -276,6 +276,17 @@ def _check_training(config: PretrainConfig) -> None:
                 f"{key}={str(asked).lower()} without training.evaluate_every: no validation loss would be measured;"
                 " set training.evaluate_every"
             )
+    every, saved = config.checkpoint.export_hf_every, config.checkpoint.save_every
+    if every and saved is None:
+        raise ConfigError(
+            f"checkpoint.export_hf_every={every} without checkpoint.save_every, and only what is saved can be exported;"
+            f" set checkpoint.save_every={every}"
+        )
+    if every and saved and every % saved:
+        raise ConfigError(
+            f"checkpoint.export_hf_every={every} is no multiple of checkpoint.save_every={saved}, and only what is"
+            f" saved can be exported; set checkpoint.export_hf_every={-(-every // saved) * saved}"
+        )
     if config.data.prefetch_factor and not config.data.num_workers:
         raise ConfigError(
             f"data.prefetch_factor={config.data.prefetch_factor} has no effect at data.num_workers=0; raise"

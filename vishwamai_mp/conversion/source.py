@@ -75,6 +75,22 @@ def open_source(load: Path, wanted: type[Family] | None = None) -> Source:
     return Source(path, path.parent.parent, manifest, config, family, value_head, table, found.skipped, digest)
 
 
+def check_exportable(config: PretrainConfig) -> None:
+    """Raise `UserError` where a checkpoint of this model could not be exported.
+
+    Args:
+        config: resolved.
+    """
+    _refuse_own_attention(config.model.attention, "the model")
+    components_in = config.memory.enabled or config.cache.enabled or config.tree.enabled  # the last: the value head
+    family_holding(config.model, None, components_in)
+
+
+def _refuse_own_attention(attention: str, where: str) -> None:
+    if is_own(attention):
+        raise UserError(f"{where} has model.attention={attention}, which no other program has; it cannot be exported")
+
+
 def adapter_names(mapped: Mapped, lora: LoraConfig) -> tuple[str, str] | None:
     """Names of A and B of the adapter that a tensor has; None: it has none."""
     layer = mapped.name.removesuffix(".weight")
@@ -97,8 +113,7 @@ def _adapters(table: list[Mapped], lora: LoraConfig) -> list[Mapped]:
 def _config(path: Path, manifest: Manifest) -> PretrainConfig:
     """The run's sections that make up the model; the model itself from the checkpoint's manifest."""
     recipe = path.parent.parent / "config.yaml"
-    if is_own(attention := manifest.model.get("attention", "")):
-        raise UserError(f"{path} has model.attention={attention}, which no other program has; it cannot be exported")
+    _refuse_own_attention(manifest.model.get("attention", ""), str(path))
     sections: dict[str, Any] = {}
     adapted = any(name.endswith(ADAPTER_STATE) for name in manifest.tensors)
     if recipe.is_file():

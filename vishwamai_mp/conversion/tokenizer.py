@@ -32,6 +32,8 @@ from vishwamai_mp.data.tokenizer import (
     MODEL_FILE,
     Tokenizer,
     companions,
+    has_tokenizer,
+    tokenizer_file,
 )
 
 _SPACE = "\u2581"  # SentencePiece's own mark for one
@@ -52,6 +54,11 @@ class TokenizerFiles:
         tokens = sorted(json.loads(self.contents.get(ADDED_TOKENS_FILE, b"{}")).items(), key=lambda pair: pair[1])
         more = f" and {len(tokens) - _MOST_TOLD} more" if len(tokens) > _MOST_TOLD else ""
         return ", ".join(f"{token} ({i})" for token, i in tokens[-_MOST_TOLD:]) + more
+
+
+def tokenizer_of_run(run: Path) -> Path | None:
+    """The tokenizer that a run folder keeps; None: it has none."""
+    return tokenizer_file(run) if has_tokenizer(run) else None
 
 
 def tokenizer_files(

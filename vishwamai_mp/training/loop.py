@@ -75,6 +75,7 @@ class Trainer:
         self.guard = LossGuard(config.training)
         self.state = TrainerState()
         self.stop_reason: str | None = None
+        self.goes_on_later = False  # whether it stops for a while only: on a signal, or when its time is up
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
         self._flops_per_token = training_flops_per_token(config)
         peak = peak_flops(PrecisionPolicy.of(config.precision).compute, config.logging.hardware_peak_tflops)

@@ -7,6 +7,7 @@ from vishwamai_mp.training.callbacks.early_stopping import EarlyStopping
 from vishwamai_mp.training.callbacks.evaluation import Evaluation
 from vishwamai_mp.training.callbacks.fp8_statistics import Fp8Report
 from vishwamai_mp.training.callbacks.goodput import Goodput
+from vishwamai_mp.training.callbacks.hugging_face_export import HuggingFaceExport
 from vishwamai_mp.training.callbacks.memory_snapshot import MemorySnapshot
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.training.callbacks.profiler import Profiler
@@ -23,6 +24,7 @@ __all__ = [
     "Evaluation",
     "Fp8Report",
     "Goodput",
+    "HuggingFaceExport",
     "MemorySnapshot",
     "Metrics",
     "Profiler",

@@ -40,6 +40,7 @@ class Stopping(Callback):
             trainer.stop_reason = f"signal {signal.Signals(number).name}; the same command continues"
         elif late:
             trainer.stop_reason = "training.exit_after_minutes; the same command continues"
+        trainer.goes_on_later |= bool(number or late)
 
     def on_train_end(self, trainer: "Trainer") -> None:
         for number, handler in self._previous.items():

@@ -12,6 +12,7 @@ from vishwamai_mp.training.callbacks.early_stopping import EarlyStopping
 from vishwamai_mp.training.callbacks.evaluation import Evaluation
 from vishwamai_mp.training.callbacks.fp8_statistics import Fp8Report
 from vishwamai_mp.training.callbacks.goodput import Goodput
+from vishwamai_mp.training.callbacks.hugging_face_export import HuggingFaceExport
 from vishwamai_mp.training.callbacks.memory_snapshot import MemorySnapshot
 from vishwamai_mp.training.callbacks.metrics import Metrics
 from vishwamai_mp.training.callbacks.profiler import Profiler
@@ -38,9 +39,10 @@ def usual_callbacks(
     stopping = [EarlyStopping(patience)] if patience else []
     best = [BestModel()] if config.checkpoint.load_best else []
     measuring = [Stopping(config.training.exit_after_minutes), Evaluation(), *stopping]
+    export = [HuggingFaceExport(config)] if config.checkpoint.export_hf_every else []
     slow = [Stragglers(config.logging.stragglers_every)] if config.logging.stragglers_every else []
     watching = [*_profiling(config.logging), *fp8, *measuring, *search_callbacks(config, tokenizer)]
-    return [*watching, *own, *more, Metrics(), *slow, Checkpointing(), *best, Goodput(began), Progress()]
+    return [*watching, *own, *more, Metrics(), *slow, Checkpointing(), *best, Goodput(began), Progress(), *export]
 
 
 def _profiling(logging: LoggingConfig) -> list[Callback]:
