@@ -24,6 +24,7 @@ from pathlib import Path
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.config.errors import UserError, run_program
 from vishwamai_mp.observability.page import write_page
+from vishwamai_mp.planning.hardware import find_gpu
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,6 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--all-stages", action="store_true", help="run the first rank of each pipeline stage in turn")
     parser.add_argument(
         "--all-ranks", action="store_true", help="run no step: check that all ranks' shards make up the model"
+    )
+    parser.add_argument(
+        "--gpu", metavar="KIND", help="say whether it fits such a GPU, by tools/plan.py's names; else exit 1"
     )
     parser.add_argument("--torch-layers", action="store_true", help="simulate a GPU without Transformer Engine")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text; sizes in bytes")
@@ -48,6 +52,7 @@ def main() -> None:
         last = arguments.gpus - 1
         raise UserError(f"--rank {arguments.rank}: a job of --gpus {arguments.gpus} has ranks 0 to {last}")
     config = resolve(load_config(arguments.config, arguments.overrides), arguments.gpus)
+    gpu = find_gpu(arguments.gpu) if arguments.gpu else None
     if not arguments.torch_layers:
         from vishwamai_mp.runtime.simulated import transformer_engine_double
 
@@ -56,7 +61,7 @@ def main() -> None:
         check_all_ranks(config, arguments.gpus, arguments.json)
         return
     # The stack takes seconds to import; mistakes are told before.
-    from vishwamai_mp.training.dry_run import dry_run, render, render_stages
+    from vishwamai_mp.training.dry_run import dry_run, memory_verdict, render, render_stages
 
     stages = config.parallel.pipeline_model_parallel_size
     first = [stage * arguments.gpus // stages for stage in range(stages)]  # stages are farthest apart in the order
@@ -70,6 +75,9 @@ def main() -> None:
         from vishwamai_mp.observability.dry_run_page import dry_run_page
 
         write_page(arguments.html, dry_run_page(arguments.config, [run.to_dict() for run in runs]), "--html")
+    if gpu:
+        told = memory_verdict(config, runs, gpu)
+        print(told, file=sys.stderr if arguments.json else sys.stdout)
 
 
 def check_all_ranks(config: PretrainConfig, gpus: int, as_json: bool) -> None:

@@ -126,6 +126,13 @@ def test_the_bubble_is_that_of_the_paper():
 def test_a_gpu_that_is_not_known_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="did you mean gb200"):
         find_gpu("GB-200")
-    names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 PCIe", "NVIDIA GB200", "Quadro")
-    assert [gpu and gpu.name for gpu in map(known_gpu, names)] == ["h100", "a100-40", "h100-pcie", "gb200", None]
+    names = (
+        *("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 PCIe", "NVIDIA GB200", "Quadro"),
+        *("NVIDIA H100 NVL", "NVIDIA B300 SXM6 AC", "NVIDIA GeForce RTX 5090", "AMD Instinct MI300X"),
+        "Tesla V100-SXM2-32GB",
+    )
+    assert [gpu and gpu.name for gpu in map(known_gpu, names)] == [
+        *("h100", "a100-40", "h100-pcie", "gb200", None),
+        *("h100-nvl", "b300", "rtx5090", "mi300x", "v100-32"),
+    ]
     assert find_gpu("NVIDIA A100-80GB").memory < 80 * 2**30

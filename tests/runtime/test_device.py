@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from vishwamai_mp.planning.hardware import known_gpu
+
 # Not `from vishwamai_mp.runtime import device`: the room exports the function of that name.
 room = importlib.import_module("vishwamai_mp.runtime.device")
 
@@ -62,17 +64,30 @@ def test_what_decides_the_number_of_threads(monkeypatch, configured, said, torch
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
+        ("Tesla V100-SXM2-32GB", 125),
         ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA GB200", 2450),
+        ("NVIDIA GB300", 2450),
+        ("NVIDIA L4", 121),
         ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("AMD Instinct MI300X", 1307.4),
     ],
 )
 def test_known_gpus_have_their_data_sheets_peak(monkeypatch, name, tflops):
     monkeypatch.setattr(room, "device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert room.peak_flops(torch.bfloat16) == tflops * 1e12
+    known = known_gpu(name)  # planning's table says the same
+    assert known is not None
+    assert known.peak["16"] == tflops * 1e12
 
 
 def test_an_unknown_gpu_has_no_peak(monkeypatch):

@@ -1,18 +1,23 @@
 """tools/dry_run.py as its users run it."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.training.layouts import SMALL
-from vishwamai_mp.config import load_config, resolve
+from vishwamai_mp.config import UserError, load_config, resolve
 from vishwamai_mp.planning.footprint_advice import stage_memory
+from vishwamai_mp.planning.hardware import find_gpu
 from vishwamai_mp.planning.parameters import total_parameters
 from vishwamai_mp.planning.states import WORKSPACE
 from vishwamai_mp.runtime.fused_layers import python_folder
+from vishwamai_mp.training.dry_run import DryRun, memory_verdict
 from vishwamai_mp.training.shard_tiling import Box, shard_faults
 
 _TOOL = Path(__file__).resolve().parents[2] / "tools" / "dry_run.py"
@@ -104,10 +109,35 @@ def test_what_is_missing_and_what_is_held_twice_is_a_fault():
     assert "beyond [4, 3]" in next(shard_faults("w", (4, 3), [(((2, 5), (0, 3)), 1)]))
 
 
+def test_what_does_not_fit_says_by_how_much_and_what_to_change():
+    """Of runs that were made already."""
+    sizes = ["training.micro_batch_size=8", "training.global_batch_size=8", "parallel.use_distributed_optimizer=false"]
+    config = resolve(load_config("1b", sizes), 1)
+    nothing: dict[str, Any] = dict.fromkeys((item.name for item in fields(DryRun)), 0)
+    run = DryRun(**nothing)
+    gib = 2**30
+    fitting, large = (replace(run, world_size=1, at_peak={}, peak_bytes=size * gib) for size in (60, 130))
+    with pytest.raises(UserError) as error:
+        memory_verdict(config, [fitting, replace(large, rank=1)], find_gpu("h100"))
+    first, need, *changes = str(error.value).splitlines()
+    found = re.fullmatch(
+        r"does not fit H100 SXM 80 GB: rank 1 needs ([\d.]+) GiB with libraries and fragmentation, of 79.6 GiB,"
+        r" ([\d.]+) GiB more than there is",
+        first,
+    )
+    assert found
+    assert float(found[1]) - 79.6 == pytest.approx(float(found[2]), abs=0.11)
+    assert float(found[1]) > 130.8
+    assert "Change in this order" in need
+    assert any("training.micro_batch_size=4" in line for line in changes)
+    assert memory_verdict(config, [large], find_gpu("h200")).startswith("fits H200 SXM 141 GB: rank 0 needs 13")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--gpus", "4", "--rank", "4"], "--rank 4: a job of --gpus 4 has ranks 0 to 3"),
+        (["--gpus", "4", "--gpu", "h1000"], "--gpu h1000: not a known GPU; did you mean h100?"),
         (["--gpus", "3", "parallel.tensor_model_parallel_size=2"], "3 processes cannot hold"),
     ],
 )

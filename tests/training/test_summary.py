@@ -1,5 +1,6 @@
 """Texts that a run begins and ends with."""
 
+import importlib
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,15 @@ import torch
 
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.observability.goodput_ledger import Attempt, Ledger
-from vishwamai_mp.training.summary import closing_lines, count_text, duration, loss_text, losses_of, planned_text
+from vishwamai_mp.training.summary import (
+    closing_lines,
+    count_text,
+    duration,
+    loss_text,
+    losses_of,
+    opening_lines,
+    planned_text,
+)
 
 
 def test_losses_are_those_that_were_trained():
@@ -66,3 +75,22 @@ def test_a_run_that_stops_between_logged_steps_has_nothing_to_compare():
     assert planned_text(config, runtime, record | {"memory_gib": 0.5}).endswith(
         "measured 512.0 MiB with the program's libraries"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("Abacus 3", [], "its peak is not known, so there is no MFU: set logging.hardware_peak_tflops"),
+        ("Abacus 3", ["logging.hardware_peak_tflops=5"], None),
+        ("NVIDIA B200", [], None),
+    ],
+)
+def test_a_gpu_of_unknown_peak_says_so_at_the_start(monkeypatch, name, settings, said):
+    where = torch.device("cuda", 0)
+    runtime: Any = SimpleNamespace(device=where, world_size=1, data_parallel_size=1, rank=0)
+    monkeypatch.setattr(importlib.import_module("vishwamai_mp.runtime.device"), "device", lambda: where)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**36))
+    text = opening_lines(resolve(load_config("tiny", settings), 1), runtime, 0)
+    assert f" on {name}" in text
+    assert (said in text) if said else "MFU" not in text

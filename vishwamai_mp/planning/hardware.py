@@ -1,7 +1,7 @@
 """GPUs and the links between them, as their data sheets give them. What of it programs reach is in `stacks`.
 
-Sources: NVIDIA's data sheets of V100, A100, H100, H200, HGX B200 and B300, GB200 NVL72, GB300 NVL72, L4,
-A10G, L40S and RTX 4090.
+Sources: NVIDIA's data sheets of V100, A100, H100, H200, HGX B200 and B300, GB200 NVL72, GB300 NVL72, L4, A10G, L40S,
+RTX 4090 and 5090; AMD's of MI300X.
 Matrix products are dense (data sheets often double them for sparsity); a link's figure is of one direction.
 """
 
@@ -67,18 +67,21 @@ _TABLE = [
     _gpu("a100-80", "A100 SXM 80 GB", 79.2, 2.039, (312,), 300, 8, 25, 1.4),
     _H100,
     _gpu("h100-pcie", "H100 PCIe 80 GB", 79.6, 2.0, (756, 1513), 50, 8, 25, 2.0, derate=0.8),
+    _gpu("h100-nvl", "H100 NVL 94 GB", 93.1, 3.9, (835.5, 1671), 300, 2, 25, 2.2, derate=0.8),
     replace(
         _H100, name="h100-96-500w", title="H100 96 GB HBM2e, 500 W", memory=95e9 * 1.0, bandwidth=2.4e12, derate=0.8
     ),
     _gpu("h200", "H200 SXM 141 GB", 139.8, 4.8, (989.4, 1978.9), 450, 8, 50, 3.0),
     _gpu("b200", "B200 SXM 180 GB", 178.0, 7.7, (2250, 4500, 9000), 900, 8, 50, 4.0),
-    _gpu("b300", "B300 SXM 288 GB", 268.0, 8.0, (2250, 4500, 13500), 900, 8, 100, 5.0),
+    _gpu("b300", "B300 SXM 270 GB", 268.0, 7.7, (2250, 4500, 13500), 900, 8, 100, 5.0),
     _gpu("gb200", "GB200 NVL72 186 GB", 184.0, 8.0, (2450, 4900, 9800), 900, 72, 50, 4.5),
     _gpu("gb300", "GB300 NVL72 279 GB", 276.0, 8.0, (2450, 4900, 14700), 900, 72, 100, 5.5),
     _gpu("l4", "L4 24 GB", 22.0, 0.3, (121, 242), 25, 1, 3, 0.5),
     _gpu("a10g", "A10G 24 GB", 22.1, 0.6, (70,), 25, 1, 3, 0.8),
     _gpu("l40s", "L40S 48 GB", 44.4, 0.864, (362, 733), 25, 8, 12.5, 0.9),
     _gpu("rtx4090", "RTX 4090 24 GB", 23.5, 1.008, (165.2, 330.3), 20, 8, 3, 0.4),
+    _gpu("rtx5090", "RTX 5090 32 GB", 31.4, 1.792, (209.5, 419, 1676), 50, 8, 3, 0.7),
+    _gpu("mi300x", "MI300X 192 GB", 191.5, 5.3, (1307.4, 2614.9), 448, 8, 50, 2.5),
 ]
 GPUS = {gpu.name: gpu for gpu in _TABLE}
 # Other names in use, in small letters.
@@ -91,6 +94,7 @@ _ALIASES = {
     "h100-80gb": "h100",
     "h100-96gb-hbm2e-500w": "h100-96-500w",
     "4090": "rtx4090",
+    "5090": "rtx5090",
 }
 
 
@@ -117,7 +121,7 @@ def known_gpu(device_name: str) -> Gpu | None:
     """The GPU that CUDA calls so ("NVIDIA H100 80GB HBM3"); None: not in the table."""
     words = device_name.lower().replace("-", " ").split()
     found = [gpu for gpu in _TABLE if gpu.name.split("-")[0].removeprefix("rtx") in words]
-    found = [gpu for gpu in found if ("pcie" in words) == ("pcie" in gpu.name)]
+    found = [gpu for gpu in found if all((kind in words) == (kind in gpu.name) for kind in ("pcie", "nvl"))]
     sizes = [int(word.removesuffix("gb")) for word in words if word.endswith("gb") and word[:-2].isdigit()]
     if sizes:  # the same chip with more memory
         found.sort(key=lambda gpu: abs(gpu.memory / 2**30 - sizes[-1]))

@@ -11,8 +11,25 @@ from torch import Tensor
 
 from vishwamai_mp.runtime.products import linear_fp32
 
-# Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets; the longest matching name wins.
-_GPU_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H100 PCIe": 756.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0}
+# Dense peaks of 16 bits in TFLOP/s, from data sheets, by words of CUDA's names; the longest that match win.
+GPU_PEAK_TFLOPS = {
+    "V100": 125.0,
+    "A100": 312.0,
+    "H100": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.5,
+    "H200": 989.4,
+    "B200": 2250.0,
+    "B300": 2250.0,
+    "GB200": 2450.0,
+    "GB300": 2450.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.2,
+    "RTX 5090": 209.5,
+    "MI300X": 1307.4,
+}
 
 
 def local_rank() -> int:
@@ -104,8 +121,8 @@ def peak_flops(dtype: torch.dtype, configured_tflops: float | None = None) -> fl
         return configured_tflops * 1e12
     if device().type == "cuda":
         name = torch.cuda.get_device_name()
-        known = [key for key in _GPU_PEAK_TFLOPS if all(word in name for word in key.split())]
-        return _GPU_PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else float("nan")
+        known = [key for key in GPU_PEAK_TFLOPS if all(word in name for word in key.split())]
+        return GPU_PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else float("nan")
     return _measured_matmul_flops(dtype if multiplies_natively(dtype) else torch.float32, torch.get_num_threads())
 
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
+from vishwamai_mp.config import PretrainConfig, UserError, micro_batches_per_step
 from vishwamai_mp.data.batches import Batch, DocumentRules, make_batch
 from vishwamai_mp.model import build_model
 from vishwamai_mp.model.fully_sharded import FullySharded
 from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.masks import DocumentBounds
 from vishwamai_mp.planning.flops import stage_flops
-from vishwamai_mp.planning.footprint_advice import stage_memory
+from vishwamai_mp.planning.footprint import stage_footprint
+from vishwamai_mp.planning.footprint_advice import advice, size_text, stage_memory
+from vishwamai_mp.planning.hardware import Gpu
 from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
 from vishwamai_mp.runtime.fused_layers import is_doubled
 from vishwamai_mp.runtime.simulated import Communication, SimulatedJob, simulated_job
@@ -33,6 +35,7 @@ class DryRun:
     Attributes:
         rank: which.
         world_size: of how many.
+        stage: its pipeline stage, from 0.
         place: its place in the layout, in words.
         layers: whose they were: "Transformer Engine" or "torch".
         parameters: that it holds.
@@ -58,6 +61,7 @@ class DryRun:
 
     rank: int
     world_size: int
+    stage: int
     place: str
     layers: str
     parameters: int
@@ -107,6 +111,7 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
         return DryRun(
             rank=rank,
             world_size=world_size,
+            stage=runtime.pipeline_rank,
             place=runtime.describe(),
             layers="Transformer Engine" if use_transformer_engine() else "torch",
             parameters=sum(_local(parameter).numel() for chunk in step.chunks for parameter in chunk.parameters()),
@@ -204,6 +209,25 @@ def render(found: DryRun) -> str:
         *(f"  {place}  {count:,}" for place, count in found.host_waits.items()),
     ]
     return "\n".join(lines)
+
+
+def memory_verdict(config: PretrainConfig, runs: list[DryRun], gpu: Gpu) -> str:
+    """How much of a GPU the rank that needs most of it takes: its peak, with libraries and the allocator's slack.
+
+    Raises:
+        UserError: it is more than there is; by how much, and what to change.
+    """
+    needs = {}
+    for run in runs:
+        parts = stage_footprint(config, run.world_size, run.stage).parts
+        counted = run.at_peak.get("workspaces", 0)
+        needs[run.rank] = run.peak_bytes - counted + parts.get("fragmentation", 0.0) + parts["libraries"]
+    rank, need = max(needs.items(), key=lambda item: item[1])
+    told = f"rank {rank} needs {size_text(need)} with libraries and fragmentation, of {size_text(gpu.memory)}"
+    if need <= gpu.memory:
+        return f"fits {gpu.title}: {told}"
+    lacking = f"does not fit {gpu.title}: {told}, {size_text(need - gpu.memory)} more than there is"
+    raise UserError(f"{lacking}\n{advice(config, runs[0].world_size, on_gpu=True)}")
 
 
 def render_stages(found: list[DryRun]) -> str:

@@ -1,5 +1,6 @@
 """What a run says of itself when it starts and when it ends, as lines of a label and a text."""
 
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_t
 from vishwamai_mp.planning.stacks import find_stack
 from vishwamai_mp.planning.step_time import Machine, step_time, tokens_per_second_per_gpu
 from vishwamai_mp.runtime import Runtime
-from vishwamai_mp.runtime.device import cpu_threads
+from vishwamai_mp.runtime.device import cpu_threads, peak_flops
 
 
 def opening_lines(config: PretrainConfig, runtime: Runtime, step: int) -> str:
@@ -180,7 +181,10 @@ def _layout(config: PretrainConfig, runtime: Runtime) -> str:
 
 def _compute(config: PretrainConfig, runtime: Runtime) -> str:
     if runtime.device.type == "cuda":
-        return f"{config.precision} on {torch.cuda.get_device_name()}"
+        name = torch.cuda.get_device_name()
+        known = config.logging.hardware_peak_tflops or not math.isnan(peak_flops(torch.bfloat16))
+        hint = "" if known else "; its peak is not known, so there is no MFU: set logging.hardware_peak_tflops"
+        return f"{config.precision} on {name}{hint}"
     threads, why = cpu_threads(config.training.threads)
     return f"{config.precision} on CPU, {threads} thread{'s' if threads > 1 else ''} per process ({why})"
 
