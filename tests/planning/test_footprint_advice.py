@@ -127,6 +127,7 @@ def test_components_count_where_they_stand():
 
 
 _BOTH = ["memory.enabled=true", "cache.enabled=true"]
+_LORA = "lora.enabled=true"
 _FULL = "training.recompute=full"
 _FUSED, _BF16 = "parallel.fuse_grad_accumulation=true", "parallel.reduce_grads_in=bf16"
 _MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
@@ -181,6 +182,12 @@ def _split(tensor: int = 1, pipeline: int = 1, chunks: int = 1) -> list[str]:
         (8, 0, 16, ["parallel.fully_sharded=true", _BF16], 1036),
         (1, 0, 1, [_FULL, *_LOGITS], 1370),
         (1, 0, 1, [_FULL, *_LOGITS, "model.vocab_size=65536"], 3401),
+        (1, 0, 1, [_LORA], 1137),
+        (1, 0, 1, [_LORA, "lora.targets=[linear_proj]"], 826),
+        (1, 0, 1, [_LORA, _FULL], 557),
+        (2, 0, 1, [_LORA, *_split(2), "parallel.sequence_parallel=true"], 589),
+        (2, 1, 4, [_LORA, *_BOTH, *_split(1, 2)], 786),
+        (1, 0, 2, ["training.freeze=[embedding]"], 3860),
     ],
 )
 def test_the_simulated_peak_with_components(ranks, stage, batch, overrides, measured):

@@ -8,7 +8,7 @@ heads or as the MLP is divided over tensor parallel ranks; the residual stream i
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from vishwamai_mp.config import ConfigError, PretrainConfig, layers_per_stage, padded_vocab_size
+from vishwamai_mp.config import ConfigError, PretrainConfig, frozen_parts, layers_per_stage, padded_vocab_size
 from vishwamai_mp.config.resolve_fp8 import rounds_operands
 from vishwamai_mp.config.resolve_rotary import layer_is_turned
 from vishwamai_mp.planning.component_activations import component_activations, components_on_stage
@@ -53,6 +53,8 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
     linears = tokens * size * ((norms + 2) * width + 3 * model.intermediate_size / tensor)
     if model.hidden_dropout:
         linears += 2 * tokens * width * (1 if on_gpu else size)
+    if on_gpu and "base" in frozen_parts(config):
+        linears += tokens * _of_frozen_linears(config, width)
     output = tokens * size * query_width(config) / tensor
     working = _working(config) if on_gpu else 0.0
     match config.training.recompute:
@@ -69,6 +71,24 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
             return LayerActivations(linears - mlp + output + attention, max(attention_again, mlp + working))
         case _:
             return LayerActivations(tokens * size * width, linears + output + _attention(config, on_gpu) + working)
+
+
+def _of_frozen_linears(config: PretrainConfig, width: float) -> float:
+    """Bytes for each token that a frozen layer keeps more than one that is trained, or less.
+
+    The inputs of linear layers are needed by adapters alone. Norms within adapted layers are computed once more for
+    these, and keep their input in fp32.
+    """
+    model, size = config.model, number_bytes(config)
+    assert model.intermediate_size is not None
+    adapted = set(config.lora.targets) if config.lora.enabled else set()
+    more = (
+        0.0 if "linear_fc2" in adapted else -size * model.intermediate_size / config.parallel.tensor_model_parallel_size
+    )
+    if model.norm_position != "post":
+        for target in ("linear_qkv", "linear_fc1"):
+            more += width * ((4 if size == 2 else 0) if target in adapted else -size)
+    return more
 
 
 def _working(config: PretrainConfig) -> float:

@@ -17,6 +17,7 @@ from vishwamai_mp.planning.states import (
     fused_gradients,
     gradient_bytes,
     stage_parameters,
+    trained_parameters,
     widened_gradients,
 )
 
@@ -56,11 +57,11 @@ def stage_footprint(config: PretrainConfig, world_size: int, stage: int) -> Foot
     if shares_parameters(config, world_size):
         parts = fully_sharded_parts(config, world_size, activations)
     else:
-        parameters, main = stage_parameters(config, stage), 0 if config.precision == "fp32" else MAIN
+        trained, main = trained_parameters(config, stage), 0 if config.precision == "fp32" else MAIN
         parts = {
-            "weights": number_bytes(config) * parameters,
-            "gradients": gradient_bytes(config) * parameters + fused_gradients(config),
-            "optimizer": (MOMENTS + main) * parameters / (shards if parallel.use_distributed_optimizer else 1),
+            "weights": number_bytes(config) * stage_parameters(config, stage),
+            "gradients": gradient_bytes(config) * trained + fused_gradients(config),
+            "optimizer": (MOMENTS + main) * trained / (shards if parallel.use_distributed_optimizer else 1),
             "activations": max(activations.total, widened_gradients(config, stage, world_size)),
         }
         parts["weights"] += fp8_weights(config, stage, micro_batches)
@@ -79,9 +80,9 @@ def job_footprint(config: PretrainConfig, world_size: int) -> Footprint:
 
 def saving_host_bytes(config: PretrainConfig, world_size: int, stage: int) -> float:
     """Of the host's memory that one rank's save takes: a copy of its share of weights and optimizer state."""
-    parameters, replicas = stage_parameters(config, stage), data_parallel_size(config, world_size)
+    trained, replicas = trained_parameters(config, stage), data_parallel_size(config, world_size)
     main = 0 if config.precision == "fp32" else MAIN
-    return parameters * (number_bytes(config) + (MOMENTS + main) / replicas)
+    return stage_parameters(config, stage) * number_bytes(config) + trained * (MOMENTS + main) / replicas
 
 
 def inference_bytes(config: PretrainConfig, tokens: int, sequences: int) -> dict[str, float]:

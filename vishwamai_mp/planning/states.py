@@ -1,6 +1,6 @@
 """Memory of parameters, gradients and optimizer state of one rank. A test holds these formulae against built models."""
 
-from vishwamai_mp.config import PretrainConfig, data_parallel_size, padded_vocab_size
+from vishwamai_mp.config import PretrainConfig, data_parallel_size, frozen_parts, padded_vocab_size
 from vishwamai_mp.config.resolve_fp8 import rounds_operands
 from vishwamai_mp.planning.activations import QUANTIZED, micro_batches_underway, number_bytes, stage_layers
 from vishwamai_mp.planning.cache_costs import cache_parameters
@@ -23,6 +23,7 @@ def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
     """Bytes that one rank of a pipeline stage holds all the time.
 
     Replicas share the optimizer's state (`parallel.use_distributed_optimizer`), or all (`parallel.fully_sharded`).
+    What is not trained has neither gradients nor that state; of fully sharded models it is counted as if it had.
 
     Args:
         config: resolved.
@@ -30,12 +31,13 @@ def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
         world_size: processes.
     """
     parameters, replicas = stage_parameters(config, stage), data_parallel_size(config, world_size)
+    trained = trained_parameters(config, stage)
     if config.parallel.fully_sharded and replicas > 1:
         return parameters * (MAIN + GRADIENT + MOMENTS) / replicas
-    kept = number_bytes(config) + gradient_bytes(config)
     shared = MOMENTS + (0 if config.precision == "fp32" else MAIN)
     owners = replicas * config.parallel.context_parallel_size  # context parallel ranks share optimizer state as well
-    return parameters * (kept + shared / (owners if config.parallel.use_distributed_optimizer else 1))
+    each = gradient_bytes(config) + shared / (owners if config.parallel.use_distributed_optimizer else 1)
+    return parameters * number_bytes(config) + trained * each
 
 
 def gradient_bytes(config: PretrainConfig) -> int:
@@ -48,7 +50,7 @@ def widened_gradients(config: PretrainConfig, stage: int, world_size: int) -> fl
     if config.parallel.reduce_grads_in == "fp32":
         return 0.0
     replicas = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
-    return GRADIENT * stage_parameters(config, stage) / (replicas if config.parallel.use_distributed_optimizer else 1)
+    return GRADIENT * trained_parameters(config, stage) / (replicas if config.parallel.use_distributed_optimizer else 1)
 
 
 def fused_gradients(config: PretrainConfig) -> float:
@@ -89,19 +91,35 @@ def fp8_weights(config: PretrainConfig, stage: int, micro_batches: int) -> float
 
 def stage_parameters(config: PretrainConfig, stage: int) -> float:
     """Parameters of one rank of a pipeline stage; norms, which each tensor parallel rank has whole, count as split."""
+    return sum(_parts(config, stage).values())
+
+
+def trained_parameters(config: PretrainConfig, stage: int) -> float:
+    """Those that have gradients and optimizer state: all but what `lora` or `training.freeze` leaves as it is."""
+    frozen = frozen_parts(config)
+    return sum(count for part, count in _parts(config, stage).items() if part not in frozen)
+
+
+def _parts(config: PretrainConfig, stage: int) -> dict[str, float]:
+    """A stage's parameters by `Part`, and those of adapters."""
     model, parallel, rows = config.model, config.parallel, padded_vocab_size(config)
     per_stage, last = stage_layers(config), parallel.pipeline_model_parallel_size - 1
-    mine = per_stage[stage] * (layer_parameters(model) + adapter_parameters(config) / model.num_layers)
-    for options, whole in (
-        (config.memory, memory_parameters(config.memory)),
-        (config.cache, cache_parameters(config.cache)),
+    parts: dict[str, float] = {
+        "base": per_stage[stage] * layer_parameters(model),
+        "adapter": per_stage[stage] * adapter_parameters(config) / model.num_layers,
+    }
+    for name, options, whole in (
+        ("memory", config.memory, memory_parameters(config.memory)),
+        ("cache", config.cache, cache_parameters(config.cache)),
     ):
         if options.enabled and options.layers:
             here = components_on_stage(config, options.layers, per_stage, stage)
-            mine += whole * here / len(options.layers)
-    table = rows * model.hidden_size
+            parts[name] = whole * here / len(options.layers)
     if last == 0:
-        mine += embedding_parameters(model, rows)
+        parts["embedding"] = embedding_parameters(model, rows)
     elif stage in (0, last):  # tied tables lie on both
-        mine += table
-    return mine / parallel.tensor_model_parallel_size + (model.hidden_size if stage == last else 0)
+        parts["embedding"] = rows * model.hidden_size
+    parts = {name: count / parallel.tensor_model_parallel_size for name, count in parts.items()}
+    if stage == last:
+        parts["base"] += model.hidden_size
+    return parts

@@ -26,7 +26,7 @@ from vishwamai_mp.planning.hardware import Gpu
 from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token
 from vishwamai_mp.planning.parameters import mlp_matrices
 from vishwamai_mp.planning.stacks import Stack, reached
-from vishwamai_mp.planning.states import stage_parameters
+from vishwamai_mp.planning.states import trained_parameters
 
 
 @dataclass(frozen=True)
@@ -274,9 +274,7 @@ def _data_parallel(config: PretrainConfig, world_size: int, machine: Machine, st
     replicas = data_parallel_size(config, world_size) * parallel.context_parallel_size
     if replicas == 1 or stage == 0:
         return 0.0
-    parameters = max(stage_parameters(config, i) for i in range(parallel.pipeline_model_parallel_size))
-    if "base" in frozen_parts(config) or config.lora.enabled:
-        parameters *= 0.01
+    parameters = max(trained_parameters(config, i) for i in range(parallel.pipeline_model_parallel_size))
     share = parameters * (replicas - 1) / replicas
     rate = _rate(config, machine, replicas, parallel.tensor_model_parallel_size)
     hops = config.model.num_layers * stack.latency
@@ -293,7 +291,7 @@ def _data_parallel(config: PretrainConfig, world_size: int, machine: Machine, st
 def _optimizer(config: PretrainConfig, replicas: int, machine: Machine) -> float:
     """AdamW reads and writes fp32 weights, moments and gradients, and writes the 16-bit weights."""
     parallel = config.parallel
-    parameters = max(stage_parameters(config, i) for i in range(parallel.pipeline_model_parallel_size))
+    parameters = max(trained_parameters(config, i) for i in range(parallel.pipeline_model_parallel_size))
     shared = parallel.use_distributed_optimizer or parallel.fully_sharded
     mine = parameters / (replicas * parallel.context_parallel_size if shared else 1)
     # The norm of all gradients, and clearing them, comes on top.
