@@ -52,6 +52,9 @@ def test_texts_lead_to_them_here_and_in_transformers(
     notes = import_folder(open_folder(folder), tmp_path / "run", None, NEW)
     assert f"[LOOK] is {VOCAB}, <|turn|> is {VOCAB + 1}" in notes[-1]
     assert ("grows" in notes[-1]) == (rows < VOCAB + 2)
+    left = " ".join(notes[:-1])
+    assert ("tokenizer.model lacks tokens" in left) == (not without)
+    assert ("has 402 tokens, 2 new ones among them, the model 450" in left) == (rows == VOCAB + 50)
 
     ours, before = Tokenizer(tmp_path / "run"), Tokenizer(folder)
     ids = ours.encode(TEXT)
@@ -73,6 +76,16 @@ def test_texts_lead_to_them_here_and_in_transformers(
         assert new[name][:VOCAB].equal(tensor[:VOCAB])
         assert new[name][VOCAB + 2 :].equal(tensor[VOCAB + 2 :])
         torch.testing.assert_close(new[name][VOCAB : VOCAB + 2], tensor[:VOCAB].mean(0).expand(2, -1))
+
+
+def test_a_model_may_get_components_as_well(tmp_path: Path, files: dict[str, bytes]) -> None:
+    folder = folder_with(tmp_path / "hf", files, VOCAB)
+    cache = ["cache.enabled=true", "cache.num_heads=2", "cache.segment_length=8"]
+    import_folder(open_folder(folder, cache), tmp_path / "run", None, NEW)
+    models.export(tmp_path / "run", tmp_path / "out", tokenizer=tmp_path / "run")
+    new = load_file(tmp_path / "out/model.safetensors")
+    assert new["model.embed_tokens.weight"].shape[0] == VOCAB + 2
+    assert [name for name in new if ".cache." in name]
 
 
 def test_an_interrupted_import_goes_on_with_the_same_tokens_only(

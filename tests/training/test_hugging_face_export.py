@@ -45,6 +45,7 @@ def test_a_run_exports_goes_on_after_a_signal_and_waits_at_its_end(workers: Work
     assert kept(tmp_path) == [2, 3]  # 2 waits for its export
     outcomes = workers.run(train, 2, tmp_path, corpus, settings)
     assert f"Hugging Face folder: {tmp_path}/hf/step_00000004" in outcomes[0].said
+    assert "is not exported" not in outcomes[0].said
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["step_00000002", "step_00000004"]
     assert kept(tmp_path) == [4]
     export_folder(open_source(tmp_path), tmp_path / "by-hand", ExportOptions())

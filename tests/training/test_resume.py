@@ -113,6 +113,19 @@ def test_other_layout_continues_the_curve(workers: WorkerPool, uninterrupted, co
         assert outcome.state == whole[0].state
 
 
+def test_sums_of_gradients_and_recomputation_may_change(workers: WorkerPool, uninterrupted, corpus, tmp_path):
+    """Neither is of the checkpoint: the curve goes on, up to bf16's rounding of gradients."""
+    name = "bf16 DP2 sharded optimizer, overlap"
+    processes, layout = LAYOUTS[name]
+    settings = [*layout, *_EVERY_3, *_DROPOUT]
+    _, whole = uninterrupted(processes, *settings)
+    workers.run(train, processes, tmp_path, corpus, settings, crash_after=5)
+    changed = ["parallel.reduce_grads_in=bf16", "training.recompute=full", "training.recompute_layers=1"]
+    second = workers.run(train, processes, tmp_path, corpus, [*settings, *changed])
+    assert second[0].losses == pytest.approx(whole[0].losses[3:], abs=2e-3)
+    assert second[0].tensors != whole[0].tensors
+
+
 def test_other_batch_layout_sees_each_sample_once(workers: WorkerPool, corpus, tmp_path):
     """Data parallel size 1, 2, 1 and micro-batches of 2, 1, 4."""
     read: list[int] = []

@@ -59,7 +59,9 @@ def main() -> None:
 
 
 def _end_with_training(partial: Path) -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: Python aborts where it ends while a thread waits in there.
+    while os.read(0, 1):
+        pass
     _discard(partial)
     os._exit(1)
 

@@ -66,11 +66,11 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None, new_tokens:
     Raises:
         UserError: the output holds something else, the disk is full, a file is damaged, a token cannot be added.
     """
-    kept, note = imported_files(folder.path, folder.config.model.vocab_size)
+    kept, note = imported_files(folder.path, folder.config.model.vocab_size, len(new_tokens))
     tokenizer = {file.name: file.read_bytes() for file in kept}
     original, added = folder, with_new_tokens(kept, new_tokens) if new_tokens else None
     if added:
-        folder, tokenizer, note = with_new_rows(folder, added), dict(added.files), None
+        folder, tokenizer = with_new_rows(folder, added), dict(added.files)
     pieces = [piece for mapped in folder.mapping for piece in pieces_of(mapped, dtype or stored_type(folder, mapped))]
     files = {f"__0_{number}.distcp": group for number, group in enumerate(plan_shards(pieces, _FILE_BYTES))}
     config = _with_precision(folder.config, pieces[0].dtype)

@@ -49,8 +49,7 @@ def with_new_tokens(files: Sequence[Path], tokens: Sequence[str]) -> NewTokens:
     """Add tokens to a tokenizer. Each is found wherever it stands in a text, and decodes to itself.
 
     Args:
-        files: of one folder, the tokenizer's own first; of a `tokenizer.model` and a `tokenizer.json` only the latter
-            is kept.
+        files: of one folder, as `imported_files` has them: one of them is the tokenizer's own.
         tokens: their spellings, each once.
 
     Raises:
@@ -68,8 +67,8 @@ def with_new_tokens(files: Sequence[Path], tokens: Sequence[str]) -> NewTokens:
     contents[name] = add(by_name[name], ids)
     if SETTINGS_FILE in contents:
         settings = read_settings(by_name[SETTINGS_FILE])
-        if "added_tokens_decoder" in settings:
-            settings["added_tokens_decoder"] |= {str(i): _described(token) for token, i in ids.items()}
+        if isinstance(decoder := settings.get("added_tokens_decoder"), dict):
+            decoder |= {str(i): _described(token) for token, i in ids.items()}
         contents[SETTINGS_FILE] = _text(settings)
     before = read_settings(by_name[ADDED_TOKENS_FILE]) if ADDED_TOKENS_FILE in by_name else {}
     contents[ADDED_TOKENS_FILE] = _text({**before, **ids})

@@ -113,8 +113,13 @@ def generation_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]
     return {**token_ids(config), **{key: value for key, value in content.items() if value is not None}}
 
 
-def imported_files(folder: Path, vocab_size: int) -> tuple[list[Path], str | None]:
+def imported_files(folder: Path, vocab_size: int, added: int = 0) -> tuple[list[Path], str | None]:
     """Files of a folder that its run folder keeps, and what is to be known of its tokenizer.
+
+    Args:
+        folder: the Hugging Face folder.
+        vocab_size: the model's.
+        added: tokens that it is given besides: to its `tokenizer.json`, if it has one.
 
     Raises:
         UserError: a `tokenizer.model` that is damaged.
@@ -131,14 +136,15 @@ def imported_files(folder: Path, vocab_size: int) -> tuple[list[Path], str | Non
         if size > vocab_size:
             notes.append(f"its {file.name} has {size} tokens, the model only {vocab_size}, and is left behind")
             choices.remove(file)
-    if len(choices) > 1 and sizes[path] < sizes[choices[1]]:
+    if len(choices) > 1 and (added or sizes[path] < sizes[choices[1]]):
         notes.append(f"its {MODEL_FILE} lacks tokens that its {JSON_FILE} has, and is left behind")
         choices.remove(path)
     if not choices:
         notes.append("it has no tokenizer that can be used here: set data.tokenizer to train on texts")
-    elif (size := sizes[choices[0]]) < vocab_size:
+    elif (size := sizes[choices[0]] + added) < vocab_size:
+        new = f", {added} new ones among them" if added else ""
         notes.append(
-            f"its {choices[0].name} has {size} tokens, the model {vocab_size}: no text here leads to those beyond"
+            f"its {choices[0].name} has {size} tokens{new}, the model {vocab_size}: no text here leads to those beyond"
         )
     return [*choices, *files], "; ".join(notes) or None
 
