@@ -7,8 +7,8 @@ example:
     writes corpus/train_text_document.bin and .idx; train on them with data.train=corpus/train_text_document
 
 Documents keep the order of the input unless they are to be shuffled. The files are byte for byte those of Megatron-LM's
-tool for the same tokenizer, and the same for any number of workers. They appear when complete; after an error or an
-interrupt nothing is left behind.
+tool for the same tokenizer, and the same for any number of workers. They appear when complete. A run that was killed or
+stopped, or whose disk was full, goes on by the same command: PATH.partial keeps what is done, twice a minute.
 """
 
 import argparse
@@ -55,6 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of --shuffle-documents (default: 1234)")
     parser.add_argument(
+        "--restart", action="store_true", help="begin anew instead of going on from what a killed run has left"
+    )
+    parser.add_argument(
         "--output-prefix", required=True, metavar="PATH", help="files are PATH_<key>_document.bin, .idx"
     )
     arguments = parser.parse_args()
@@ -84,8 +87,10 @@ def main() -> None:
             shuffle_seed=seed if arguments.shuffle_documents else None,
             workers=arguments.workers,
             on_error=arguments.on_error,
+            restart=arguments.restart,
             on_progress=show,
             on_skip=progress.skipped,
+            say=progress.say,
         )
     for key, prefix in report.prefixes.items():
         print(f"{prefix}: {report.documents} documents, {report.tokens[key]} tokens")

@@ -1,13 +1,16 @@
 """Preprocessing: what is written for which documents, in what order, and what happens when something goes wrong."""
 
+import gzip
 import io
 import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +24,10 @@ from vishwamai_mp.data import shuffling
 from vishwamai_mp.data.corpus import CorpusReader, Malformed
 from vishwamai_mp.data.indexed import check_indexed
 from vishwamai_mp.data.preprocess import BlockEncoder, preprocess
+from vishwamai_mp.data.streams import zstd
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
+from vishwamai_mp.data.unfinished import UnfinishedRun
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "counted", "1234", "mice", "in", "Ünïcode"]
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 9 + i % 40)) + "\n" * (i % 3) for i in range(700)]
@@ -253,3 +258,109 @@ def test_memory_is_flat_and_torch_is_not_imported(tmp_path, tokenizer):
         assert torch_imported == "False"
         peaks.append(int(peak))
     assert peaks[1] < peaks[0] * 1.05
+
+
+def runs(cases):
+    """What `killed_preprocess.py` says of each; a process of its own, which forks before any library has threads."""
+    program = Path(__file__).with_name("killed_preprocess.py")
+    done = subprocess.run(
+        [sys.executable, program], input=json.dumps(cases), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def corpora(tmp_path, tokenizer):
+    """Files of every kind that is read in parts, some documents twice, and settings without an output prefix."""
+    lines = "".join(json.dumps({"text": text, "title": text[:3] or "?"}) + "\n" for text in TEXTS[:90]).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines[: lines.index(b"\n", 9000) + 1]))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstd.compress(lines[lines.index(b"\n", 4000) + 1 :]))
+    (tmp_path / "d.txt").write_text("\n\n".join(TEXTS[90:200]))
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.txt")]
+    return tmp_path, {"inputs": names[:3], "tokenizer": str(tokenizer)}, names[3]
+
+
+def test_killed_at_any_time_a_run_goes_on_and_writes_the_same(corpora):
+    folder, settings, text = corpora
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {"keys": ["text", "title"], "append_eod": True, "append_bos": True},
+        "workers": {"workers": 2, "shuffle_seed": 5, "keys": ["text", "title"]},
+        "exact": {"dedup": "exact", "shuffle_seed": 5, "append_eod": True},
+        "minhash": {"dedup": "minhash"},
+        "split": {"inputs": [text, settings["inputs"][1]], "split_documents_at": "blank-lines"},
+    }
+    cases = []
+    for name, own in kinds.items():
+        whole, again = ({**settings, **own, "output_prefix": str(folder / f"{name}_{part}")} for part in "wa")
+        cases += [[whole, 0], [again, 3], [again, 4], [{**again, "workers": 1}, "shuffled"], [again, 0]]
+    found = runs(cases)
+    for at in range(0, len(cases), 5):
+        assert [status for status, _ in found[at : at + 5]] == [0, *[-signal.SIGKILL] * 3, 0], found[at : at + 5]
+        done = [int(said.partition(": ")[2].split()[0]) for _, said in found[at + 2 : at + 5]]
+        assert 0 < done[0] < done[1] < done[2]
+    for whole in folder.glob("*_w_*"):
+        assert whole.read_bytes() == (folder / whole.name.replace("_w_", "_a_")).read_bytes(), whole.name
+    assert len(list(folder.glob("*_a_*"))) == 14
+    assert not list(folder.glob("*.partial"))
+
+
+def test_what_a_killed_run_left_is_not_gone_on_from_by_another(corpora):
+    folder, settings, text = corpora
+    run = {**settings, "output_prefix": str(folder / "out"), "append_eod": True}
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n' * 400 + "bad\n" + '{"text": "b"}\n')
+    malformed = {**run, "inputs": [str(bad)], "output_prefix": str(folder / "bad")}
+    skipping = {**malformed, "on_error": "skip", "output_prefix": str(folder / "skip")}
+    skipping["inputs"] = [str(bad), *run["inputs"]]
+    cases = [
+        [run, 3],
+        [{**run, "append_eod": False}, 0],
+        [{**run, "dedup": "exact"}, 0],
+        [{**run, "shuffle_seed": 3}, 0],
+        [{**run, "inputs": run["inputs"][:2]}, 0],
+        [{**run, "inputs": [*run["inputs"][:2], text]}, 0],
+        [{**run, "append_eod": False, "restart": True}, 0],
+        [malformed, 0],
+        [{**malformed, "on_error": "skip"}, 0],
+        [skipping, 5],
+        [{**skipping, "on_error": "stop"}, 0],
+    ]
+    found = runs(cases)
+    assert [status for status, _ in found] == [-9, 1, 1, 1, 1, 1, 0, 1, 0, -9, 1]
+    for (_, said), reason in zip(
+        found[1:6],
+        (
+            "--append-eod was given, now not given",
+            "--dedup was not given, now exact",
+            "--shuffle-documents was not given, now given",
+            "3 input files, now 2",
+            "c.jsonl.zst was where",
+        ),
+        strict=True,
+    ):
+        assert reason in said
+        assert "begin anew with --restart" in said
+    assert found[6][1] == ""
+    assert "bad.jsonl:401: not JSON" in found[7][1]
+    assert "bad.partial keeps what is done; run the same command again to go on" in found[7][1]
+    assert "going on from" in found[8][1]
+    assert len(documents_of(folder / "bad_text_document")) == 401
+    assert "has left out 1 malformed documents: go on with --on-error skip, or begin anew" in found[10][1]
+
+
+def test_changed_or_damaged_files_are_not_gone_on_from(corpora):
+    folder, settings, _ = corpora
+    run = {**settings, "output_prefix": str(folder / "out")}
+    assert runs([[run, 3]])[0][0] == -9
+    tokens = folder / "out.partial/0.tokens"
+    kept = tokens.read_bytes()
+    tokens.write_bytes(kept[:-2])
+    assert "0.tokens is shorter than it was; --restart begins anew" in runs([[run, 0]])[0][1]
+    tokens.write_bytes(kept)
+    os.utime(run["inputs"][1], (1, 1))
+    assert "b.jsonl.gz has changed since" in runs([[run, 0]])[0][1]
+    os.utime(run["inputs"][1])
+    with UnfinishedRun(Path(f"{run['output_prefix']}.partial"), {}, True):
+        assert "is another run's, which is at work" in runs([[run, 0]])[0][1]

@@ -47,12 +47,20 @@ class Part(NamedTuple):
     data: bytes
 
 
+class Position(NamedTuple):
+    """Between two parts of a corpus. How parts are grouped into blocks changes nothing of the documents."""
+
+    file: int  # of those given, from 0
+    parts: int  # of it that are before this position
+
+
 @dataclass(frozen=True)
 class Block:
-    """What a worker parses at a time."""
+    """What a worker parses at a time. `end` is the position after it."""
 
     kind: Kind
     parts: tuple[Part, ...]
+    end: Position
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class CorpusReader:
         paragraphs: a plain text file is a document for each stretch between blank lines, instead of one.
 
     Attributes:
+        start: where to begin; files before it are not opened.
         total_bytes: size on disk of all files.
         bytes_read: of them, how many are behind us; for progress.
     """
@@ -88,8 +97,9 @@ class CorpusReader:
         self._block_bytes = block_bytes
         self._finished_bytes = 0
         self._current: BinaryIO | None = None
-        sizes = [_size_of(path) for path, _ in self._files]
-        self.total_bytes = sum(sizes)
+        self._sizes = [_size_of(path) for path, _ in self._files]
+        self.total_bytes = sum(self._sizes)
+        self.start = Position(0, 0)
         text = next((path for path, kind in self._files if kind == "text"), None)
         if text and len(self._keys) > 1:
             raise UserError(f"{text} is plain text and has no keys: give one --json-keys name, not {len(self._keys)}")
@@ -104,10 +114,18 @@ class CorpusReader:
         return self._finished_bytes + (current.tell() if current and current.seekable() else 0)
 
     def __iter__(self) -> Iterator[Block]:
-        self._finished_bytes = 0
-        for kind, group in itertools.groupby(self._files, key=lambda file: file[1]):
-            parts = itertools.chain.from_iterable(self._parts(path, kind) for path, _ in group)
+        first = self.start.file
+        self._finished_bytes = sum(self._sizes[:first])
+        for kind, group in itertools.groupby(range(first, len(self._files)), key=lambda file: self._files[file][1]):
+            parts = itertools.chain.from_iterable(map(self._placed_parts, group))
             yield from _grouped(kind, parts, self._block_bytes)
+
+    def _placed_parts(self, file: int) -> Iterator[tuple[Position, Part]]:
+        """The parts of a file that are not before the start, each with the position after it."""
+        done = self.start.parts if file == self.start.file else 0
+        for count, part in enumerate(self._parts(*self._files[file]), start=1):
+            if count > done:
+                yield Position(file, count), part
 
     def _parts(self, path: Path, kind: Kind) -> Iterator[Part]:
         with open_stream(path) as (stream, file):
@@ -159,18 +177,19 @@ def _size_of(path: Path) -> int:
         raise UserError(f"no input file {path}: {error.strerror}") from None
 
 
-def _grouped(kind: Kind, parts: Iterable[Part], block_bytes: int) -> Iterator[Block]:
+def _grouped(kind: Kind, parts: Iterable[tuple[Position, Part]], block_bytes: int) -> Iterator[Block]:
     """Small files travel together: thousands of them would otherwise cost a message each."""
     group: list[Part] = []
     size = 0
-    for part in parts:
+    end = Position(0, 0)
+    for end, part in parts:
         group.append(part)
         size += len(part.data)
         if size >= block_bytes or len(group) >= 1024:
-            yield Block(kind, tuple(group))
+            yield Block(kind, tuple(group), end)
             group, size = [], 0
     if group:
-        yield Block(kind, tuple(group))
+        yield Block(kind, tuple(group), end)
 
 
 def _line_parts(path: Path, stream: BinaryIO, block_bytes: int) -> Iterator[Part]:

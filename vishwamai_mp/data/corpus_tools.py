@@ -84,11 +84,12 @@ class CorpusProgress:
         """Print one document left out, up to a limit."""
         self._num_skipped += 1
         if self._num_skipped <= _SKIPPED_SHOWN:
-            self._print(f"skipped {document}")
+            self.say(f"skipped {document}")
         elif self._num_skipped == _SKIPPED_SHOWN + 1:
-            self._print("skipped more documents; the count comes at the end")
+            self.say("skipped more documents; the count comes at the end")
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
         if self._on_terminal:
             self._bar.write(line, file=sys.stderr)
         else:

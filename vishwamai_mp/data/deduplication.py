@@ -12,13 +12,15 @@ numpy, has 1.1 (both on one core of the same machine, 2,000 documents of 400 wor
 """
 
 import hashlib
+import struct
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from vishwamai_mp.config.errors import UserError
 
 Dedup = Literal["exact", "minhash"]
 _HASH_BYTES = 16
+_FRAME = struct.Struct("<I")  # bytes of the print that follows
 _RUN = 5  # tokens
 _SIMILAR, _HASHES, _BANDS, _SEED = 0.8, 128, 16, 1
 
@@ -26,14 +28,38 @@ _SIMILAR, _HASHES, _BANDS, _SEED = 0.8, 128, 16, 1
 class Prints(Protocol):
     """What a worker makes of a document for `Seen` to compare."""
 
-    def of(self, texts: Sequence[str], tokens: Sequence[bytes]) -> Any: ...
+    def of(self, texts: Sequence[str], tokens: Sequence[bytes]) -> bytes: ...
 
 
 class Seen(Protocol):
     """The documents so far."""
 
-    def is_new(self, found: Any) -> bool:
+    def is_new(self, found: bytes) -> bool:
         """Whether none of them is like this one, which is remembered if so."""
+
+
+class KeptPrints:
+    """`Seen`, which writes the prints of what is new to a file, and begins with those that are there.
+
+    Args:
+        kind: of comparison.
+        file: at its end, open for reading too.
+
+    Raises:
+        UserError: the package that compares is missing.
+    """
+
+    def __init__(self, kind: Dedup, file: IO[bytes]) -> None:
+        self._seen, self._file = seen(kind), file
+        file.seek(0)
+        while frame := file.read(_FRAME.size):
+            self._seen.is_new(file.read(*_FRAME.unpack(frame)))
+
+    def is_new(self, found: bytes) -> bool:
+        new = self._seen.is_new(found)
+        if new:
+            self._file.write(_FRAME.pack(len(found)) + found)
+        return new
 
 
 def prints(kind: Dedup, itemsize: int) -> Prints:
@@ -75,23 +101,26 @@ class _MinHash:
     def __init__(self, itemsize: int) -> None:
         self._rensa, self._itemsize = _rensa(), itemsize
 
-    def of(self, texts: Sequence[str], tokens: Sequence[bytes]) -> Any:
+    def of(self, texts: Sequence[str], tokens: Sequence[bytes]) -> bytes:
         run = b"".join(tokens)
         size = _RUN * self._itemsize
         starts = range(0, max(len(run) - size, 0) + 1, self._itemsize)
         found = self._rensa.RMinHash(_HASHES, _SEED)
         found.update([run[at : at + size] for at in starts])
-        return found
+        return found.__getstate__()
 
 
 class _SeenAlike:
     def __init__(self) -> None:
-        self._index = _rensa().RMinHashDeduplicator(_SIMILAR, _HASHES, True, _BANDS, _SEED)
+        self._rensa = _rensa()
+        self._index = self._rensa.RMinHashDeduplicator(_SIMILAR, _HASHES, True, _BANDS, _SEED)
         self._count = 0
 
-    def is_new(self, found: Any) -> bool:
+    def is_new(self, found: bytes) -> bool:
         self._count += 1
-        return self._index.add(str(self._count), found)
+        hashes = self._rensa.RMinHash(_HASHES, _SEED)
+        hashes.__setstate__(found)
+        return self._index.add(str(self._count), hashes)
 
 
 def _rensa() -> Any:

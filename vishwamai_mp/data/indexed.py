@@ -14,11 +14,11 @@ import contextlib
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -56,31 +56,56 @@ class IndexedWriter:
 
     Leaving the block without `publish` leaves nothing behind, and an older pair as it was. Raises `UserError` where
     the disk is full or the folder cannot be written.
+
+    Args:
+        prefix: the pair's path without suffix.
+        dtype: of tokens.
+        open_file: opens the file of a name, to append to and to read, on the file system of `prefix`: documents are
+            added to those that the files have, and the files stay when the block is left. None: files of its own.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        dtype: np.dtype,
+        open_file: Callable[[str], IO[bytes]] | None = None,
+    ) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
         self.num_tokens = self.num_documents = self.num_sequences = 0
         self._code = next(code for code, known in _DTYPES.items() if known == self.dtype)
         self._bin, self._idx = (aside_of(Path(f"{self.prefix}.{suffix}")) for suffix in ("bin", "idx"))
-        self._files: list[BinaryIO] = []
+        self._open = open_file
+        self._files: list[IO[bytes]] = []
         self._published = False
 
     def __enter__(self) -> "IndexedWriter":
         folder = Path(self.prefix).absolute().parent
         if not folder.is_dir():
             raise UserError(f"cannot write {self.prefix}.bin: there is no folder {folder}")
+        self._tokens: IO[bytes]
+        self._lengths: IO[bytes]  # which wait on disk until their number is known
         try:
-            self._tokens = self._bin.open("wb")
-            self._files.append(self._tokens)
-            # Document lengths wait on disk, without a name, until their number is known.
-            self._lengths: BinaryIO = tempfile.TemporaryFile(dir=folder)
-            self._files.append(self._lengths)
+            if self._open:
+                self._tokens, self._lengths = self._open("tokens"), self._open("lengths")
+                self._bin = Path(self._tokens.name)
+                self._count()
+            else:
+                self._tokens = self._bin.open("wb")
+                self._files.append(self._tokens)
+                self._lengths = tempfile.TemporaryFile(dir=folder)  # without a name
+                self._files.append(self._lengths)
         except OSError as error:
             self._discard()
             raise self._failure(error) from error
         return self
+
+    def _count(self) -> None:
+        """What the files have already."""
+        for lengths in self._stored_lengths():
+            self.num_documents += len(lengths)
+            self.num_sequences += int(np.count_nonzero(lengths))
+            self.num_tokens += int(lengths.sum(dtype=np.int64))
 
     def add(self, tokens: bytes, lengths: np.ndarray) -> None:
         """Append documents.
@@ -151,14 +176,16 @@ class IndexedWriter:
             yield np.frombuffer(data, dtype="<i4")
 
     def _failure(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.prefix}.bin/.idx: {error.strerror}; nothing was kept of it")
+        kept = "" if self._open else "; nothing was kept of it"
+        return UserError(f"cannot write {self.prefix}.bin/.idx: {error.strerror}{kept}")
 
     def _discard(self) -> None:
         for file in self._files:
             with contextlib.suppress(OSError):  # what is buffered no longer fits, and is not wanted
                 file.close()
         if not self._published:
-            self._bin.unlink(missing_ok=True)
+            if not self._open:
+                self._bin.unlink(missing_ok=True)
             self._idx.unlink(missing_ok=True)
 
 
@@ -279,6 +306,6 @@ def _check_tokens(path: Path, dtype: np.dtype, vocab_size: int) -> int:
     return high
 
 
-def _to_disk(file: BinaryIO) -> None:
+def _to_disk(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -1,33 +1,36 @@
 """A corpus to indexed token files, on several processes, in the corpus's order and in flat memory.
 
 This process reads blocks of raw bytes and writes tokens; parsing and encoding, nearly all of the work, happen in the
-workers. At most a few blocks per worker are under way at once, whatever the size of the corpus.
+workers. At most a few blocks per worker are under way at once, whatever the size of the corpus. What is written waits
+in an `UnfinishedRun`, from which the next run goes on if this one is killed.
 """
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import IO, Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 
 from vishwamai_mp.config.errors import UserError
-from vishwamai_mp.data.corpus import Block, CorpusReader, Malformed, read_block
+from vishwamai_mp.data.corpus import Block, CorpusReader, Malformed, Position, read_block
 from vishwamai_mp.data.corpus_tools import byte_bar
-from vishwamai_mp.data.deduplication import Dedup, prints, seen
+from vishwamai_mp.data.deduplication import Dedup, KeptPrints, prints
 from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
 from vishwamai_mp.data.piece_cache import DocumentEncoder
 from vishwamai_mp.data.shuffling import DocumentShuffler
-from vishwamai_mp.data.tokenizer import Tokenizer
+from vishwamai_mp.data.tokenizer import Tokenizer, kept_files
+from vishwamai_mp.data.unfinished import UnfinishedRun, identities
 
 OnError = Literal["stop", "skip"]
 SplitAt = Literal["blank-lines"]
@@ -57,13 +60,15 @@ class EncodedBlock:
     Attributes:
         empty: (documents,) which lack a text under some key.
         prints: of documents, where repeated ones are to be dropped.
+        end: the position in the corpus after them.
     """
 
     tokens: list[bytes]
     lengths: list[np.ndarray]
     empty: np.ndarray
     malformed: list[Malformed]
-    prints: list[Any]
+    prints: list[bytes]
+    end: Position
 
     def only(self, kept: np.ndarray) -> "EncodedBlock":
         """Without the documents for which `kept` (documents,) is False."""
@@ -74,7 +79,8 @@ class EncodedBlock:
             ends = np.cumsum(lengths) * (len(of_key) // max(1, int(lengths.sum())))
             starts = np.concatenate(([0], ends[:-1]))
             tokens.append(b"".join(of_key[starts[at] : ends[at]] for at in np.flatnonzero(kept)))
-        return EncodedBlock(tokens, [lengths[kept] for lengths in self.lengths], self.empty[kept], self.malformed, [])
+        lengths_of_keys = [lengths[kept] for lengths in self.lengths]
+        return EncodedBlock(tokens, lengths_of_keys, self.empty[kept], self.malformed, [], self.end)
 
 
 def preprocess(
@@ -90,13 +96,17 @@ def preprocess(
     shuffle_seed: int | None = None,
     workers: int = 1,
     on_error: OnError = "stop",
+    restart: bool = False,
     on_progress: Callable[[PreprocessReport], None] | None = None,
     on_skip: Callable[[Malformed], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> PreprocessReport:
     """Encode every document under each of `keys` into `<output_prefix>_<key>_document.bin/.idx`.
 
     A document without text is kept as a document without tokens, as Megatron-LM does, and counted. The pairs appear
-    together at the end, or not at all.
+    together at the end, or not at all. A run that is killed, is stopped or fails after `unfinished.MARK_SECONDS` leaves
+    `<output_prefix>.partial`, and the next one of the same arguments goes on from there; `workers` may be others, and
+    `on_error` "skip" after "stop".
 
     Args:
         inputs: files, by suffix as in `corpus.py`.
@@ -108,34 +118,61 @@ def preprocess(
         shuffle_seed: names the order of documents, the same under every key (see `shuffling.py`); None: the corpus's.
         workers: processes that encode; 1 encodes in this one. They change nothing of what is written.
         on_error: "stop" at the first malformed document, or "skip" and count it (under every key).
+        restart: do not go on from what an earlier run has left.
         on_progress: called after each block with the report so far.
         on_skip: called with each document left out.
+        say: called with what is gone on from, or left to go on from.
 
     Raises `UserError` for files that are missing or damaged, a malformed document under "stop", a corpus with no
-    text, a full disk, or a worker that died.
+    text, a full disk, a worker that died, or what a run of other arguments has left.
     """
     _check_arguments(keys, workers)
     reader = CorpusReader(inputs, keys, paragraphs=split_documents_at == "blank-lines")
     vocabulary = Tokenizer(tokenizer)
     begin = [vocabulary.require_bos()] if append_bos else []
     end = [vocabulary.require_eod()] if append_eod else []
-    report = PreprocessReport(total_bytes=reader.total_bytes)
-    started = time.perf_counter()
     make = partial(BlockEncoder, str(tokenizer), tuple(keys), begin, end, on_error == "stop", dedup)
-    so_far = seen(dedup) if dedup else None
+    decides = {
+        "--input": identities([Path(path) for path in inputs]),
+        "--tokenizer": _digest(vocabulary),
+        "--json-keys": list(keys),
+        "--append-eod": append_eod,
+        "--append-bos": append_bos,
+        "--split-documents-at": split_documents_at,
+        "--dedup": dedup,
+        "--shuffle-documents": shuffle_seed is not None,
+        "--seed": shuffle_seed,
+    }
     with contextlib.ExitStack() as stack:
+        unfinished = stack.enter_context(UnfinishedRun(Path(f"{output_prefix}.partial"), decides, restart, say))
+        report, token_bytes = _begin(unfinished, reader, on_error, say)
+        started = time.perf_counter() - report.seconds
+        so_far = KeptPrints(dedup, unfinished.open("prints")) if dedup else None
         dtype = token_dtype(vocabulary.vocab_size)
         prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
-        writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in prefixes.values()]
+        open_files = [partial(_open_of_key, unfinished, number) for number in range(len(keys))]
+        writers = [
+            stack.enter_context(IndexedWriter(prefix, dtype, open_file))
+            for prefix, open_file in zip(prefixes.values(), open_files, strict=True)
+        ]
         takers: Sequence[IndexedWriter | DocumentShuffler] = writers
+        shufflers: list[DocumentShuffler] = []
         if shuffle_seed is not None:
-            folder = Path(output_prefix).absolute().parent
             takers = shufflers = [
                 stack.enter_context(
-                    DocumentShuffler(folder, dtype.itemsize, shuffle_seed, reader.total_bytes, 1 / len(keys))
+                    DocumentShuffler(
+                        *(open_file, dtype.itemsize, shuffle_seed, reader.total_bytes, 1 / len(keys)),
+                        taken=(report.documents, token_bytes[number] if token_bytes else 0),
+                    )
                 )
-                for _ in keys
+                for number, open_file in enumerate(open_files)
             ]
+
+        def mark() -> None:
+            taken = [shuffler.token_bytes for shuffler in shufflers]
+            unfinished.mark({"position": position, "report": asdict(report), "token_bytes": taken})
+
+        position = reader.start
         for block in stack.enter_context(encoded_blocks(reader, workers, make)):
             for malformed in block.malformed:
                 if on_error == "stop":
@@ -155,10 +192,15 @@ def preprocess(
             report.seconds = time.perf_counter() - started
             if on_progress:
                 on_progress(report)
+            position = block.end
+            if unfinished.due:
+                mark()
         if shuffle_seed is not None:
+            if unfinished.state:
+                mark()
             _write_shuffled(shufflers, writers)
         report.tokens = {key: writer.num_tokens for key, writer in zip(keys, writers, strict=True)}
-        _publish(writers, report)
+        _publish(writers, report, unfinished)
     report.prefixes = prefixes
     report.seconds = time.perf_counter() - started
     return report
@@ -189,7 +231,7 @@ class BlockEncoder:
         encoded: list[list[bytes]] = [[] for _ in self._keys]
         malformed: list[Malformed] = []
         empty: list[bool] = []
-        found: list[Any] = []
+        found: list[bytes] = []
         for document in read_block(block, self._keys):
             if isinstance(document, Malformed):
                 malformed.append(document)
@@ -204,7 +246,7 @@ class BlockEncoder:
                 found.append(self._prints.of(document, plain))
         lengths = [np.array([len(tokens) for tokens in key], dtype=np.int64) // self._itemsize for key in encoded]
         tokens_of_keys = [b"".join(key) for key in encoded]
-        return EncodedBlock(tokens_of_keys, lengths, np.array(empty, dtype=bool), malformed, found)
+        return EncodedBlock(tokens_of_keys, lengths, np.array(empty, dtype=bool), malformed, found, block.end)
 
 
 def _check_arguments(keys: Sequence[str], workers: int) -> None:
@@ -217,6 +259,36 @@ def _check_arguments(keys: Sequence[str], workers: int) -> None:
             raise UserError(f"--json-keys {key}: a key becomes part of a file name and cannot hold {os.sep!r}")
 
 
+def _digest(tokenizer: Tokenizer) -> str:
+    """Of its files, those that say which tokens begin and end a text too."""
+    digest = hashlib.sha256()
+    for name, path in sorted(kept_files(tokenizer.path).items()):
+        digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _open_of_key(unfinished: UnfinishedRun, number: int, name: str) -> IO[bytes]:
+    return unfinished.open(f"{number}.{name}")
+
+
+def _begin(
+    unfinished: UnfinishedRun, reader: CorpusReader, on_error: OnError, say: Callable[[str], None] | None
+) -> tuple[PreprocessReport, list[int]]:
+    """The report so far, and for each key the bytes of tokens to shuffle; the reader is set to what comes next."""
+    if not unfinished.state:
+        return PreprocessReport(total_bytes=reader.total_bytes), []
+    report = PreprocessReport(**unfinished.state["report"])
+    if report.skipped_documents and on_error == "stop":
+        raise UserError(
+            f"{unfinished.folder} has left out {report.skipped_documents} malformed documents: go on with"
+            " --on-error skip, or begin anew with --restart"
+        )
+    reader.start = Position(*unfinished.state["position"])
+    if say:
+        say(f"going on from {unfinished.folder}: {report.documents} documents are done")
+    return report, unfinished.state["token_bytes"]
+
+
 def _write_shuffled(shufflers: Sequence[DocumentShuffler], writers: Sequence[IndexedWriter]) -> None:
     total = sum(shuffler.token_bytes for shuffler in shufflers)
     with byte_bar(total, "shuffle") as progress:
@@ -226,13 +298,14 @@ def _write_shuffled(shufflers: Sequence[DocumentShuffler], writers: Sequence[Ind
                 progress.update(len(tokens))
 
 
-def _publish(writers: Sequence[IndexedWriter], report: PreprocessReport) -> None:
+def _publish(writers: Sequence[IndexedWriter], report: PreprocessReport, unfinished: UnfinishedRun) -> None:
     for key, tokens in report.tokens.items():
         if tokens == 0:
             of_what = f"{report.documents} documents read, {report.skipped_documents} skipped"
             raise UserError(f"no text under {key!r} in the input ({of_what}); nothing was written")
     for writer in writers:
         writer.finish()
+    unfinished.done()
     for writer in writers:
         writer.publish()
 

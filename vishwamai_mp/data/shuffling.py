@@ -8,10 +8,8 @@ and handed on. So the order knows neither the workers nor the buckets.
 import contextlib
 import mmap
 import struct
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import IO
 
 import numpy as np
 
@@ -24,31 +22,40 @@ _GIVEN_BYTES = 1 << 22  # of tokens handed on at once
 
 
 class DocumentShuffler:
-    """Takes documents in their order and gives them in another. Its files have no names: nothing is ever left behind.
+    """Takes documents in their order and gives them in another.
 
     Args:
-        folder: where documents wait; it holds the tokens of the corpus once more until the end.
+        open_file: opens the file of a name, to append to and to read, where documents wait; these files hold the tokens
+            of the corpus once more until the end. What they have is what was taken so far.
         itemsize: bytes of a token.
         seed: names the order.
         input_bytes: of the corpus, about; for the number of buckets.
         share: of the files that may be open, 1 over the number of shufflers at work.
+        taken: documents, and bytes of tokens, that the files have.
 
     Raises:
         UserError: the disk is full or fails.
     """
 
-    def __init__(self, folder: Path, itemsize: int, seed: int, input_bytes: int, share: float = 1) -> None:
-        self._folder, self._itemsize, self._seed = folder, itemsize, seed
+    def __init__(
+        self,
+        open_file: Callable[[str], IO[bytes]],
+        itemsize: int,
+        seed: int,
+        input_bytes: int,
+        share: float = 1,
+        taken: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._open, self._itemsize, self._seed = open_file, itemsize, seed
         most = max(1, int(_MOST_BUCKETS * share))
         self._count = min(most, input_bytes // _BUCKET_BYTES + 1)
-        self._files: list[BinaryIO] = []
-        self._documents = 0
-        self.token_bytes = 0  # taken so far
+        self._files: list[IO[bytes]] = []
+        self._documents, self.token_bytes = taken
 
     def __enter__(self) -> "DocumentShuffler":
         with self._failing():
-            for _ in range(self._count):
-                self._files.append(tempfile.TemporaryFile(dir=self._folder))
+            for number in range(self._count):
+                self._files.append(self._open(f"bucket_{number}"))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,7 +126,7 @@ class DocumentShuffler:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write to {self._folder}: {error.strerror}; nothing was kept") from error
+            raise UserError(f"cannot write what is to be shuffled: {error.strerror}") from error
 
 
 def order_numbers(first: int, count: int, seed: int) -> np.ndarray:
