@@ -3,19 +3,23 @@
 
     python examples/conversion/families.py                # all: minutes; writes families.json and docs/families.md
     python examples/conversion/families.py --only Qwen3   # one family; the figures of the others stay
+    python examples/conversion/families.py --simulate     # the simulated steps alone; the other figures stay
 
 Each family has two variants or more, which differ in what their `config.json` can say: embeddings tied or not, grouped
 queries, heads of another width, biases, windows, rotary rules, weights in one file or several. A family that
 `vishwamai_mp/conversion/families/` knows and this file has no variants of fails. The checks are those of
-`tools/verify_family.py`, with training at every layout. Needs the `hf` extra.
+`tools/verify_family.py`, with training at every layout, and a step of Transformer Engine's layers on the simulated
+accelerator, as `tools/dry_run.py` makes it. Needs the `hf` extra, and Transformer Engine's Python where dry_run.py has it.
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -168,25 +172,36 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
 COLUMNS = (
     *("logits", "greedy tokens", "export: tensors", "export: config"),
     *("training: TP2", "training: TP2 SP", "training: PP2", "training: CP2"),
-    *("decoding", "LoRA"),
+    *("decoding", "LoRA", "TE step"),
 )
+_SIMULATED = [
+    *("precision=bf16", "training.sequence_length=64", "training.micro_batch_size=2", "training.global_batch_size=2"),
+    *("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
+]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="a family, by its architecture or the beginning of it (default: all)")
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens to compare per prompt (default: 64)")
+    parser.add_argument("--simulate", action="store_true", help="make the step of Transformer Engine's layers alone")
     options = parser.parse_args()
     chosen = variants(options.only)
-    from vishwamai_mp.verification.gloo_ranks import GlooRanks
-    from vishwamai_mp.verification.short_training import LAYOUTS
+    keeps = options.only or options.simulate
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if keeps and RESULTS.is_file() else []
+    found = {report["variant"]: report for report in kept}
+    if not options.simulate:
+        from vishwamai_mp.verification.gloo_ranks import GlooRanks
+        from vishwamai_mp.verification.short_training import LAYOUTS
 
-    with GlooRanks() as run_ranks:
-        reports = check(chosen, run_ranks, list(LAYOUTS), options.tokens)
-    failed = [report["variant"] for report in reports if not report["holds"]]
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if options.only and RESULTS.is_file() else []
-    found = {report["variant"]: report for report in [*kept, *reports]}
+        with GlooRanks() as run_ranks:
+            found |= {report["variant"]: report for report in check(chosen, run_ranks, list(LAYOUTS), options.tokens)}
+    for variant, step in simulate(chosen).items():
+        if report := found.get(variant):
+            report["findings"] = [old for old in report["findings"] if old["check"] != step["check"]] + [step]
+            report["holds"] = all(finding["status"] != "fails" for finding in report["findings"])
     reports = [found[title(*variant)] for variant in variants() if title(*variant) in found]
+    failed = [report["variant"] for report in reports if not report["holds"]]
     RESULTS.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
     write_section(PAGE, BEGIN, END, table(reports))
     print(f"{len(chosen) - len(failed)} of {len(chosen)} variants hold", *failed, sep="\n")
@@ -235,6 +250,43 @@ def check(
         found = {key: value for key, value in report.to_dict().items() if key not in ("folder", "notes")}
         reports.append({"variant": name, **found})
     return reports
+
+
+def simulate(chosen: Sequence[tuple[str, Variant]]) -> dict[str, dict[str, Any]]:
+    """What a step of Transformer Engine's layers found of each, in a process of its own: it can only simulate."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as process:
+        return process.submit(_simulated, chosen).result()
+
+
+def _simulated(chosen: Sequence[tuple[str, Variant]]) -> dict[str, dict[str, Any]]:
+    from vishwamai_mp.runtime.simulated import transformer_engine_double
+
+    transformer_engine_double.install()
+    from vishwamai_mp.config import load_config, resolve, to_yaml
+    from vishwamai_mp.conversion.folder import open_folder
+    from vishwamai_mp.training.dry_run import dry_run
+    from vishwamai_mp.verification.findings import FAILS, HOLDS, LEFT_OUT, Finding
+
+    found = {}
+    for architecture, variant in chosen:
+        with tempfile.TemporaryDirectory() as place:
+            write_model(architecture, variant, Path(place, "hf"))
+            recipe = Path(place, "recipe.yaml")
+            recipe.write_text(to_yaml(open_folder(Path(place, "hf")).config), encoding="utf-8")
+            try:
+                step = dry_run(resolve(load_config(recipe, _SIMULATED), 2), 2, 0)
+            except UserError as error:
+                finding = Finding(COLUMNS[-1], LEFT_OUT, f"refused: {error}")
+            else:
+                planned = step.updated and step.flops == step.predicted_flops
+                counts = f"{step.layers}, {step.flops:,} FLOPs, planned {step.predicted_flops:,}"
+                figures = {"steps": float(planned), "of": 1.0}
+                finding = Finding(COLUMNS[-1], HOLDS if planned else FAILS, counts, figures)
+        name = title(architecture, variant)
+        print(f"{name}: {finding.seen}", file=sys.stderr)
+        found[name] = asdict(finding)
+    return found
 
 
 def write_model(architecture: str, variant: Variant, folder: Path) -> None:

@@ -49,7 +49,8 @@ def main() -> None:
         receive, send = os.pipe()
         child = os.fork()
         if not child:
-            run(settings, dies, lambda text, to=send: os.write(to, text.encode()))
+            sys.stdout = os.fdopen(send, "w")
+            run(settings, dies, partial(print, flush=True))
             os._exit(0)
         os.close(send)
         with os.fdopen(receive) as said:
