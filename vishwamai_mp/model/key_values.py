@@ -5,6 +5,8 @@ modules read the new tokens of many sequences laid end to end, and get a `KeyVal
 Shapes: N new tokens of all sequences, D width, G key-value heads (local), R queries of each, K head width.
 """
 
+import copy
+import math
 from typing import Any, Protocol
 
 import torch
@@ -33,13 +35,24 @@ class KeyValues(Protocol):
 
 
 class KvSelfAttention(SelfAttention):
-    """megatron-core's self-attention, whose keys may be kept by a `KeyValues`."""
+    """megatron-core's self-attention, whose keys may be kept by a `KeyValues`.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        for norm in (self.q_layernorm, self.k_layernorm):
-            if isinstance(norm, WidthNorm):
-                norm.group = self.pg_collection.tp
+    Args:
+        config: megatron-core's.
+        *args: megatron-core's.
+        full_qk_norm: whether queries and keys are normed over all heads (width_norm.py).
+        rotary_factor: of turned queries and keys.
+        **options: megatron-core's.
+    """
+
+    def __init__(
+        self, config: Any, *args: Any, full_qk_norm: bool = False, rotary_factor: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(config if rotary_factor == 1 else _with_rotary_factor(config, rotary_factor), *args, **options)
+        if full_qk_norm:
+            width, eps, group = self.hidden_size_per_attention_head, config.layernorm_epsilon, self.pg_collection.tp
+            self.q_layernorm = WidthNorm(config, width, eps, config.num_attention_heads, group)
+            self.k_layernorm = WidthNorm(config, width, eps, config.num_query_groups, group)
 
     def forward(
         self,
@@ -67,3 +80,13 @@ class KvSelfAttention(SelfAttention):
         key_value_NG2K = torch.stack((key[:, 0], value[:, 0]), 2)
         attended = inference_context.attend(self.layer_number, query_NGRK, key_value_NG2K)
         return self.linear_proj(attended.reshape(len(attended), 1, -1))
+
+
+def _with_rotary_factor(config: Any, factor: float) -> Any:
+    """A copy with attributes (they are no fields) from which megatron-core's attention computes its factor.
+
+    1 + 0.1 · mscale · ln(scaling factor).
+    """
+    config = copy.copy(config)
+    config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.e, 10 * (factor - 1), 0.0
+    return config

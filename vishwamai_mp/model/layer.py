@@ -1,7 +1,5 @@
 """The transformer layer of VishwamAI."""
 
-import copy
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -27,7 +25,6 @@ class VishwamAILayer(TransformerLayer):
             configuration, the process groups and the layer's number (from 1).
         output_norm: class of a norm of what attention and MLP add to the residual stream; None: no norm there.
         kind: which of the masks and of the angles is this layer's, where there are several.
-        rotary_factor: of turned queries and keys.
         is_turned: whether positions turn its queries and keys.
         residual_multiplier: of what attention and MLP add to the residual stream; components add theirs as it is.
         shard: called with the layer when it is complete, so that no two layers are ever whole at a time.
@@ -42,7 +39,6 @@ class VishwamAILayer(TransformerLayer):
         components: Mapping[str, Callable[..., nn.Module]],
         output_norm: Any = None,
         kind: int = 0,
-        rotary_factor: float = 1.0,
         is_turned: bool = True,
         residual_multiplier: float | None = None,
         shard: Callable[[nn.Module], None] | None = None,
@@ -50,8 +46,6 @@ class VishwamAILayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, **options)
         self.component_names, self.kind, self.is_turned = tuple(components), kind, is_turned
-        if rotary_factor != 1:
-            self.self_attention.config = _with_rotary_factor(config, rotary_factor)
         self.residual_multiplier = 1.0 if residual_multiplier is None else residual_multiplier
         if residual_multiplier is not None:
             self.self_attn_bda = self.mlp_bda = partial(_scaled_add, residual_multiplier)
@@ -111,16 +105,6 @@ class VishwamAILayer(TransformerLayer):
             **options,
         )
         return hidden_states, context
-
-
-def _with_rotary_factor(config: Any, factor: float) -> Any:
-    """A copy with attributes (they are no fields) from which megatron-core's attention computes its factor.
-
-    1 + 0.1 · mscale · ln(scaling factor).
-    """
-    config = copy.copy(config)
-    config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.e, 10 * (factor - 1), 0.0
-    return config
 
 
 def _scaled_add(multiplier: float, training: bool, fused: bool) -> Callable[..., Tensor]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -26,8 +26,8 @@ from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.rotary import attention_factors
-from vishwamai_mp.model.width_norm import WidthNorm
 from vishwamai_mp.precision import use_transformer_engine
+from vishwamai_mp.runtime.megatron_versions import mlp_spec
 
 
 class TorchSpecProvider(LocalSpecProvider):
@@ -61,12 +61,10 @@ def layer_spec(
     model = config.model
     kind = int(layer_window(model, layer) is not None) if model.layer_pattern else 0
     norms_inputs, norms_outputs = model.norm_position != "post", model.norm_position != "pre"
-    linear_qkv = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
-    mlp = get_mlp_module_spec_for_backend(backend=backend)
-    if not fused:
-        mlp.submodules.activation_func = GATED_UNITS[model.activation]
-    if not norms_inputs:
-        linear_qkv = mlp.submodules.linear_fc1 = backend.column_parallel_linear()
+    linear_in = backend.column_parallel_linear()  # of queries, keys and values, and of the MLP
+    if norms_inputs and fused:
+        linear_in = backend.column_parallel_layer_norm_linear()
+    query_key_norm = backend.layer_norm(rms_norm=True, for_qk=True) if model.qk_norm == "head" else IdentityOp
     separate_norm = norm if norms_inputs and not fused else IdentityOp
     return ModuleSpec(
         module=VishwamAILayer,
@@ -74,7 +72,6 @@ def layer_spec(
             "components": layer_components(config, layer, _linears(backend)),
             "shard": shard,
             "output_norm": norm if norms_outputs else None,
-            "rotary_factor": attention_factors(model)[kind if model.window_rope_theta else 0],
             "is_turned": layer_is_turned(model, layer),
             "residual_multiplier": model.residual_multiplier,
             "kind": kind,
@@ -83,18 +80,28 @@ def layer_spec(
             input_layernorm=separate_norm,
             self_attention=ModuleSpec(
                 module=_attention(config.model.attention),
-                params={"attn_mask_type": AttnMaskType.causal},
+                params={
+                    "attn_mask_type": AttnMaskType.causal,
+                    "full_qk_norm": model.qk_norm == "full",
+                    "rotary_factor": attention_factors(model)[kind if model.window_rope_theta else 0],
+                },
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=linear_qkv,
+                    linear_qkv=linear_in,
                     core_attention=_core_attention(backend, model.attention_softcap),
                     linear_proj=backend.row_parallel_linear(),
-                    q_layernorm=_query_key_norm(backend, model.qk_norm, model.num_attention_heads),
-                    k_layernorm=_query_key_norm(backend, model.qk_norm, model.num_key_value_heads),
+                    q_layernorm=query_key_norm,
+                    k_layernorm=query_key_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=separate_norm,
-            mlp=mlp,
+            mlp=mlp_spec(
+                MLPSubmodules(
+                    linear_fc1=linear_in,
+                    linear_fc2=backend.row_parallel_linear(),
+                    activation_func=None if fused else GATED_UNITS[model.activation],
+                )
+            ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={}
             if fused
@@ -124,12 +131,6 @@ def layer_components(config: PretrainConfig, layer: int, linears: Linears) -> di
 
         made["cache"] = partial(DifferentiableCacheAugmentation, config.cache, linears=linears)
     return dict(reversed(made.items())) if config.cache.before_memory else made
-
-
-def _query_key_norm(backend: BackendSpecProvider, kind: str, heads: int | None) -> ModuleSpec | type:
-    if kind == "full":
-        return ModuleSpec(module=WidthNorm, params={"heads": heads})
-    return backend.layer_norm(rms_norm=True, for_qk=True) if kind == "head" else IdentityOp
 
 
 def _core_attention(backend: BackendSpecProvider, softcap: float | None) -> ModuleSpec | type:

@@ -16,29 +16,30 @@ from torch import Tensor, nn
 class WidthNorm(nn.Module):
     """x / √(mean(x²) + eps) · weight over all heads of all ranks, computed in fp32; 1 + weight where zero-centered.
 
-    megatron-core constructs norms of queries and keys with the width of one head; `heads` says how many there are.
-
     Args:
         config: megatron-core's.
         hidden_size: K.
         eps: under the root.
         heads: of all tensor parallel ranks.
+        group: of tensor parallel ranks.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, heads: int, group: dist.ProcessGroup
+    ) -> None:
         super().__init__()
         self.eps, self.width = eps, heads * hidden_size
         own = self.width // config.tensor_model_parallel_size
         self.offset = float(config.layernorm_zero_centered_gamma)
         self.weight = nn.Parameter(torch.full((own,), 1 - self.offset, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
-        self.group: dist.ProcessGroup | None = None  # of tensor parallel ranks; the attention around it knows
+        self.group = group
 
     def forward(self, x_TBHK: Tensor) -> Tensor:
         """(T, B, H, K) → the same."""
         x = x_TBHK.flatten(-2).float()
         squares = x.square().sum(-1, keepdim=True)
-        if self.group is not None and self.group.size() > 1:
+        if self.group.size() > 1:
             squares = _SumOverRanks.apply(squares, self.group)
         normed = x * (squares / self.width + self.eps).rsqrt() * (self.weight.float() + self.offset)
         return normed.to(x_TBHK.dtype).view(x_TBHK.shape)

@@ -6,18 +6,26 @@ where it belongs; here is only what asks for a choice.
 
 import inspect
 import logging
+from functools import partial
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import torch as _torch_strategies
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+_HUSHED = {  # from 0.18 on, by the logger that says so at each use; it is for whoever maintains this package
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
+}
+for _logger, _words in _HUSHED.items():
+    logging.getLogger(_logger).addFilter(lambda record, words=_words: words not in record.getMessage())  # type: ignore[misc]
 
-class _NotDeprecated(logging.Filter):
-    """Drops what 0.19 says at each first save: its own writer is to go. Ours takes only the plan from it."""
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "async save is deprecated" not in record.getMessage()
+def mlp_spec(submodules: MLPSubmodules) -> Any:
+    """What megatron-core's layer builds its MLP from."""
+    build = getattr(MLP, "as_mlp_submodule", None)  # as 0.19 wants it; what it is given otherwise it wraps, and says so
+    return partial(build, submodules=submodules) if build else ModuleSpec(module=MLP, submodules=submodules)
 
 
 def plan_options() -> dict[str, Any]:
@@ -27,7 +35,6 @@ def plan_options() -> dict[str, Any]:
     """
     if "async_strategy" not in inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters:
         return {}
-    _torch_strategies.logger.addFilter(_NotDeprecated())
     return {"async_strategy": "mcore"}
 
 
