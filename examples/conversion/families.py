@@ -9,7 +9,8 @@ Each family has two variants or more, which differ in what their `config.json` c
 queries, heads of another width, biases, windows, rotary rules, weights in one file or several. A family that
 `vishwamai_mp/conversion/families/` knows and this file has no variants of fails. The checks are those of
 `tools/verify_family.py`, with training at every layout, and a step of Transformer Engine's layers on the simulated
-accelerator, as `tools/dry_run.py` makes it. Needs the `hf` extra, and Transformer Engine's Python where dry_run.py has it.
+accelerator, as `tools/dry_run.py` makes it. Needs the `hf` extra, and Transformer Engine's Python where that tool has
+it.
 """
 
 import argparse
