@@ -27,11 +27,11 @@ install_environment() {
 }
 
 # Transformer Engine's Python without its compiled part, in a folder of its own: vishwamai_mp/runtime/fused_layers.py.
-install_transformer_engine() {
-    local folder=.venv/transformer_engine version
+install_transformer_engine() { # the environment's folder
+    local folder="$1/transformer_engine" version
     version="$(sed -n 's/^transformer-engine==//p' constraints.txt)"
     [[ -d "$folder/transformer_engine-$version.dist-info" ]] && return 0
     rm -rf "$folder"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" \
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" \
         "transformer-engine==$version"
 }

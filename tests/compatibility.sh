@@ -2,6 +2,8 @@
 # The tests under several versions of Python and megatron-core, and checkpoints exchanged between them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/install.sh
+source launch/install.sh
 
 usage() {
     cat <<'TEXT'
@@ -42,6 +44,7 @@ install_line() { # python, version of python, version of megatron-core
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
         touch "$venv/installed"
     fi
+    install_transformer_engine "$venv" || echo "Transformer Engine's Python cannot be installed: its tests will skip" >&2
     [[ -d "$FOLDER/megatron$3-python$2" ]] ||
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
             --target "$FOLDER/megatron$3-python$2" "megatron-core==$3"

@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 
 install_environment dev '.[dev]'
-install_transformer_engine || echo "Transformer Engine's Python cannot be installed: its tests will skip" >&2
+install_transformer_engine .venv || echo "Transformer Engine's Python cannot be installed: its tests will skip" >&2
 if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi

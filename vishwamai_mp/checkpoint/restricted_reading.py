@@ -1,6 +1,6 @@
 """Nothing in a checkpoint may run code: what megatron-core would unpickle is read here first, under restriction.
 
-megatron-core 0.16.1 on torch 2.13 reads a `torch_dist` folder through four doors:
+megatron-core 0.16.1 to 0.19.2 on torch 2.13 reads a `torch_dist` folder through four doors:
 
 - `.metadata` with plain `pickle.load`, which runs whatever the file says;
 - tensors in `.distcp` files with `torch.load(weights_only=True)`: safe;

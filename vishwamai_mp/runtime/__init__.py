@@ -17,6 +17,9 @@ for _message in (
     "The .grad attribute of a Tensor that is not a leaf",  # it looks before it knows
     ".*torch.distributed.*_tensor` is deprecated",
     "`load_state_dict` is deprecated",  # in its checkpoint reader
+    "The argument order of load has been changed",  # likewise, from 0.19 on
+    "torch.distributed is disabled, unavailable",  # where one process reads
+    "MimoModelConfig is experimental",  # which it imports unasked
     "FSDP2-wrapped module .* returned a view",  # of losses, which nobody changes in place
 ):
     warnings.filterwarnings("ignore", message=_message)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 _HUSHED = {  # from 0.18 on, by the logger that says so at each use; it is for whoever maintains this package
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
     "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
 }
 for _logger, _words in _HUSHED.items():
