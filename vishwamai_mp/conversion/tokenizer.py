@@ -129,7 +129,7 @@ def imported_files(folder: Path, vocab_size: int, added: int = 0) -> tuple[list[
     described = next((file for file in beside if file.name == JSON_FILE), None)
     choices = [file for file in (path, described) if file is not None and file.is_file()]
     if choices and choices[0] == path and (kind := foreign_tokenizer(path.read_bytes())):
-        notes.append(f"its {MODEL_FILE} is {kind}, and is left behind")
+        notes.append(f"its {MODEL_FILE} is {kind}, and is left behind (tools/convert_tokenizer.py converts it)")
         choices.remove(path)
     sizes = {file: Tokenizer(file).vocab_size for file in choices}
     for file, size in sizes.items():

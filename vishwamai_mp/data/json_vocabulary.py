@@ -57,6 +57,11 @@ class JsonVocabulary:
         self._path = path
         with self._its_faults():
             described = parse_json(content)
+        if "model" not in described and isinstance(described.get("config"), dict):
+            raise UserError(
+                f"tokenizer {path} is a tekken.json: make a tokenizer.json of it, tools/convert_tokenizer.py"
+            )
+        with self._its_faults():
             self._tokenizer = Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -69,7 +74,7 @@ class JsonVocabulary:
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._special = {token.content: i for i, token in added.items() if token.special}
-        self._bytes = _byte_alphabet() if '"ByteLevel"' in json.dumps(described.get("decoder")) else None
+        self._bytes = byte_alphabet() if '"ByteLevel"' in json.dumps(described.get("decoder")) else None
         self._settings = {
             **read_settings(path.with_name(_SPECIAL_TOKENS_FILE)),
             **read_settings(path.with_name(SETTINGS_FILE)),
@@ -166,7 +171,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _byte_alphabet() -> dict[str, bytes]:
+def byte_alphabet() -> dict[str, bytes]:
     """The bytes that byte-level vocabularies (GPT-2's and all since) write as characters.
 
     Printable characters of Latin-1 stand for their own byte; the other bytes, in order, for U+0100 onwards.

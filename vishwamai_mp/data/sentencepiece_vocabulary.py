@@ -33,7 +33,7 @@ class SentencePieceVocabulary:
             if kind := foreign_tokenizer(content):
                 raise UserError(
                     f"tokenizer {path} is {kind}: use a SentencePiece model or the tokenizer.json of Hugging Face's"
-                    " tokenizers"
+                    " tokenizers, which tools/convert_tokenizer.py makes of tiktoken files"
                 ) from error
             raise UserError(f"tokenizer {path} is not a whole SentencePiece model: make it again") from error
         self.unk_id: int = self._processor.unk_id()
