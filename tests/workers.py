@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -136,8 +136,7 @@ class WorkerPool:
         self._drop([worker for worker in self._workers if not worker.process.is_alive()])
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preload"])
-        python_path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
-        with _environment({**_SERVER_ENVIRONMENT, "PYTHONPATH": python_path}):
+        with server_environment():
             while len(self._workers) < count:
                 ours, theirs = multiprocessing.Pipe()
                 handle, name = tempfile.mkstemp(dir=self._folder)
@@ -194,9 +193,11 @@ def _raise(reply: Reply) -> None:
 
 
 @contextlib.contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+def server_environment() -> Iterator[None]:
+    """In which the server that forks processes starts with the first of them."""
+    python_path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
     before = dict(os.environ)
-    os.environ.update(changes)
+    os.environ.update({**_SERVER_ENVIRONMENT, "PYTHONPATH": python_path})
     try:
         yield
     finally:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conversion import models
+from tests.programs import run_forked
 from tests.workers import WorkerPool
 from vishwamai_mp.config import UserError
 from vishwamai_mp.conversion.adapters import export_adapters
@@ -84,8 +83,9 @@ def test_merged_weights_come_back_as_a_plain_checkpoint(workers: WorkerPool, ada
 def test_peft_loads_the_adapters(workers: WorkerPool, adapted: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    command = [sys.executable, str(_TOOL), "to-peft", "--load", str(adapted / "run"), "--output", str(tmp_path / "a")]
-    done = subprocess.run([*command, "--base", "theirs"], check=True, capture_output=True, text=True)
+    command = [_TOOL, "to-peft", "--load", adapted / "run", "--output", tmp_path / "a"]
+    done = run_forked([*command, "--base", "theirs"])
+    assert done.returncode == 0, done.stderr
     assert "--base theirs is no folder here: its weights were not compared" in done.stderr
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["base_model_name_or_path"] == "theirs"
     with pytest.raises(UserError, match="is not empty"):

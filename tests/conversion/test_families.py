@@ -1,15 +1,13 @@
 """Families by name: which one a model is exported as, and one of the user's own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conversion import models
 from tests.conversion.test_third_party import assert_same_model, tensors_of_folder, write_folder
+from tests.programs import run_forked
 from tests.workers import WorkerPool
 from vishwamai_mp.config import ConfigError, UserError
 from vishwamai_mp.conversion.families import family_holding, family_named
@@ -20,6 +18,7 @@ from vishwamai_mp.conversion.source import open_source
 from vishwamai_mp.conversion.to_hf import ExportOptions, export_folder
 from vishwamai_mp.conversion.verify import compare
 
+_TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
 SEED_OSS = "examples.extensions.seed_oss:SeedOss"
 
 
@@ -83,9 +82,7 @@ def test_the_tool_takes_a_family_by_name(tmp_path: Path) -> None:
 
     def convert(direction: str, load: str, output: str, *more: str) -> tuple[int, str]:
         options = ["--load", str(tmp_path / load), "--output", str(tmp_path / output), *more]
-        command = [sys.executable, "tools/convert_checkpoint.py", direction, *options]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        done = run_forked([_TOOL, direction, *options])
         return done.returncode, done.stderr
 
     status, said = convert("from-hf", "hf", "run", "--family", SEED_OSS)

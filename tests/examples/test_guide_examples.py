@@ -3,10 +3,9 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.programs import run_forked
 from tests.synthetic import tiny_corpus
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -16,13 +15,7 @@ _FOLDER = _ROOT / "examples/guide"
 def run(arguments: list[str], **environment: str) -> str:
     """What a program printed."""
     own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(_ROOT), "MPLBACKEND": "agg"}
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **own, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = run_forked(arguments, env={**os.environ, **own, **environment}, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.conversion import models
+from tests.programs import run_forked
 from tests.workers import WorkerPool
 from vishwamai_mp.checkpoint import read_manifest
 from vishwamai_mp.config import run_program
@@ -34,9 +35,7 @@ def run(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return run_forked([TOOL, *arguments])
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import runpy
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from unittest import mock
 
 import pytest
 
+from tests.programs import run_forked
 from tests.synthetic import write_corpus
 from tests.workers import WorkerPool
 from vishwamai_mp.config import UserError
@@ -86,9 +86,7 @@ def on(workers: WorkerPool, processes: int, *arguments: object) -> str:
 
 
 def run_tool(*arguments: object, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    return run_forked([*launcher, TOOL, *arguments])
 
 
 def test_greedy_text_is_the_same_from_the_command_line_and_under_torchrun(run_folder: Path) -> None:
@@ -167,7 +165,8 @@ def test_guesses_leave_the_text_alone_and_are_counted(workers: WorkerPool, run_f
 def test_weights_are_rounded_when_that_is_asked_for(workers: WorkerPool, run_folder: Path) -> None:
     options = ["--load", run_folder, "--prompt", _PROMPT, "--max-new-tokens", 6, "--json", "precision=bf16"]
     exact, rounded = (json.loads(on(workers, 1, *options, *more)) for more in ([], ["--weights", "int8"]))
-    assert 0 < abs(rounded["log_probs"][0] - exact["log_probs"][0]) < 0.5
+    assert rounded["log_probs"] != exact["log_probs"]  # those are rounded to bf16 as well: not each need differ
+    assert abs(rounded["log_probs"][0] - exact["log_probs"][0]) < 0.5
     assert len(json.loads(on(workers, 4, *options, "--weights", "int4", *_TP2_PP2))["new_tokens"]) == 6
 
 
