@@ -56,6 +56,19 @@ def _config(*overrides):
             ["parallel.fuse_grad_accumulation=true with parallel.fully_sharded=true", "set one of them"],
         ),
         (
+            ["training.offload_layers=1", "training.recompute=full"],
+            ["training.offload_layers=1 with training.recompute=full", "set training.recompute=none"],
+        ),
+        (
+            ["training.offload_layers=1", "precision=fp8_current"],
+            ["training.offload_layers=1 with precision=fp8_current", "use bf16"],
+        ),
+        (
+            ["training.offload_layers=1", "parallel.fully_sharded=true"],
+            ["training.offload_layers=1 with parallel.fully_sharded=true", "set parallel.fully_sharded=false"],
+        ),
+        (["training.offload_layers=8"], ["training.offload_layers=8", "of the 8 layers of a chunk", "use fewer"]),
+        (
             ["training.recompute_layers=2"],
             ["training.recompute_layers=2 has no effect at training.recompute=none", "set training.recompute=full"],
         ),

@@ -65,6 +65,8 @@ def test_savings_are_those_of_the_formulae_and_suppose_the_lines_before():
         "training.micro_batch_size=2",
         "training.micro_batch_size=1",
         "training.recompute=full",
+        "optimizer.moments_in=bf16",
+        "optimizer.moments_on_host=true",
         "parallel.tensor_model_parallel_size=4 on 4 processes",
         "parallel.pipeline_model_parallel_size=2 on 8 processes",
     ]
@@ -103,7 +105,7 @@ def test_only_what_applies_is_named(overrides, world_size, on_gpu, named, unname
 def test_where_nothing_is_left_the_model_is_too_large():
     """One head and one layer do not split."""
     alone = ["model.num_attention_heads=1", "model.num_key_value_heads=1", "model.num_layers=1", "model.head_dim=32"]
-    sizes = ["training.micro_batch_size=1", "training.recompute=full"]
+    sizes = ["training.micro_batch_size=1", "training.recompute=full", _NARROW, _HOST]
     config = configure("tiny", 1, *alone, *sizes)
     assert advice(config, 1, on_gpu=True).endswith("make the model or training.sequence_length smaller")
 
@@ -130,6 +132,7 @@ _BOTH = ["memory.enabled=true", "cache.enabled=true"]
 _LORA = "lora.enabled=true"
 _FULL = "training.recompute=full"
 _FUSED, _BF16 = "parallel.fuse_grad_accumulation=true", "parallel.reduce_grads_in=bf16"
+_NARROW, _HOST = "optimizer.moments_in=bf16", "optimizer.moments_on_host=true"
 _MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
 # Long rows of a narrow model, whose peak is at the gradient of the logits.
 _LOGITS = ["model.hidden_size=512", "training.sequence_length=4096", "model.max_position_embeddings=4096"]
@@ -139,6 +142,10 @@ def _split(tensor: int = 1, pipeline: int = 1, chunks: int = 1) -> list[str]:
     chunked = [f"parallel.virtual_pipeline_model_parallel_size={chunks}"] if chunks > 1 else []
     sizes = {"tensor": tensor, "pipeline": pipeline}
     return chunked + [f"parallel.{name}_model_parallel_size={size}" for name, size in sizes.items()]
+
+
+def _offloaded(layers: int) -> str:
+    return f"training.offload_layers={layers}"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +187,18 @@ def _split(tensor: int = 1, pipeline: int = 1, chunks: int = 1) -> list[str]:
         (2, 0, 2, [_BF16], 2550),
         (1, 0, 2, [_BF16, _FUSED, _FULL, "training.recompute_layers=14"], 3975),
         (8, 0, 16, ["parallel.fully_sharded=true", _BF16], 1036),
+        (1, 0, 1, [_offloaded(15)], 3660),
+        (1, 0, 1, [_offloaded(8)], 3874),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", _offloaded(12)], 2033),
+        (4, 0, 8, [*_BOTH, *_split(1, 4), _offloaded(3)], 1305),
+        (1, 0, 1, [_NARROW], 3334),
+        (1, 0, 1, [_HOST], 2550),
+        (2, 0, 2, [_NARROW, _HOST], 2157),
+        (1, 0, 1, [_HOST, _FULL, _BF16], 2448),
+        (4, 3, 8, [*_BOTH, *_split(1, 4), _NARROW, _HOST], 811),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", _NARROW], 1821),
+        (8, 0, 8, ["parallel.fully_sharded=true", _NARROW, _FULL], 509),
+        (8, 0, 16, ["parallel.fully_sharded=true", _HOST, _FULL], 457),
         (1, 0, 1, [_FULL, *_LOGITS], 1370),
         (1, 0, 1, [_FULL, *_LOGITS, "model.vocab_size=65536"], 3401),
         (1, 0, 1, [_LORA], 1137),

@@ -135,3 +135,60 @@ def _tracker_stays():
 
 def test_the_tracker_that_layers_were_built_with_is_seeded(workers: WorkerPool):
     assert workers.run(_tracker_stays, 1) == [True]
+
+
+def _waits_in_vain(allowed):
+    """Seconds until a collective that rank 1 does not join fails; before, and once the limit is past, it waits."""
+    import time
+
+    import torch.distributed as dist
+
+    from vishwamai_mp.runtime import distributed
+
+    runtime = _initialize({})
+    group = runtime.groups.dp_cp
+    with distributed.collectives_within(allowed / 60, load_config({}).parallel):
+        pass
+    if runtime.rank == 1:
+        time.sleep(2 * allowed)
+    dist.all_reduce(torch.ones(1), group=group)
+    if runtime.rank == 1:
+        time.sleep(4 * allowed)
+        return 0.0
+    start = time.monotonic()
+    with (
+        distributed.collectives_within(allowed / 60, load_config({}).parallel),
+        pytest.raises(RuntimeError, match="Timed out"),
+    ):
+        dist.all_reduce(torch.ones(1), group=group)
+    return time.monotonic() - start
+
+
+def test_a_step_may_wait_for_less_long_than_the_job(workers: WorkerPool):
+    waited, _ = workers.run(_waits_in_vain, 2, 1.0)
+    assert 0.9 < waited < 3.5
+
+
+def test_communicators_options_are_what_megatron_core_reads(monkeypatch):
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+    import yaml
+
+    from vishwamai_mp.runtime import distributed  # before megatron.core
+
+    # isort: split
+    from megatron.core import parallel_state
+
+    config = load_config({"parallel": {"nccl": {"dp_cp": {"max_ctas": 8, "min_ctas": 2}, "tp": {}}}})
+
+    def options(is_high_priority_stream):
+        return SimpleNamespace(is_high_priority_stream=is_high_priority_stream, config=SimpleNamespace())
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=options), raising=False)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
+    with distributed._nccl_file(config.parallel) as path, open(str(path)) as file:
+        read = yaml.safe_load(file)
+    made = parallel_state.get_nccl_options("dp_cp", read)
+    assert vars(made.config) == {"max_ctas": 8, "min_ctas": 2}
+    assert not parallel_state.get_nccl_options("tp", read).is_high_priority_stream

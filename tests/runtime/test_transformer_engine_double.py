@@ -34,6 +34,7 @@ _CONTEXT = ["parallel.context_parallel_size=2"]
 _REPLICAS = ["parallel.use_distributed_optimizer=true"]
 _MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
 _FUSED = ["parallel.fuse_grad_accumulation=true", "parallel.reduce_grads_in=bf16"]
+_HOST = ["optimizer.moments_in=bf16", "optimizer.moments_on_host=true"]
 _DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 
 # Name: ranks, rank, settings. Each kind of layer, layout and precision is in several.
@@ -42,6 +43,25 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "one process, fused": (1, 0, [_FUSED[0], "precision=bf16"]),
     "one process, bf16 gradients": (1, 0, [_FUSED[1], "precision=bf16"]),
     "one process, fp32": (1, 0, ["precision=fp32"]),
+    "one process, bf16 moments": (1, 0, ["optimizer.moments_in=bf16", "precision=bf16"]),
+    "one process, activations on the host, fused": (1, 0, [*_FUSED, "training.offload_layers=1", "precision=bf16"]),
+    "tensor, memory, cache and values, activations on the host": (
+        2,
+        1,
+        [*_TENSOR, *MEMORY, *CACHE, *VALUES, "training.offload_layers=1", "precision=fp16"],
+    ),
+    "chunks, packed, adapters, activations on the host": (
+        2,
+        0,
+        [*_CHUNKS, *PACKED, *LORA, "model.num_layers=8", "training.offload_layers=1", "precision=bf16"],
+    ),
+    "tensor, packed, cache, deterministic": (
+        2,
+        0,
+        [*_TENSOR, *PACKED, *CACHE, "training.deterministic=true", "precision=bf16"],
+    ),
+    "replicas, bf16 moments on the host, delayed": (2, 0, [*_REPLICAS, *_HOST, "precision=fp8_delayed"]),
+    "sharded, moments on the host": (2, 1, ["parallel.fully_sharded=true", _HOST[1], "precision=bf16"]),
     "tensor, fp16": (2, 1, [*_TENSOR, "precision=fp16"]),
     "tensor, delayed": (2, 0, [*_TENSOR, "precision=fp8_delayed"]),
     "tensor, current": (2, 1, [*_TENSOR, "precision=fp8_current"]),
@@ -135,6 +155,7 @@ def test_a_step_runs_and_waits_once(found, name):
     # The frequencies of positions, a tensor of nothing that memory is given back with, NVFP4's Hadamard matrix:
     # once in a model's life.
     once = ("rotary", "pytorch/utils", "pytorch/tensor/nvfp4_tensor")
+    once += ("compact_adamw", "host_copies") if "on the host" in name else ()  # in each step, and nothing waits
     assert all(any(part in place for part in once) for place in step["host_copies"]), step["host_copies"]
     assert sum(step["at_peak"].values()) == step["peak_bytes"]
     assert step["at_peak"]["workspaces"] == 32 * 2**20 + 1024  # cuBLAS's on a Hopper or later
@@ -161,6 +182,13 @@ def test_fused_accumulation_launches_no_sums_of_weights_gradients(found):
     assert plain["launches"] - fused["launches"] >= 2 * 2 * 4
     assert fused["flops"] == plain["flops"]
     assert halved["at_peak"]["gradients"] == plain["at_peak"]["gradients"] / 2
+
+
+def test_moments_in_bf16_take_half_and_no_more_kernels(found):
+    plain, narrow = found["one process, bf16"], found["one process, bf16 moments"]
+    main = 2 * plain["at_peak"]["parameters"]  # fp32 copies of bf16 weights
+    assert narrow["at_peak"]["optimizer"] - main == pytest.approx((plain["at_peak"]["optimizer"] - main) / 2, rel=0.01)
+    assert narrow["launches"] == plain["launches"]
 
 
 def test_the_rules_of_the_double():

@@ -1,9 +1,11 @@
 """Every layout trains the same model from the same seed: losses and gradient norms against one process."""
 
 import pytest
+from torch import Tensor
 
 from tests.training.layouts import train
 from tests.workers import WorkerPool
+from vishwamai_mp.config import ConfigError
 
 _TENSOR = "parallel.tensor_model_parallel_size="
 _PIPELINE = "parallel.pipeline_model_parallel_size="
@@ -110,6 +112,11 @@ def test_layouts_agree_in_variants(workers, one_process, name, variant):
 
 
 # Weights of an ordinary size for once: bf16's rounding grows with the activations.
+_ALL = [
+    *("memory.enabled=true", "cache.enabled=true", "cache.segment_length=8", "cache.latents_per_segment=2"),
+    *("tree.enabled=true", "tree.step_token=3"),
+]
+_NARROW = "optimizer.moments_in=bf16"
 _BF16 = ["precision=bf16", "model.initializer_range=0.04", "training.sequence_length=64"]
 
 
@@ -131,9 +138,70 @@ def test_gradients_may_be_summed_in_bf16(workers, one_process, name):
     assert ours != curve(workers, processes, [*layout, *_BF16])
 
 
-def test_a_cpu_fuses_no_accumulation(workers):
-    with pytest.raises(Exception, match="fuse_grad_accumulation=true: only Transformer Engine's layers on GPUs do so"):
-        curve(workers, 1, ["parallel.fuse_grad_accumulation=true"], steps=1)
+@pytest.mark.parametrize("name", ["DP2", "DP2 sharded optimizer, overlap", "PP2x2", "FSDP2"])
+def test_moments_may_be_kept_in_bf16(workers, one_process, name):
+    """Rounding is of each number alone: all layouts do the same, and nearly what fp32 does."""
+    processes, layout = LAYOUTS[name]
+    ours, narrow = curve(workers, processes, [*layout, _NARROW]), one_process(_NARROW)
+    assert_equal(ours, narrow, loss=1e-5, norm=1e-4)
+    assert_equal(ours, one_process(), loss=2e-3, norm=1e-1)
+    assert narrow != one_process()
+
+
+@pytest.mark.parametrize("name", ["TP2 SP", "CP2"])
+def test_on_cpus_all_is_deterministic_as_it_is(workers, name):
+    """Nothing that is trained with refuses to be so; and the numbers are the same."""
+    processes, layout = LAYOUTS[name]
+    settings = [*layout, *_ALL]
+    told = curve(workers, processes, [*settings, "training.deterministic=true"], steps=2)
+    assert told == curve(workers, processes, settings, steps=2)
+
+
+@pytest.mark.parametrize("name", ["one process", "PP2x2", "TP2 SP"])
+def test_offloaded_activations_come_back_as_they_were(workers, name):
+    """With the host in the place of the accelerator as well."""
+    processes, layout = LAYOUTS.get(name, (1, []))
+    settings = [*layout, *_ALL, *_DROPOUT, "model.num_layers=8"]
+    plain = curve(workers, processes, settings, steps=2)
+    offloaded = workers.run(train_offloaded, processes, [*settings, "training.offload_layers=1"])
+    assert all(found == (plain, found[1]) for found in offloaded)
+    assert all(copies > 20 for _, copies in offloaded)
+
+
+def train_offloaded(overrides: list[str]) -> tuple[Curve, int]:
+    """Runs in a worker: the curve of two steps, and how many tensors came back from the host."""
+    from unittest import mock
+
+    from vishwamai_mp.model import offloading
+    from vishwamai_mp.training import device_checks
+
+    come, count = offloading.HostCopies.to_device, []
+
+    def counted(copies: offloading.HostCopies, host: Tensor) -> Tensor:
+        count.append(1)
+        return come(copies, host)
+
+    with (
+        mock.patch.object(offloading, "is_accelerator", return_value=True),
+        mock.patch.object(device_checks, "is_accelerator", return_value=True),
+        mock.patch.object(offloading, "_SMALLEST", 1),
+        mock.patch.object(offloading.HostCopies, "to_device", counted),
+    ):
+        return train(overrides, steps=2), len(count)
+
+
+_FOR_GPUS = {
+    "parallel.fuse_grad_accumulation=true": "only Transformer Engine's layers on GPUs do so; set it to false",
+    "optimizer.moments_on_host=true": "on CPUs they lie nowhere else; set it to false",
+    "training.offload_layers=1": "on CPUs activations lie nowhere else; leave it out",
+    "parallel.nccl={dp_cp: {max_ctas: 8}}": "CPUs communicate by gloo; leave it out",
+}
+
+
+@pytest.mark.parametrize("setting", _FOR_GPUS)
+def test_a_cpu_refuses_what_is_for_gpus(workers, setting):
+    with pytest.raises(ConfigError, match=_FOR_GPUS[setting]):
+        curve(workers, 1, [setting], steps=1)
 
 
 _PARTS = ["training.recompute=selective", "training.recompute_modules=[core_attn,mlp]"]

@@ -16,6 +16,7 @@ _TENSOR = "parallel.tensor_model_parallel_size=2"
 _SEQUENCE = "parallel.sequence_parallel=true"
 _PIPELINE = "parallel.pipeline_model_parallel_size=2"
 _SHARDED_OPTIMIZER = "parallel.use_distributed_optimizer=true"
+_NARROW = "optimizer.moments_in=bf16"
 _DROPOUT = ["model.attention_dropout=0.1", "model.hidden_dropout=0.1"]
 _EVERY_3 = ["checkpoint.save_every=3", "training.max_steps=8"]
 
@@ -29,6 +30,9 @@ LAYOUTS = {
     "bf16 TP2 SP": (2, ["precision=bf16", _TENSOR, _SEQUENCE]),
     "FSDP2": (2, ["parallel.fully_sharded=true"]),
     "bf16 FSDP2": (2, ["precision=bf16", "parallel.fully_sharded=true"]),
+    "bf16 moments, DP2 sharded optimizer": (2, [_NARROW, _SHARDED_OPTIMIZER]),
+    "bf16 moments, bf16 TP2 SP": (2, [_NARROW, "precision=bf16", _TENSOR, _SEQUENCE]),
+    "bf16 moments, FSDP2": (2, [_NARROW, "parallel.fully_sharded=true"]),
     "fp16 DP2": (2, ["precision=fp16", "optimizer.initial_loss_scale=1024", "optimizer.loss_scale_window=2"]),
 }
 
@@ -111,6 +115,18 @@ def test_other_layout_continues_the_curve(workers: WorkerPool, uninterrupted, co
     for outcome in resumed:
         assert outcome.losses == pytest.approx(whole[0].losses[4:], abs=1e-6)
         assert outcome.state == whole[0].state
+
+
+@pytest.mark.parametrize(("before", "after"), [([], [_NARROW]), ([_NARROW], [])])
+@pytest.mark.parametrize("name", ["DP2 sharded optimizer, overlap", "FSDP2"])
+def test_moments_may_change_their_type(workers: WorkerPool, uninterrupted, corpus, tmp_path, name, before, after):
+    processes, layout = LAYOUTS[name]
+    settings = [*layout, *_EVERY_3]
+    _, whole = uninterrupted(processes, *settings)
+    workers.run(train, processes, tmp_path, corpus, [*settings, *before], crash_after=5)
+    second = workers.run(train, processes, tmp_path, corpus, [*settings, *after])
+    assert second[0].losses == pytest.approx(whole[0].losses[3:], abs=1e-3)
+    assert second[0].tensors != whole[0].tensors
 
 
 def test_sums_of_gradients_and_recomputation_may_change(workers: WorkerPool, uninterrupted, corpus, tmp_path):

@@ -84,10 +84,10 @@ def check_combinations(config: PretrainConfig, replicas: int | None) -> None:
         if optimizer.options:
             raise ConfigError(
                 f"optimizer.options={optimizer.options} is for an optimizer of your own;"
-                f" optimizer.name={optimizer.name} has the keys beta1, beta2 and epsilon"
+                f" optimizer.name={optimizer.name} has the keys beta1, beta2, epsilon, moments_in and moments_on_host"
             )
     else:
-        for key in ("beta1", "beta2", "epsilon"):
+        for key in ("beta1", "beta2", "epsilon", "moments_in", "moments_on_host"):
             if getattr(optimizer, key) != getattr(OptimizerConfig(), key):
                 raise ConfigError(
                     f"optimizer.{key} has no effect with optimizer.name={optimizer.name}; say it in optimizer.options"

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from vishwamai_mp.config.check_fully_sharded import check_fully_sharded
 from vishwamai_mp.config.check_gradients import check_gradients
+from vishwamai_mp.config.check_offloading import check_offloading
 from vishwamai_mp.config.check_recompute import check_recompute
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.extensions import check_combinations
@@ -186,6 +187,7 @@ def _check_layout(config: PretrainConfig) -> None:
             f"training.sequence_length={config.training.sequence_length} is not a multiple of {parts} = {share};"
             f" use {_round_up(config.training.sequence_length, share)}"
         )
+    check_offloading(config, layers_per_stage(config))
     check_recompute(config.training, layers_per_stage(config), parallel.virtual_pipeline_model_parallel_size)
 
 

@@ -1,6 +1,7 @@
 """The transformer layer of VishwamAI."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,7 @@ class VishwamAILayer(TransformerLayer):
         **options: Any,
     ) -> None:
         super().__init__(config, submodules, **options)
+        self.offloading: Callable[[], AbstractContextManager[Any]] = nullcontext  # around a forward pass
         self.component_names, self.kind, self.is_turned = tuple(components), kind, is_turned
         self.residual_multiplier = 1.0 if residual_multiplier is None else residual_multiplier
         if residual_multiplier is not None:
@@ -85,6 +87,18 @@ class VishwamAILayer(TransformerLayer):
             rotary_pos_emb: angles of one kind of layers or of several (rotary.py).
             **options: megatron-core's.
         """
+        with self.offloading():
+            return self._run(hidden_states, attention_mask, context, inference_context, rotary_pos_emb, options)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        context: Tensor | None,
+        inference_context: KeyValues | None,
+        rotary_pos_emb: Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
         for name in self.component_names:
             component = getattr(self, name)
             if inference_context is None:

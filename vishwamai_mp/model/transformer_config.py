@@ -73,6 +73,7 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
         and (config.data.reset_attention_mask or not config.data.reset_position_ids),
         # Transformer Engine's default, a ring of point-to-point messages, knows no window.
         cp_comm_type="all_gather" if fused and model.sliding_window and parallel.context_parallel_size > 1 else None,
+        deterministic_mode=config.training.deterministic,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,

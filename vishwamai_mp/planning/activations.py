@@ -122,8 +122,9 @@ class StageActivations:
         kept: of all micro-batches that wait for their backward pass.
         again: of the layer whose backward pass runs first, beside what was kept, as `LayerActivations` has it.
         head: of the last norm and the logits, when `again` is not there yet; none before the last stage.
-        passed: of `kept`, what is gone when the backward pass comes to a layer that is recomputed; none where all are.
-        remade: `again` of that layer.
+        passed: of `kept`, what is gone when the backward pass comes to a layer that is recomputed, or was offloaded;
+            none where all are.
+        remade: `again` of that layer, with what comes back.
     """
 
     kept: float
@@ -155,6 +156,11 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
     if layers is not None:
         rest = max(per_stage[stage] // chunks - layers, 0)
         whole = layer_activations(replace(config, training=replace(config.training, recompute="none")), on_gpu)
+    offloaded = config.training.offload_layers
+    if offloaded:  # of the rest as above; of the others, whose activations come back, two layers' at a time
+        rest = max(per_stage[stage] // chunks - offloaded, 0)
+        remade += min(2, offloaded) * layer.kept
+        layer = replace(layer, kept=0.0)
     kept = per_stage[stage] * layer.kept + chunks * (rest * (whole.kept - layer.kept) + _between_layers(config, stages))
     passed = rest * whole.kept
     carried: Counter[int] = Counter()  # bytes of components by layer
@@ -167,9 +173,11 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
             carried.update({0: one} if config.parallel.fully_sharded else dict.fromkeys(options.layers, one))
             if config.training.recompute == "full":
                 here -= components_on_stage(config, options.layers, per_stage, stage, layers)
+            if offloaded:
+                here -= components_on_stage(config, options.layers, per_stage, stage, offloaded)
             kept += here * one
             passed += here / chunks * one
-    if config.training.recompute == "full":
+    if config.training.recompute == "full" or offloaded:
         remade += max(carried.values(), default=0.0)  # of the one layer that is made again
     head, buffer = (_head(config, on_gpu), _gathered_for_head(config, on_gpu)) if stage == stages - 1 else (0.0, 0.0)
     kept = micro_batches_underway(config, stage, micro_batches) * kept + buffer

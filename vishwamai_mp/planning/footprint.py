@@ -1,6 +1,6 @@
 """Bytes of a rank by what they are for, with what no tensor shows: buffers of libraries and the allocator's slack."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step
 from vishwamai_mp.config.layer_windows import layer_windows
@@ -11,14 +11,15 @@ from vishwamai_mp.planning.neural_memory_costs import memory_state_bytes
 from vishwamai_mp.planning.parameters import total_parameters
 from vishwamai_mp.planning.states import (
     MAIN,
-    MOMENTS,
     WORKSPACE,
     fp8_weights,
     fused_gradients,
     gradient_bytes,
+    moment_bytes,
+    moments_on_device,
+    optimizer_copies,
     stage_parameters,
     trained_parameters,
-    widened_gradients,
 )
 
 # Of CUDA and its libraries, and of each communicator's channels, as NCCL makes them by default.
@@ -57,12 +58,13 @@ def stage_footprint(config: PretrainConfig, world_size: int, stage: int) -> Foot
     if shares_parameters(config, world_size):
         parts = fully_sharded_parts(config, world_size, activations)
     else:
+        owners = shards if parallel.use_distributed_optimizer else 1
         trained, main = trained_parameters(config, stage), 0 if config.precision == "fp32" else MAIN
         parts = {
             "weights": number_bytes(config) * stage_parameters(config, stage),
             "gradients": gradient_bytes(config) * trained + fused_gradients(config),
-            "optimizer": (MOMENTS + main) * trained / (shards if parallel.use_distributed_optimizer else 1),
-            "activations": max(activations.total, widened_gradients(config, stage, world_size)),
+            "optimizer": (moments_on_device(config) + main) * trained / owners,
+            "activations": max(activations.total, optimizer_copies(config, stage, world_size)),
         }
         parts["weights"] += fp8_weights(config, stage, micro_batches)
     groups = [parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, shards]
@@ -78,11 +80,30 @@ def job_footprint(config: PretrainConfig, world_size: int) -> Footprint:
     return max((stage_footprint(config, world_size, stage) for stage in stages), key=lambda one: one.total)
 
 
+def moments_host_bytes(config: PretrainConfig, world_size: int, stage: int) -> float:
+    """Of the host's memory that one rank's moments take all the time (`optimizer.moments_on_host`)."""
+    if not config.optimizer.moments_on_host:
+        return 0.0
+    owners = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
+    shared = config.parallel.use_distributed_optimizer or shares_parameters(config, world_size)
+    return moment_bytes(config) * trained_parameters(config, stage) / (owners if shared else 1)
+
+
+def activations_host_bytes(config: PretrainConfig, world_size: int, stage: int) -> float:
+    """Of the host's memory that one rank's activations take at the most (`training.offload_layers`)."""
+    if not config.training.offload_layers:
+        return 0.0
+    micro_batches = micro_batches_per_step(config, world_size)
+    without = replace(config, training=replace(config.training, offload_layers=None))
+    on_gpu = stage_activations(config, stage, micro_batches, on_gpu=True)
+    return stage_activations(without, stage, micro_batches, on_gpu=True).kept - on_gpu.kept
+
+
 def saving_host_bytes(config: PretrainConfig, world_size: int, stage: int) -> float:
     """Of the host's memory that one rank's save takes: a copy of its share of weights and optimizer state."""
     trained, replicas = trained_parameters(config, stage), data_parallel_size(config, world_size)
     main = 0 if config.precision == "fp32" else MAIN
-    return stage_parameters(config, stage) * number_bytes(config) + trained * (MOMENTS + main) / replicas
+    return stage_parameters(config, stage) * number_bytes(config) + trained * (moment_bytes(config) + main) / replicas
 
 
 def inference_bytes(config: PretrainConfig, tokens: int, sequences: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from vishwamai_mp.config import ConfigError, PretrainConfig, micro_batches_per_step, resolve
 from vishwamai_mp.planning.activations import stage_activations
 from vishwamai_mp.planning.fully_sharded_footprint import fully_sharded_parts, shares_parameters
-from vishwamai_mp.planning.states import WORKSPACE, fp8_weights, fused_gradients, stage_states, widened_gradients
+from vishwamai_mp.planning.states import WORKSPACE, fp8_weights, fused_gradients, optimizer_copies, stage_states
 
 _WORTH = 0.01  # of the need: what saves less is not mentioned
 
@@ -44,7 +44,7 @@ def stage_memory(config: PretrainConfig, world_size: int, stage: int, on_gpu: bo
         kept = parts.pop("activations")
         return RankMemory(sum(parts.values()) + workspace, kept)
     workspace += fused_gradients(config)
-    later = max(activations.total, widened_gradients(config, stage, world_size))
+    later = max(activations.total, optimizer_copies(config, stage, world_size))
     return RankMemory(stage_states(config, stage, world_size) + workspace, later)
 
 
@@ -59,7 +59,7 @@ def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:
         f" optimizer state, {size_text(need.activations)} for activations"
     ]
     steps: list[tuple[str, float]] = []
-    for section, name, value in _changes(config):
+    for section, name, value in _changes(config, on_gpu):
         # More processes only where those that are there cannot be divided differently.
         for processes in (world_size, 2 * world_size) if name.endswith("parallel_size") else (world_size,):
             changed = _changed(config, section, name, value, processes)
@@ -77,7 +77,7 @@ def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:
     return "\n".join([*lines, *(f"  {settings:{width}}  saves about {size_text(saved)}" for settings, saved in steps)])
 
 
-def _changes(config: PretrainConfig) -> list[tuple[str, str, object]]:
+def _changes(config: PretrainConfig, on_gpu: bool) -> list[tuple[str, str, object]]:
     """Section, name and value of settings to try, whether they apply or not."""
     parallel, training = config.parallel, config.training
     sizes = []
@@ -93,6 +93,8 @@ def _changes(config: PretrainConfig) -> list[tuple[str, str, object]]:
         ("training", "recompute", "full"),
         ("training", "recompute_layers", None),
         ("parallel", "fully_sharded", True),
+        ("optimizer", "moments_in", "bf16"),
+        *([("optimizer", "moments_on_host", True)] if on_gpu else []),
         ("parallel", "tensor_model_parallel_size", 2 * parallel.tensor_model_parallel_size),
         ("parallel", "pipeline_model_parallel_size", 2 * parallel.pipeline_model_parallel_size),
     ]

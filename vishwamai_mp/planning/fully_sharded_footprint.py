@@ -3,7 +3,7 @@
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, micro_batches_per_step, padded_vocab_size
 from vishwamai_mp.planning.activations import StageActivations, number_bytes, recomputed_layers
 from vishwamai_mp.planning.parameters import embedding_parameters, layer_parameters
-from vishwamai_mp.planning.states import GRADIENT, MAIN, MOMENTS, gradient_bytes, stage_parameters
+from vishwamai_mp.planning.states import GRADIENT, MAIN, gradient_bytes, moments_on_device, stage_parameters
 
 
 def shares_parameters(config: PretrainConfig, world_size: int) -> bool:
@@ -55,7 +55,7 @@ def fully_sharded_parts(config: PretrainConfig, world_size: int, activations: St
     return {
         "weights": MAIN * share,
         "gradients": GRADIENT * summed,
-        "optimizer": MOMENTS * share,
+        "optimizer": moments_on_device(config) * share,
         "gathered weights": gathered,
         "activations": kept,
     }

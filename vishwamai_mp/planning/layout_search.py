@@ -171,6 +171,8 @@ def _variants(
                 reduce_grads_in=config.parallel.reduce_grads_in,
                 fuse_grad_accumulation=config.parallel.fuse_grad_accumulation,
                 timeout_minutes=config.parallel.timeout_minutes,
+                step_timeout_minutes=config.parallel.step_timeout_minutes,
+                nccl=config.parallel.nccl,
             )
             changed = replace(
                 training, micro_batch_size=micro, recompute=recompute, recompute_layers=None, recompute_modules=None

@@ -8,7 +8,13 @@ import yaml
 
 from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.planning.flops import training_flops_per_token
-from vishwamai_mp.planning.footprint import inference_bytes, saving_host_bytes, tree_bytes
+from vishwamai_mp.planning.footprint import (
+    activations_host_bytes,
+    inference_bytes,
+    moments_host_bytes,
+    saving_host_bytes,
+    tree_bytes,
+)
 from vishwamai_mp.planning.footprint_advice import size_text
 from vishwamai_mp.planning.layout_search import MOST_GPUS, Candidate, Plan
 from vishwamai_mp.planning.parameters import total_parameters
@@ -143,9 +149,10 @@ def explanation(plan: Plan) -> str:
     best = plan.fitting[0]
     assert best.time is not None
     config = best.config
-    saving = max(
-        saving_host_bytes(config, best.world_size, stage)
-        for stage in range(config.parallel.pipeline_model_parallel_size)
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    saving, moments, offloaded = (
+        max(host_bytes(config, best.world_size, stage) for stage in stages)
+        for host_bytes in (saving_host_bytes, moments_host_bytes, activations_host_bytes)
     )
     answers = inference_bytes(config, config.training.sequence_length, 1)
     lines = [
@@ -154,6 +161,8 @@ def explanation(plan: Plan) -> str:
         *_parts(best.footprint.parts, size_text),
         f"a step of {best.time.micro_batches} micro-batches: {best.time.total:.3f} s; not hidden behind other things:",
         *_parts(best.time.parts, lambda seconds: f"{seconds:.3f} s"),
+        *([f"the host's memory of moments: {size_text(moments)} per rank, at all times"] if moments else []),
+        *([f"the host's memory of activations: {size_text(offloaded)} per rank"] if offloaded else []),
         f"the host's memory of a save: {size_text(saving)} per rank",
         f"a text of {config.training.sequence_length} tokens on one replica, per GPU:",
         *_parts(answers, size_text),

@@ -14,7 +14,7 @@ from vishwamai_mp.planning.parameters import (
     mlp_matrices,
 )
 
-# Bytes per parameter: gradients are summed in fp32; fp32 copies of 16-bit parameters; AdamW's two.
+# Bytes per parameter: gradients are summed in fp32; fp32 copies of 16-bit parameters; AdamW's two moments in fp32.
 GRADIENT, MAIN, MOMENTS = 4, 4, 8
 WORKSPACE = 32 * 2**20  # bytes of a GPU's matrix products, as Transformer Engine asks for them
 
@@ -33,11 +33,22 @@ def stage_states(config: PretrainConfig, stage: int, world_size: int) -> float:
     parameters, replicas = stage_parameters(config, stage), data_parallel_size(config, world_size)
     trained = trained_parameters(config, stage)
     if config.parallel.fully_sharded and replicas > 1:
-        return parameters * (MAIN + GRADIENT + MOMENTS) / replicas
-    shared = MOMENTS + (0 if config.precision == "fp32" else MAIN)
+        return parameters * (MAIN + GRADIENT + moments_on_device(config)) / replicas
+    shared = moments_on_device(config) + (0 if config.precision == "fp32" else MAIN)
     owners = replicas * config.parallel.context_parallel_size  # context parallel ranks share optimizer state as well
     each = gradient_bytes(config) + shared / (owners if config.parallel.use_distributed_optimizer else 1)
     return parameters * number_bytes(config) + trained * each
+
+
+def moment_bytes(config: PretrainConfig) -> int:
+    """Of a parameter's two moments, wherever they lie."""
+    return 4 if config.optimizer.moments_in == "bf16" else MOMENTS
+
+
+def moments_on_device(config: PretrainConfig) -> int:
+    """Those of them that lie where the parameters do. A step brings one parameter's at a time, when activations are
+    gone."""
+    return 0 if config.optimizer.moments_on_host else moment_bytes(config)
 
 
 def gradient_bytes(config: PretrainConfig) -> int:
@@ -45,12 +56,18 @@ def gradient_bytes(config: PretrainConfig) -> int:
     return 2 if config.parallel.reduce_grads_in == "bf16" else GRADIENT
 
 
-def widened_gradients(config: PretrainConfig, stage: int, world_size: int) -> float:
-    """Bytes of the fp32 copies that the optimizer takes of 16-bit sums: there when activations are gone."""
-    if config.parallel.reduce_grads_in == "fp32":
-        return 0.0
-    replicas = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
-    return GRADIENT * trained_parameters(config, stage) / (replicas if config.parallel.use_distributed_optimizer else 1)
+def optimizer_copies(config: PretrainConfig, stage: int, world_size: int) -> float:
+    """Bytes that the optimizer's step makes, when activations are gone: fp32 copies of 16-bit sums of gradients, and
+    the moments of one parameter at a time from the host."""
+    model, parallel = config.model, config.parallel
+    assert model.intermediate_size is not None
+    replicas = data_parallel_size(config, world_size) * parallel.context_parallel_size
+    own = trained_parameters(config, stage) / (replicas if parallel.use_distributed_optimizer else 1)
+    copies = GRADIENT * own if parallel.reduce_grads_in == "bf16" else 0.0
+    if config.optimizer.moments_on_host:
+        rows = max(2 * model.intermediate_size, padded_vocab_size(config))
+        copies += MOMENTS * min(own, rows * model.hidden_size / parallel.tensor_model_parallel_size)
+    return copies
 
 
 def fused_gradients(config: PretrainConfig) -> float:

@@ -26,7 +26,7 @@ from vishwamai_mp.planning.hardware import Gpu
 from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token
 from vishwamai_mp.planning.parameters import mlp_matrices
 from vishwamai_mp.planning.stacks import Stack, reached
-from vishwamai_mp.planning.states import trained_parameters
+from vishwamai_mp.planning.states import moment_bytes, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class _Pass:
         return sum(getattr(self, name) for name in _CAUSES)
 
 
+_HOST_LINK = 25e9  # bytes/s between a GPU and its host while the others use theirs, one way at a time
 _CAUSES = ("products", "attention", "elementwise", "tensor", "context")
 
 
@@ -290,12 +291,15 @@ def _data_parallel(config: PretrainConfig, world_size: int, machine: Machine, st
 
 def _optimizer(config: PretrainConfig, replicas: int, machine: Machine) -> float:
     """AdamW reads and writes fp32 weights, moments and gradients, and writes the 16-bit weights."""
+    moments = 2 * moment_bytes(config)  # read and written
     parallel = config.parallel
     parameters = max(trained_parameters(config, i) for i in range(parallel.pipeline_model_parallel_size))
     shared = parallel.use_distributed_optimizer or parallel.fully_sharded
     mine = parameters / (replicas * parallel.context_parallel_size if shared else 1)
     # The norm of all gradients, and clearing them, comes on top.
-    return (34 * mine + 8 * parameters / (replicas if parallel.fully_sharded else 1)) / machine.gpu.bandwidth
+    norm = 8 * parameters / (replicas if parallel.fully_sharded else 1)
+    fetched = moments * mine / _HOST_LINK if config.optimizer.moments_on_host else 0.0
+    return ((18 + moments) * mine + norm) / machine.gpu.bandwidth + fetched
 
 
 def _tokens(config: PretrainConfig) -> float:

@@ -24,7 +24,14 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 
-from vishwamai_mp.runtime.device import device, is_accelerator, local_rank, multiplies_natively  # noqa: E402
+from vishwamai_mp.runtime.device import (  # noqa: E402
+    device,
+    is_accelerator,
+    local_rank,
+    multiplies_natively,
+    room_on_host,
+    wait_for_device,
+)
 from vishwamai_mp.runtime.failure import run_distributed_program  # noqa: E402
 from vishwamai_mp.runtime.fused_layers import has_transformer_engine  # noqa: E402
 
@@ -47,10 +54,12 @@ __all__ = [
     "is_accelerator",
     "local_rank",
     "multiplies_natively",
+    "room_on_host",
     "run_distributed_program",
     "seed_step",
     "shutdown",
     "standing_session",
+    "wait_for_device",
 ]
 
 

@@ -1,10 +1,12 @@
 """Which device this process computes on, and what that device is good at."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -65,6 +67,23 @@ def is_accelerator(where: Tensor | torch.device) -> bool:
     """Whether a tensor lies on, or a device is, a GPU or the simulated accelerator: what has memory and kernels of its
     own and works while the host goes on."""
     return (where if isinstance(where, torch.device) else where.device).type not in ("cpu", "meta")
+
+
+def room_on_host() -> float:
+    """Bytes that each process of this machine can have of its free memory; no limit in simulation, which takes none."""
+    if device().type == "simulated":
+        return float("inf")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration):  # what Linux would give besides, of files that it has read
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def wait_for_device() -> None:
+    """Until all that was asked of an accelerator is done, copies to the host among it."""
+    if is_accelerator(device()):
+        torch.get_device_module(device().type).synchronize()
 
 
 def multiplies_natively(dtype: torch.dtype) -> bool:

@@ -2,18 +2,22 @@
 
 import atexit
 import datetime
+import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from vishwamai_mp.config import ParallelConfig, PretrainConfig, data_parallel_size
+from vishwamai_mp.config import NcclConfig, ParallelConfig, PretrainConfig, data_parallel_size
+from vishwamai_mp.runtime.determinism import set_determinism
 from vishwamai_mp.runtime.device import device, set_threads
 
 # Far from each other and from the tracker's own offsets (2718 + rank), so that neighbours' streams are apart.
@@ -84,23 +88,70 @@ def initialize(config: PretrainConfig) -> Runtime:
     already is used as it is.
 
     Raises:
-        ConfigError: the world does not fit the layout.
+        ConfigError: the world does not fit the layout, or the environment contradicts `training.deterministic`.
     """
     data_parallel_size(config, world_size())
     set_threads(config.training.threads)
+    set_determinism(config.training.deterministic)
     _join(config.parallel)
     parallel = config.parallel
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=parallel.timeout_minutes,
-        create_gloo_process_groups=device().type == "cuda",
-    )
+    with _nccl_file(parallel) as nccl_file:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=parallel.timeout_minutes,
+            nccl_communicator_config_path=nccl_file,
+            create_gloo_process_groups=device().type == "cuda",
+        )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_step(config.training.seed, 0, groups)
     return Runtime(dist.get_rank(), dist.get_world_size(), device(), groups)
+
+
+@contextmanager
+def _nccl_file(parallel: ParallelConfig) -> Iterator[str | None]:
+    """`parallel.nccl` as the file that megatron-core reads it from; None: NCCL has no options, or no part."""
+    if parallel.nccl is None or device().type != "cuda":
+        yield None
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # JSON is YAML
+        json.dump(_options(parallel.nccl), file)
+        file.flush()
+        yield file.name
+
+
+def _options(nccl: NcclConfig) -> dict[str, dict[str, Any]]:
+    """By process group, what is not left to NCCL."""
+    return {
+        name: {key: value for key, value in options.items() if value is not None}
+        for name, options in asdict(nccl).items()
+        if options is not None
+    }
+
+
+@contextmanager
+def collectives_within(minutes: float | None, parallel: ParallelConfig) -> Iterator[None]:
+    """Meanwhile a collective of this process may wait so long; then again `parallel.timeout_minutes`.
+
+    Args:
+        minutes: None: as always.
+        parallel: of the job.
+    """
+    if minutes is None:
+        yield
+        return
+    _set_timeout(minutes)
+    try:
+        yield
+    finally:
+        _set_timeout(parallel.timeout_minutes)
+
+
+def _set_timeout(minutes: float) -> None:
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
 
 
 def _join(parallel: ParallelConfig) -> None:
@@ -146,6 +197,7 @@ def standing_session(config: PretrainConfig) -> Runtime:
         parallel, runtime = _kept
         if parallel == config.parallel:
             set_threads(config.training.threads)
+            set_determinism(config.training.deterministic)
             return runtime
         shutdown(keep_world=True)
     runtime = initialize(config)

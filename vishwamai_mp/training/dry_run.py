@@ -23,8 +23,8 @@ from vishwamai_mp.planning.hardware import Gpu
 from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
 from vishwamai_mp.runtime.fused_layers import is_doubled
 from vishwamai_mp.runtime.simulated import Communication, SimulatedJob, simulated_job
+from vishwamai_mp.training.compact_adamw import fill_moments
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
-from vishwamai_mp.training.sharded_optimizer import fill_moments
 from vishwamai_mp.training.step import TrainStep
 
 
@@ -101,6 +101,8 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
     if device != "cpu" and fp8 and not is_doubled():
         notes.append(f"precision={config.precision} is simulated as bf16: fewer bits are Transformer Engine's")
         config = replace(config, precision="bf16")
+    if config.parallel.nccl:
+        notes.append("parallel.nccl is not simulated: it says how NCCL works, not what is exchanged")
     with simulated_job(config, world_size, rank, device) as job, training_step(config, job) as step:
         batches = empty_batches(config, job)
         job.recorder.restart()

@@ -23,6 +23,7 @@ from vishwamai_mp.runtime import Runtime, is_accelerator
 from vishwamai_mp.runtime.choices import table_of_run
 from vishwamai_mp.runtime.choices import use as use_ways
 from vishwamai_mp.runtime.device import peak_flops
+from vishwamai_mp.runtime.distributed import collectives_within
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
 from vishwamai_mp.runtime.step_journal import phase, step
 from vishwamai_mp.training.callbacks.base import Callback
@@ -99,13 +100,15 @@ class Trainer:
     def _train(self, collect_garbage: Callable[[int], None]) -> TrainerState:
         self.resume()
         self._settle_ways()
+        parallel, first = self.config.parallel, self.state.step
         batches = train_stream(self.config, self.datasets, self.runtime, self.state.consumed_samples)
         for callback in self.callbacks:
             callback.on_train_begin(self)
         while self.state.step < self.config.training.max_steps and self.stop_reason is None:
             for callback in self.callbacks:
                 callback.on_step_begin(self)
-            with step(self.state.step + 1):
+            limit = parallel.step_timeout_minutes if self.state.step > first else None
+            with step(self.state.step + 1), collectives_within(limit, parallel):
                 record = self._step(batches)
             for callback in self.callbacks:
                 callback.on_step_end(self, record)

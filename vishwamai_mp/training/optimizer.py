@@ -10,13 +10,16 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, Optimiz
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from vishwamai_mp.config import ConfigError, PretrainConfig
+from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.config.extensions import is_own
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.model.fully_sharded import FullySharded, fully_shards
-from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
+from vishwamai_mp.model.offloading import offload_layers
+from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime, device
 from vishwamai_mp.runtime.megatron_versions import gradients_for_norm
+from vishwamai_mp.training.compact_adamw import is_compact, use_compact_moments
+from vishwamai_mp.training.device_checks import check_device
 from vishwamai_mp.training.own_optimizer import use_own_optimizer
 from vishwamai_mp.training.sharded_optimizer import ShardedOptimizer
 
@@ -27,8 +30,12 @@ def wrap_data_parallel(
     """Each model chunk with its gradients in contiguous buffers, reduced over the replicas; or fully sharded.
 
     Raises:
-        ConfigError: `parallel.fuse_grad_accumulation` without Transformer Engine.
+        ConfigError: a setting that this device has no use for.
     """
+    check_device(config)
+    if offloaded := config.training.offload_layers:
+        for model in models:
+            offload_layers(model.decoder.layers, offloaded)
     if config.parallel.fuse_grad_accumulation:
         _fuse_accumulation(models)
     if fully_shards(config, runtime.groups):
@@ -59,10 +66,6 @@ def _fuse_accumulation(models: Sequence[VishwamAIModel]) -> None:
 
     megatron-core's own field for it would ask apex of the output layer, which is megatron-core's.
     """
-    if not use_transformer_engine():
-        raise ConfigError(
-            "parallel.fuse_grad_accumulation=true: only Transformer Engine's layers on GPUs do so; set it to false"
-        )
     for model in models:
         for module in model.modules():
             if hasattr(module, "fuse_wgrad_accumulation"):
@@ -77,7 +80,11 @@ def shards_optimizer(config: PretrainConfig, runtime: Runtime) -> bool:
 def build_optimizer(
     config: PretrainConfig, runtime: Runtime, chunks: Sequence[DistributedDataParallel]
 ) -> ChainedOptimizer:
-    """AdamW, or `optimizer.name`, with fp32 main parameters; weight decay on matrices only."""
+    """AdamW, or `optimizer.name`, with fp32 main parameters; weight decay on matrices only.
+
+    Raises:
+        UserError: the host has no room for `optimizer.moments_on_host`.
+    """
     policy, options = PrecisionPolicy.of(config.precision), config.optimizer
     own = is_own(options.name)
     wanted = OptimizerConfig(
@@ -106,6 +113,8 @@ def build_optimizer(
         )
     for part in optimizer.chained_optimizers if own else ():
         use_own_optimizer(part, options)
+    for part in optimizer.chained_optimizers if is_compact(options) else ():
+        use_compact_moments(part, options)
     for group in optimizer.param_groups:
         # megatron-core's own scheduler, which is not used here, would do this: 0 for vectors, 1 for matrices.
         group["weight_decay"] = options.weight_decay * group["wd_mult"]

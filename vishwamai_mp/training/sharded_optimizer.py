@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vishwamai_mp.model.fully_sharded import FullySharded
 from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.training.compact_adamw import MOMENTS, fill_moments
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAIN = "fp32_param"
 
 
@@ -94,12 +94,13 @@ class ShardedOptimizer(MixedPrecisionOptimizer):
             if rows is None:
                 continue  # a buffer
             start, shape = shard.data.storage_offset() - rows.storage_offset(), shard.data.shape
-            values = {kind: self.optimizer.state[rows][kind] for kind in _MOMENTS}
+            values = {kind: self.optimizer.state[rows][kind] for kind in MOMENTS}
             if self.chunk.module.sharding.compute != torch.float32:
                 values[_MAIN] = rows.detach()
             for kind, value in values.items():
                 data = value.flatten()[start : start + shape.numel()].view(shape)
-                yield kind, name, replace(shard, key=f"optimizer.state.{kind}.{shard.key}", data=data)
+                key = f"optimizer.state.{kind}.{shard.key}"
+                yield kind, name, replace(shard, key=key, data=data, dtype=data.dtype)
 
 
 def _scaler(config: OptimizerConfig) -> DynamicGradScaler | None:
@@ -113,12 +114,3 @@ def _scaler(config: OptimizerConfig) -> DynamicGradScaler | None:
         growth_interval=config.loss_scale_window,
         hysteresis=config.hysteresis,
     )
-
-
-def fill_moments(adam: torch.optim.Optimizer, _: Any = None) -> None:
-    """Give what has not stepped yet its state: zeros."""
-    for group in adam.param_groups:
-        for rows in group["params"]:
-            if not adam.state[rows]:
-                moments = {kind: torch.zeros_like(rows, requires_grad=False) for kind in _MOMENTS}
-                adam.state[rows].update(moments, step=torch.zeros((), device=rows.device))

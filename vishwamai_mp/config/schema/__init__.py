@@ -227,6 +227,29 @@ class TreeConfig:
 
 
 @dataclass(frozen=True)
+class NcclOptions:
+    """Of the communicators of one kind of process group; None: as NCCL chooses."""
+
+    __pydantic_config__ = _STRICT
+    min_ctas: PositiveInt | None = None  # thread blocks that a collective takes at least
+    max_ctas: PositiveInt | None = None  # and at most: fewer leave more of the GPU to what overlaps with it
+    cga_cluster_size: NonNegativeInt | None = None  # thread blocks in a cluster, on Hopper and later
+    is_high_priority_stream: bool = False  # its kernels go before those of computation
+
+
+@dataclass(frozen=True)
+class NcclConfig:
+    """Options of communicators by megatron-core's names of process groups; None: all as NCCL chooses."""
+
+    __pydantic_config__ = _STRICT
+    tp: NcclOptions | None = None  # tensor parallel ranks
+    cp: NcclOptions | None = None  # context parallel ranks
+    pp: NcclOptions | None = None  # pipeline stages
+    dp_cp: NcclOptions | None = None  # data and context parallel ranks, which sum gradients and gather parameters
+    mp: NcclOptions | None = None  # tensor parallel ranks of all stages
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How the job is laid out. Data parallelism is what is left: world size / (tensor × pipeline × context)."""
 
@@ -245,6 +268,8 @@ class ParallelConfig:
     reduce_grads_in: Literal["fp32", "bf16"] = "fp32"  # what gradients of bf16 and FP8 models are summed in
     fuse_grad_accumulation: bool = False  # Transformer Engine's products add to the sums of gradients themselves
     timeout_minutes: PositiveFloat = 30.0  # a collective that waits longer ends the job
+    step_timeout_minutes: PositiveFloat | None = None  # in a process's steps after its first; timeout_minutes
+    nccl: NcclConfig | None = None  # on GPUs; as NCCL chooses
 
 
 @dataclass(frozen=True)
@@ -280,6 +305,8 @@ class OptimizerConfig:
     beta1: NonNegativeFloat = 0.9
     beta2: NonNegativeFloat = 0.95
     epsilon: PositiveFloat = 1e-8
+    moments_in: Literal["fp32", "bf16"] = "fp32"  # what adamw keeps its two moments in; it computes in fp32
+    moments_on_host: bool = False  # they lie in the host's memory and come to the GPU for each step
     clip_grad_norm: NonNegativeFloat = 1.0  # 0: never clip
     initial_loss_scale: PositiveFloat = 2.0**16  # fp16 only; halved at each overflow
     loss_scale_window: PositiveInt = 1000  # fp16 only: steps without overflow before the scale doubles
@@ -307,11 +334,13 @@ class TrainingConfig:
     global_batch_size: PositiveInt = 8  # sequences per step, over all ranks
     max_steps: PositiveInt = 100
     seed: NonNegativeInt = 1234
+    deterministic: bool = False  # on GPUs too, a repeated run has the same bits; slower
     output_dir: str = "runs/default"
     exit_after_minutes: PositiveFloat | None = None  # save and exit 0
     recompute: Literal["none", "selective", "full"] = "none"  # selective: recompute_modules; full: whole layers
     recompute_layers: PositiveInt | None = None  # of full: the first so many of each stage's chunk; None: all
     recompute_modules: list[RecomputedModule] | None = None  # of selective; None: core attention alone
+    offload_layers: PositiveInt | None = None  # of each stage's chunk, from the first: activations go to the host
     evaluate_every: PositiveInt | None = None  # steps
     evaluate_batches: PositiveInt = 8  # global batches per evaluation
     early_stopping_patience: PositiveInt | None = None  # evaluations in a row without a new lowest loss; then stop
