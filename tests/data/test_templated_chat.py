@@ -198,6 +198,13 @@ _CALL = {"function": {"name": "f", "arguments": {}}, "id": "7", "why": 1}
         ("{{ messages | length }}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}",
          {"messages": [_ASKED, _ANSWERED, _ASKED, _ANSWERED]}, r"up to message 2 .* from character 0 .* generation"),
         (_CHATML, {"messages": [_ASKED | {"content": "\0"}, _ANSWERED]}, "a NUL character"),
+        ("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}",
+         {"messages": [_ASKED | {"content": [{"type": "text", "text": "x"}]}, _ANSWERED]}, "a content is an array"),
+        *(
+            ("{% for m in messages %}{{ m.role }}{{ m.content" + end + " }}{% endfor %}",
+             {"messages": [_ASKED, {"role": "assistant", "content": None, "tool_calls": [_CALL]}]}, "null as 'None'")
+            for end in ("", " | trim")
+        ),
         (_marked(_CHATML).replace("generation %}{{ m", "generation %}{% endgeneration %}{% generation %}{{ m"),
          {"messages": [_ASKED, _ANSWERED | {"loss": False}, _ASKED, _ANSWERED]}, "4 texts for 2 answers"),
         ("{% generation %}{% endgeneration %}" + _unmarked(_CHATML), {"messages": [_ANSWERED]}, "nothing stands"),
@@ -224,6 +231,16 @@ def test_keys_that_are_ignored(folder: Path) -> None:
         folder, _unmarked(_CHATML), given, {"question": "x", "answer": "y"}, ignored=("name", "tool_calls", "id")
     )
     assert found == expected
+    odd = {"messages": [_ASKED, _ANSWERED | {"weight": 0.5}]}
+    assert _ours(folder, _unmarked(_CHATML), odd, ignored=("weight",)) == [expected]
+    pairs = {"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": "y", "id": 7}
+    found, expected = _ours(folder, _unmarked(_CHATML), *pairs, ignored=("id",))
+    assert found == expected
+    parts = {"messages": [_ASKED | {"content": [{"type": "text", "text": "x"}]}, _ANSWERED]}
+    taking_apart = _unmarked(_CHATML).replace(
+        "m.content +", "(m.content if m.content is string else m.content[0].text) +"
+    )
+    assert _ours(folder, taking_apart, parts) == _ours(folder, _unmarked(_CHATML), {"messages": [_ASKED, _ANSWERED]})
     ((within, _),) = _ours(folder, _unmarked(_TOOLS), given, ignored=("name", "why", "id"))
     assert "<tool_call>f{}" in "".join(Tokenizer(folder).id_to_token(token) for token in within)
 

@@ -255,6 +255,7 @@ def by_openais_client() -> dict[str, Any]:
         def streamed(create: Any, **body: Any) -> list[Any]:
             return list(create(**body, stream=True, stream_options={"include_usage": True}))
 
+        plain = text().choices[0].text
         return {
             "plain": text(),
             "again": text(prompt=service.prompts.encode(_PROMPT)),
@@ -264,6 +265,7 @@ def by_openais_client() -> dict[str, Any]:
             "best": text(best_of=4, logprobs=0),
             "all four": text(n=4, logprobs=0),
             "logprobs": text(logprobs=2, temperature=0),
+            "stopped": [text(stop=stop).choices[0] for stop in (plain[2:4], [plain[2:4], "never"], ["never"], [])],
             "echo": text(echo=True, logprobs=1, max_tokens=2),
             "scored": text(echo=True, logprobs=1, max_tokens=0),
             "chat": client.chat.completions.create(**chat, max_tokens=5, logprobs=True, top_logprobs=2),
@@ -335,6 +337,12 @@ def test_openais_own_client(workers: WorkerPool) -> None:
     plain = found["plain"].choices[0].text
     assert len(plain) == 6
     assert found["again"].choices[0].text == plain
+    *stopped, never, none = found["stopped"]
+    assert {choice.text for choice in stopped} == {plain[: plain.index(plain[2:4])]}
+    assert {choice.finish_reason for choice in stopped} == {"stop"}
+    assert never == none
+    assert never.text == plain
+    assert never.finish_reason == "length"
     several = found["several"]
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert several.choices[0].text == plain != several.choices[1].text

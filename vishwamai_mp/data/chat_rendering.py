@@ -58,10 +58,12 @@ def environment(marks_answers: bool = False) -> Any:
         marks_answers: what stands in `{% generation %}` is written with a mark at either side.
     """
     made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _AnswerMarks]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _AnswerMarks], finalize=_spoken
     )
     made.extend(marks_answers=marks_answers)
     made.filters["tojson"] = _to_json
+    trim = made.filters["trim"]
+    made.filters["trim"] = lambda value, *chars: trim(_spoken(value), *chars)
     made.globals["raise_exception"] = _raise_exception
     made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return made
@@ -77,6 +79,13 @@ def _to_json(
 ) -> str:
     _read_whole(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _spoken(value: Any) -> Any:
+    """What an expression writes. Jinja would write null as the word `None`, as if someone had said it."""
+    if value is None:
+        raise jinja2.TemplateError("it would write a value that is null as 'None', such as a content that is not there")
+    return value
 
 
 def _raise_exception(message: str) -> None:
@@ -129,9 +138,21 @@ class _Noting(dict):
                 yield f"{where}.{key}"
 
 
+class _Parts(list):
+    """A content of several parts, which a template must take apart."""
+
+    def __repr__(self) -> str:
+        raise jinja2.TemplateError(
+            "a content is an array, and it would write that as Python code; give each message one text"
+        )
+
+
 def _noting(value: Any) -> Any:
     if isinstance(value, dict):
-        return _Noting((key, _noting(inner)) for key, inner in value.items())
+        noted = _Noting((key, _noting(inner)) for key, inner in value.items())
+        if isinstance(value.get("content"), list):
+            noted["content"] = _Parts(dict.get(noted, "content", ()))
+        return noted
     return [_noting(inner) for inner in value] if isinstance(value, list) else value
 
 

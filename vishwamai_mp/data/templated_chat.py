@@ -45,7 +45,7 @@ class TemplatedChat:
         self._tokens = SpelledTokens(tokenizer)
         self._variables = self._tokens.variables()
         self._controls = tuple(tokenizer.control_tokens())
-        self._as_it_stands = functools.cache(lambda: ChatEncoder(tokenizer))
+        self._as_it_stands = functools.cache(lambda: ChatEncoder(tokenizer, ignored=ignored))
 
     def encode_records(self, records: Sequence[Any]) -> Iterator[Encoded | UnusableRecord]:
         """Each record's tokens and marks, or why there are none."""
@@ -110,11 +110,12 @@ class TemplatedChat:
             if named and role not in ROLES:
                 raise UnusableRecord(f"{where} has 'from'={role!r}; known: {', '.join(ROLES)}")
             role = ROLES[role] if named else role
-            learnt.append(is_learnt(message, role, where))
+            given = {name: value for name, value in message.items() if name not in self._ignored}
+            learnt.append(is_learnt(given, role, where))
             kept: dict[Any, Any] = {  # in their order, which a template may write
                 named.get(name, name): role if name == role_key else value
-                for name, value in message.items()
-                if name not in self._ignored and name not in LEARNT_MARKS
+                for name, value in given.items()
+                if name not in LEARNT_MARKS
             }
             found.append(kept)
         return found, learnt
