@@ -65,7 +65,7 @@ def to_yaml(config: PretrainConfig) -> str:
     tree = to_dict(config)
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     # PyYAML writes the rare line breaks, U+0085 for one, as they are and reads them back as spaces: escape all then.
-    return text if yaml.safe_load(text) == tree else yaml.safe_dump(tree, sort_keys=False)
+    return text if text.isascii() or yaml.safe_load(text) == tree else yaml.safe_dump(tree, sort_keys=False)
 
 
 def _read(name: str) -> dict[str, Any]:
