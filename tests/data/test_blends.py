@@ -1,5 +1,7 @@
 """How a user names data: blends and splits, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from vishwamai_mp.config import ConfigError
@@ -14,9 +16,16 @@ from vishwamai_mp.data.blends import Source, parse_blend, parse_split
         ("0.3 a 0.7 b", [("a", 0.3), ("b", 0.7)]),
         (["my books", "b"], [("my books", None), ("b", None)]),
         ([3, "a", "1e1", "b"], [("a", 3.0), ("b", 10.0)]),
+        ("my data #1/c", [("my data #1/c", None)]),
+        ("2024", [("2024", None)]),
+        ([2024], [("2024", None)]),
     ],
 )
-def test_ways_to_write_a_blend(value, sources):
+def test_ways_to_write_a_blend(value, sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my data #1").mkdir()
+    for prefix in ("a", "b", "my data #1/c"):
+        Path(f"{prefix}.idx").touch()
     assert parse_blend("data.train", value) == [Source(*source) for source in sources]
 
 
@@ -34,6 +43,8 @@ def test_ways_to_write_a_blend(value, sources):
         (["nan", "a"], "weight nan of a"),
         (["inf", "a"], "weight inf of a"),
         (["a", "b", "a"], "names a twice"),
+        ("my data/books", r"is split at white space, and there is no my\.bin; write .* data.train='\[\"my data/books"),
+        ("0.5 'books", "split at white space, and there is no 'books.bin"),
     ],
 )
 def test_blends_that_make_no_sense(value, message):

@@ -34,16 +34,20 @@ def parse_blend(key: str, value: str | Sequence[str | float]) -> list[Source]:
 
     Args:
         key: the setting's name, for messages.
-        value: a string is split at white space; in a list, a prefix may hold spaces.
+        value: a string is split at white space, unless a pair is there that has all of it as its prefix; in a list, a
+            prefix may hold spaces. A single one is a prefix also where it looks like a number.
 
     Raises:
         ConfigError: nothing named, weights for some sources only, a weight that is not positive, a source named twice.
     """
-    items = value.split() if isinstance(value, str) else list(value)
+    if isinstance(value, str):
+        items: list[str | float] = [value] if value.strip() and Path(f"{value}.idx").is_file() else [*value.split()]
+    else:
+        items = list(value)
     if not items:
         raise ConfigError(f"{key} is empty; name at least one .bin/.idx prefix")
     weights = [_number(item) for item in items]
-    if all(weight is None for weight in weights):
+    if len(items) == 1 or all(weight is None for weight in weights):
         sources = [Source(str(item), None) for item in items]
     else:
         pairs_up = len(items) % 2 == 0 and all((w is None) == bool(i % 2) for i, w in enumerate(weights))
@@ -62,7 +66,19 @@ def parse_blend(key: str, value: str | Sequence[str | float]) -> list[Source]:
     for prefix in prefixes:
         if prefixes.count(prefix) > 1:
             raise ConfigError(f"{key} names {prefix} twice; name it once, with the sum of its weights")
+    if isinstance(value, str) and len(items) > 1:
+        _refuse_parts(key, value, sources)
     return sources
+
+
+def _refuse_parts(key: str, value: str, sources: Sequence[Source]) -> None:
+    """Refuse pieces of a text that name nothing: most likely a path with a space was meant."""
+    for source in sources:
+        if not any(Path(source.prefix + suffix).exists() for suffix in (".bin", ".idx")):
+            raise ConfigError(
+                f"{key}={value!r} is split at white space, and there is no {source.prefix}.bin; write a prefix with a"
+                f" space in a list, as in {key}='[\"my data/books\"]'"
+            )
 
 
 def _number(item: str | float) -> float | None:
