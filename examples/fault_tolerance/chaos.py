@@ -45,6 +45,7 @@ _SAVE_EVERY = 2  # steps
 _MODEL = ["model.hidden_size=64", "model.num_layers=2", "training.micro_batch_size=1", "training.global_batch_size=4"]
 _DISK_MIB = 96
 _DAY = 86400.0
+_READINGS = 20
 
 
 class Finished(Exception):  # noqa: N818 (no error)
@@ -119,6 +120,15 @@ class Chaos:
             time.sleep(self.random.uniform(0, self.step_seconds))
         else:
             time.sleep(self.random.uniform(0, 4 * self.step_seconds))
+
+    def newest(self) -> Path:
+        """The newest whole checkpoint. The living job deletes old ones while they are read, on a busy machine all that
+        were found: then anew.
+        """
+        for _ in range(_READINGS):
+            if (found := newest_whole(self.checkpoints)) is not None:
+                return found
+        raise RuntimeError(f"no checkpoint of {self.checkpoints} is whole")
 
     def processes(self, layer: int) -> list[psutil.Process]:
         """Living ones: 0 the launcher, 1 its agent, 2 the ranks."""
@@ -268,8 +278,8 @@ def suffer(chaos: Chaos, kind: str) -> str:
     """One event. Returns what was lost by it, in words: nothing, as it should be."""
     chaos.settle()
     chaos.random_moment()
-    newest, resumed = newest_whole(chaos.checkpoints), len(chaos.resumed())
-    assert newest is not None
+    newest: Path | None = chaos.newest()
+    resumed = len(chaos.resumed())
     EVENTS[kind](chaos)
     if kind in _WITHOUT_RESUMING:
         chaos.settle()
