@@ -15,7 +15,8 @@ from pathlib import Path
 
 from vishwamai_mp.config.errors import UserError, run_program
 from vishwamai_mp.config.files import write_whole
-from vishwamai_mp.data.tiktoken_files import PATTERNS, tokenizer_json
+from vishwamai_mp.data.cutting import PATTERNS
+from vishwamai_mp.data.tiktoken_files import tokenizer_json
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 

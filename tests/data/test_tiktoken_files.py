@@ -4,13 +4,19 @@ import base64
 import itertools
 import json
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from tests.data.test_tokenizer_kinds import TEXTS, byte_level
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.data.byte_level_training import train_byte_level
+from vishwamai_mp.data.cutting import PATTERNS, SPACE_CUTTING
 from vishwamai_mp.data.json_vocabulary import byte_alphabet
-from vishwamai_mp.data.tiktoken_files import PATTERNS, tokenizer_json
+from vishwamai_mp.data.piece_cache import DocumentEncoder
+from vishwamai_mp.data.tiktoken_files import tokenizer_json
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]
@@ -66,6 +72,49 @@ def test_texts_are_the_tokens_that_tiktoken_makes(tmp_path, ranks, pattern):
         expected = [*encoded(before, ranks, pattern), *([tokenizer.eod_id] if end else [])]
         assert tokenizer.encode(text) == expected, text
         assert tokenizer.decode(expected) == before
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.sampled_from("abT'sl19.,/!_ \n\r\t\u3000\x1c\x85\u180eé東ー\u0301 <[]"), max_size=60))
+@pytest.mark.parametrize("rule", [*SPACE_CUTTING, None])
+def test_a_text_in_parts_has_the_tokens_of_the_whole(parted, rule, text):
+    encoder, tokenizer = parted[rule]
+    whole = np.array(tokenizer.encode(text), np.uint16).tobytes()
+    assert encoder.encode(text) == whole
+    assert (
+        encoder.encode(f"{text} {text}a{text}")
+        == np.array(tokenizer.encode(f"{text} {text}a{text}"), np.uint16).tobytes()
+    )
+
+
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory, ranks):
+    """By rule, an encoder of documents with short slices and the tokenizer; None: of our own training."""
+    root, found = tmp_path_factory.mktemp("parted"), {}
+    (root / "a.tiktoken").write_text(lines(ranks))
+    for number, rule in enumerate([*SPACE_CUTTING, None]):
+        path = root / f"{number}.json"
+        if rule is None:
+            train_byte_level(TEXTS, 300, root / str(number))
+        else:
+            path.write_text(tokenizer_json(root / "a.tiktoken", rule, SPECIAL))
+        tokenizer = Tokenizer(path)
+        found[rule] = DocumentEncoder(tokenizer, np.dtype(np.uint16)), tokenizer
+        assert tokenizer.vocabulary.cuts_at_spaces
+    return found
+
+
+def test_what_looks_over_spaces_is_not_parted(tmp_path, ranks):
+    (tmp_path / "a.tiktoken").write_text(lines(ranks))
+    described = json.loads(tokenizer_json(tmp_path / "a.tiktoken", "gpt2", SPECIAL))
+    for changes in (
+        {"normalizer": {"type": "NFKC"}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+        {"added_tokens": [{**described["added_tokens"][0], "lstrip": True}]},
+        {"added_tokens": [{**described["added_tokens"][0], "content": "a b"}]},
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**described, **changes}))
+        assert not Tokenizer(tmp_path).vocabulary.cuts_at_spaces, changes
 
 
 def tekken(ranks, **changes):

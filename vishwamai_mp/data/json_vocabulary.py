@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from vishwamai_mp.config.errors import UserError, one_line
 from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.data.cutting import DIGITS, SPACE_CUTTING
 
 SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -79,6 +80,7 @@ class JsonVocabulary:
             **read_settings(path.with_name(_SPECIAL_TOKENS_FILE)),
             **read_settings(path.with_name(SETTINGS_FILE)),
         }
+        self.cuts_at_spaces = _cuts_at_spaces(described)
         self.unk_id = self._named("unk_token", described.get("model", {}).get("unk_token"))
         self.bos_id = self._named("bos_token")
         self.eod_id = self._named("eos_token")
@@ -169,6 +171,38 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no JSON object; mend it or take it away")
     return settings
+
+
+def _cuts_at_spaces(described: Mapping[str, Any]) -> bool:
+    """Whether texts are cut before every space that follows something else than whitespace, whatever stands around it.
+
+    So it is where byte pairs are joined within cuts by rules in `cutting.SPACE_CUTTING`, and nothing else looks at
+    texts: no normalizer, and no added token that has a space or takes one in.
+    """
+    outer = described.get("pre_tokenizer") or {}
+    steps = outer.get("pretokenizers", [outer])
+    cuts = False
+    for step in steps:
+        match step:
+            case {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}:
+                if rule not in SPACE_CUTTING and rule not in DIGITS:
+                    return False
+                cuts |= rule in SPACE_CUTTING
+            case {"type": "Digits"}:
+                pass
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                cuts |= step.get("use_regex", True)  # the rule "gpt2"
+            case _:
+                return False
+    model, added = described.get("model", {}), described.get("added_tokens") or []
+    return (
+        cuts
+        and model.get("type") == "BPE"
+        and not model.get("dropout")
+        and (described.get("normalizer") or {}).get("normalizers", described.get("normalizer")) in (None, [])
+        and not any(" " in token["content"] for token in added)
+        and not any(token.get(name) for token in added for name in ("lstrip", "rstrip", "single_word"))
+    )
 
 
 def byte_alphabet() -> dict[str, bytes]:

@@ -5,8 +5,11 @@ separator (a space, a newline) after another character, nothing ever merges acro
 the encoding of a text is the concatenation of the encodings of its parts. Words repeat (Zipf), so nearly all parts
 come from a table, already as the bytes that go to disk.
 
-Whether a model allows this is read from the model itself; where it does not, and of a `tokenizer.json`, every document
-goes whole through its library. The tokens are the same either way.
+Byte-level tokenizers cut texts by a rule first, and merge within cuts; most of these rules cut before each space that
+follows something else than whitespace.
+
+Whether a model allows this is read from the model itself; where it does not, every document goes whole through its
+library. The tokens are the same either way.
 """
 
 import re
@@ -18,6 +21,7 @@ from sentencepiece import sentencepiece_model_pb2
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space inside tokens
+_WHITE = r"[\s\u180e]"  # whitespace to Python, or to any version of Unicode
 _MAX_ENTRIES = 1 << 17  # about 30 MB; a full table is emptied, so it follows a corpus whose language changes
 _MAX_ENTRY_CHARS = 64
 _SLICE_CHARS = 1 << 18  # of a long document cut at a time, which bounds the list of its parts
@@ -34,6 +38,9 @@ class DocumentEncoder:
             inside = re.escape(separators)
             self._parts = re.compile(f"[{inside}]*[^{inside}]+|[{inside}]+")
             self._cut = re.compile(f"(?<=[^{inside}])[{inside}]")
+        elif tokenizer.vocabulary.cuts_at_spaces:
+            self._parts = re.compile(rf" *[^ ]+(?:(?<={_WHITE}) +[^ ]*)*| +")
+            self._cut = re.compile(rf"(?<!{_WHITE}) ")
 
     def encode(self, text: str) -> bytes:
         """The token ids of `text` in the file's dtype, as `Tokenizer.encode` gives them."""

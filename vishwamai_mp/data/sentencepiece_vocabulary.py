@@ -22,6 +22,7 @@ class SentencePieceVocabulary:
     """
 
     puts_bos_first: bool | None = None  # such a file does not say
+    cuts_at_spaces = False  # `piece_cache` reads more from the model itself
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.proto: bytes | None = content

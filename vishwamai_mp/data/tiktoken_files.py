@@ -16,27 +16,8 @@ from typing import Any
 from vishwamai_mp.config.errors import UserError, one_line
 from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.data.cutting import PATTERNS
 from vishwamai_mp.data.json_vocabulary import byte_alphabet
-
-# How texts are cut, by the names of who first did it: openai/tiktoken's tiktoken_ext/openai_public.py, and the loaders
-# of Llama 3 and Qwen.
-_CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama3": rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
-    "qwen": rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
-    "o200k": "|".join(
-        (
-            rf"{_CASED}*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_ENDINGS}?",
-            rf"{_CASED}+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_ENDINGS}?",
-            r"\p{N}{1,3}",
-            r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        )
-    ),
-}
-PATTERNS["cl100k"] = PATTERNS["llama3"]  # of the same texts the same, with possessive quantifiers there
 
 
 def tokenizer_json(path: Path, pattern: str | None, special: Sequence[str]) -> str:

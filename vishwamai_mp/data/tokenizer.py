@@ -32,6 +32,8 @@ class Vocabulary(Protocol):
         size: ids, from 0.
         proto: a SentencePiece model's own bytes; None: it is none.
         puts_bos_first: whether it would put BOS before a text by itself; None: it does not say.
+        cuts_at_spaces: whether a `tokenizer.json` encodes what is before a space and from it on apart, wherever the
+            space follows something else than whitespace.
     """
 
     size: int
@@ -41,6 +43,7 @@ class Vocabulary(Protocol):
     eod_id: int
     pad_id: int
     puts_bos_first: bool | None
+    cuts_at_spaces: bool
 
     def encode(self, text: str) -> list[int]: ...
 
