@@ -23,6 +23,7 @@ from typing import NamedTuple
 from turns import say_ratio
 
 from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.data.byte_level_training import train_byte_level
 from vishwamai_mp.data.corpus import Malformed, read_documents
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
@@ -40,6 +41,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--megatron-lm", metavar="FOLDER", help="a checkout whose tools/preprocess_data.py runs here")
     parser.add_argument("--input", required=True, metavar="FILE", help="JSON lines, or plain text: then its paragraphs")
     parser.add_argument("--json-key", default="text", help="default: %(default)s")
+    parser.add_argument(
+        "--type",
+        choices=("bpe", "byte-bpe"),
+        default="bpe",
+        help="of that tokenizer: a SentencePiece model, or a tokenizer.json (default: %(default)s)",
+    )
     parser.add_argument("--vocab-size", type=int, default=4000, help="tokens of the tokenizer trained here")
     parser.add_argument("--workers", type=int, default=2, help="of each tool (default: %(default)s)")
     parser.add_argument("--copies", type=int, default=8, help="of the corpus in the larger run (default: %(default)s)")
@@ -47,8 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(source: str, key: str, copies: int, folder: Path, vocab_size: int) -> tuple[Path, dict[int, Path]]:
-    """The tokenizer, and the corpus as JSON lines under one key: once, and `copies` times."""
+def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Path, dict[int, Path], int]:
+    """The tokenizer, the corpus as JSON lines under one key: once, and `copies` times; and the tokens of one copy."""
+    source, key, copies = arguments.input, arguments.json_key, arguments.copies
     documents = list(read_documents([source], key))
     texts = [text for text in documents if not isinstance(text, Malformed)]
     if len(texts) == 1:
@@ -57,7 +65,14 @@ def prepare(source: str, key: str, copies: int, folder: Path, vocab_size: int) -
     corpora = {count: folder / f"corpus_{count}.jsonl" for count in (1, copies)}
     for count, path in corpora.items():
         path.write_text(lines * count)
-    return train_tokenizer(texts, vocab_size, folder / "tokenizer").path, corpora
+    train = train_byte_level if arguments.type == "byte-bpe" else train_tokenizer
+    (folder / "tokenizer").mkdir()
+    tokenizer = train(texts, arguments.vocab_size, folder / "tokenizer/tokenizer")
+    if arguments.type == "byte-bpe":
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+        (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts if text)
+    return tokenizer.path, corpora, tokens
 
 
 def timed(command: list[str], environment: dict[str, str], log: Path) -> Run:
@@ -77,7 +92,10 @@ def commands(arguments: argparse.Namespace, tokenizer: Path, corpus: Path, folde
     shared += ["--workers", str(arguments.workers)]
     ours = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *shared, "--tokenizer", str(tokenizer)]
     theirs = [sys.executable, str(Path(arguments.megatron_lm).resolve() / "tools/preprocess_data.py"), *shared]
-    theirs += ["--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", str(tokenizer)]
+    if arguments.type == "byte-bpe":
+        theirs += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer.parent)]
+    else:
+        theirs += ["--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", str(tokenizer)]
     both = {"vishwamai_mp": ours, "Megatron-LM": theirs}
     return {name: [*command, "--output-prefix", str(folder / name)] for name, command in both.items()}
 
@@ -103,17 +121,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         key = arguments.json_key
-        tokenizer, corpora = prepare(arguments.input, key, arguments.copies, folder, arguments.vocab_size)
+        tokenizer, corpora, tokens = prepare(arguments, folder)
         size = corpora[1].stat().st_size / 1e6
         for _ in range(arguments.rounds):
             for count, corpus in corpora.items():
                 for tool, command in commands(arguments, tokenizer, corpus, folder).items():
                     runs.setdefault((tool, count), []).append(timed(command, environments[tool], folder / "log"))
                 same &= identical(folder, key)
-    return report(runs, size, arguments, same)
+    return report(runs, size, tokens, arguments, same)
 
 
-def report(runs: dict[tuple[str, int], list[Run]], size: float, arguments: argparse.Namespace, same: bool) -> int:
+def report(
+    runs: dict[tuple[str, int], list[Run]], size: float, tokens: int, arguments: argparse.Namespace, same: bool
+) -> int:
     copies = arguments.copies
     print(f"{arguments.input}: {size:.2f} MB, {arguments.workers} workers each, medians of {arguments.rounds} rounds")
     print(f"bytes of .bin and .idx: {'identical' if same else 'DIFFERENT'}")
@@ -127,7 +147,8 @@ def report(runs: dict[tuple[str, int], list[Run]], size: float, arguments: argpa
         speeds[tool] = [size / wall[0], size * copies / wall[1], steady, steady_cpu]
         print(
             f"{tool:12}  1 copy {wall[0]:6.2f} s, {copies} copies {wall[1]:6.2f} s; beyond starting up {steady:.2f} MB "
-            f"per second, {steady_cpu:.2f} MB per CPU second; peak {peak[0]:.0f} and {peak[1]:.0f} MiB"
+            f"per second, {steady_cpu:.2f} MB per CPU second ({steady * tokens / size / 1e3:.0f} and"
+            f" {steady_cpu * tokens / size / 1e3:.0f} thousand tokens); peak {peak[0]:.0f} and {peak[1]:.0f} MiB"
         )
     ratios = [ours / theirs for ours, theirs in zip(speeds["vishwamai_mp"], speeds["Megatron-LM"], strict=True)]
     for what, ratio in zip(("1 copy", f"{copies} copies", "beyond starting up", "per CPU second"), ratios, strict=True):
