@@ -82,6 +82,8 @@ def main() -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    # megatron-core is adapted as it is imported: before a GPU is pretended.
+    import vishwamai_mp.checkpoint.writer  # noqa: F401
     from vishwamai_mp.runtime import shutdown
 
     results = []
