@@ -3,6 +3,7 @@
 Importing this package installs the adapter; import it before `megatron.core`.
 """
 
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ for _message in (
     "FSDP2-wrapped module .* returned a view",  # of losses, which nobody changes in place
 ):
     warnings.filterwarnings("ignore", message=_message)
+# torch's, of its CUDA build on a machine with CUDA's compiler and no GPU.
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
 
 from vishwamai_mp.runtime.device import (  # noqa: E402
     device,
