@@ -6,12 +6,16 @@
 Three arms take turns, one step each, so that a busy machine slows all alike; figures are medians over rounds.
 `ours` is the whole step of the trainer: reading the batch, forward, backward, optimizer, loss guard, metrics record.
 `bare` is forward, backward and megatron-core's optimizer on the same model, nothing else. `transformers` is
-LlamaForCausalLM of the same size with torch's AdamW, under bf16 autocast for bf16. Needs the `hf` extra.
+LlamaForCausalLM of the same size with torch's AdamW, under bf16 autocast for bf16, in a process of its own: ours sets
+how memory is allocated in its process. Needs the `hf` extra.
 """
 
 import argparse
+import multiprocessing
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -53,14 +57,14 @@ def main() -> None:
 def compare(precision: str, rounds: int, threads: int, folder: Path) -> None:
     """Time the three arms in turn and print tokens per second and ratios."""
     config = resolve(configuration(precision, threads, folder), 1)
-    with distributed_session(config) as runtime:
+    with transformers_elsewhere(precision, threads) as transformers_step, distributed_session(config) as runtime:
         datasets = build_datasets(config)
         trainer = Trainer(config, runtime, datasets, callbacks=[])
         stream = train_stream(config, datasets, runtime)
         arms: dict[str, Callable[[], object]] = {
             "ours": lambda: trainer._step(stream),
             "bare": bare_arm(config, runtime, datasets),
-            "transformers": transformers_arm(precision),
+            "transformers": transformers_step,
         }
         seconds = alternate(arms, rounds)
         print(f"{precision}: {threads} threads, {BATCH} sequences of {LENGTH} tokens, median of {rounds} rounds")
@@ -124,6 +128,31 @@ def bare_arm(config: PretrainConfig, runtime, datasets) -> Callable[[], object]:
         optimizer.step()
 
     return step
+
+
+@contextmanager
+def transformers_elsewhere(precision: str, threads: int) -> Iterator[Callable[[], object]]:
+    """`transformers_arm` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=take_steps, args=(theirs, precision, threads), daemon=True)
+    process.start()
+
+    def step() -> None:
+        ours.send(None)
+        ours.recv()
+
+    yield step
+    process.terminate()
+
+
+def take_steps(connection: Connection, precision: str, threads: int) -> None:
+    """Until this process is ended: one step for each message."""
+    torch.set_num_threads(threads)
+    step = transformers_arm(precision)
+    while True:
+        connection.recv()
+        connection.send(step())
 
 
 def transformers_arm(precision: str) -> Callable[[], object]:

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from vishwamai_mp.config import NcclConfig, ParallelConfig, PretrainConfig, data_parallel_size
 from vishwamai_mp.runtime.determinism import set_determinism
-from vishwamai_mp.runtime.device import device, set_threads
+from vishwamai_mp.runtime.device import device, keep_freed_memory, set_threads
 
 # Far from each other and from the tracker's own offsets (2718 + rank), so that neighbours' streams are apart.
 _STEP, _PLACE = 1_000_003, 1_618_033_987
@@ -92,6 +92,7 @@ def initialize(config: PretrainConfig) -> Runtime:
     """
     data_parallel_size(config, world_size())
     set_threads(config.training.threads)
+    keep_freed_memory()
     set_determinism(config.training.deterministic)
     _join(config.parallel)
     parallel = config.parallel
