@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib
 import warnings
+from typing import Any
 
 _STACK = (
     "vishwamai_mp.runtime",
@@ -19,10 +20,11 @@ _STACK = (
     "vishwamai_mp.tree_of_thoughts",
 )
 
+_filters: list[Any] = warnings.filters  # type: ignore[assignment]  # a list, of which the stub says less
 _silence = ("ignore", None, Warning, None, 0)
-warnings.filters.insert(0, _silence)  # megatron-core warns about Transformer Engine and apex while it is imported
+_filters.insert(0, _silence)  # megatron-core warns about Transformer Engine and apex while it is imported
 for _name in _STACK:
     with contextlib.suppress(Exception):  # a worker that needs the module meets its error, with a traceback
         importlib.import_module(_name)
-warnings.filters.remove(_silence)  # and only that: what the stack itself says about warnings stays
+_filters.remove(_silence)  # and only that: what the stack itself says about warnings stays
 gc.freeze()  # what is shared by all workers is no garbage: neither scan it nor copy its pages

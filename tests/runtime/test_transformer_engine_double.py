@@ -154,7 +154,7 @@ def test_a_step_runs_and_waits_once(found, name):
     assert list(step["host_waits"].values()) == [1], step["host_waits"]
     # The frequencies of positions, a tensor of nothing that memory is given back with, NVFP4's Hadamard matrix:
     # once in a model's life.
-    once = ("rotary", "pytorch/utils", "pytorch/tensor/nvfp4_tensor")
+    once: tuple[str, ...] = ("rotary", "pytorch/utils", "pytorch/tensor/nvfp4_tensor")
     once += ("compact_adamw", "host_copies") if "on the host" in name else ()  # in each step, and nothing waits
     assert all(any(part in place for part in once) for place in step["host_copies"]), step["host_copies"]
     assert sum(step["at_peak"].values()) == step["peak_bytes"]
