@@ -1,9 +1,9 @@
 """Programs in processes of their own, forked from one that has imported the stack, which takes seconds each time.
 
-What a program does before and while it imports is not seen here: `tests/test_readme.py` starts each one anew.
+What a program does before and while it imports is not seen here; `tests/test_readme.py` starts those that the README
+names as a user does.
 """
 
-import multiprocessing
 import os
 import runpy
 import signal
@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.workers import server_environment
+from tests.workers import fork_server
 
 
 def run_forked(
@@ -31,12 +31,11 @@ def run_forked(
         subprocess.TimeoutExpired: the program was ended.
     """
     words = [str(argument) for argument in arguments]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = context.Process(target=_be, args=(words, cwd or Path.cwd(), dict(env or os.environ), out, err))
-        with server_environment():
+        call = words, cwd or Path.cwd(), dict(env or os.environ), out, err
+        with fork_server() as context:
+            process = context.Process(target=_be, args=call)
             process.start()
         process.join(timeout)
         if process.exitcode is None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,7 @@ class WorkerPool:
 
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._drop([worker for worker in self._workers if not worker.process.is_alive()])
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preload"])
-        with server_environment():
+        with fork_server() as context:
             while len(self._workers) < count:
                 ours, theirs = multiprocessing.Pipe()
                 handle, name = tempfile.mkstemp(dir=self._folder)
@@ -193,13 +191,15 @@ def _raise(reply: Reply) -> None:
 
 
 @contextlib.contextmanager
-def server_environment() -> Iterator[None]:
-    """In which the server that forks processes starts with the first of them."""
+def fork_server() -> Iterator[ForkServerContext]:
+    """Starts processes from one that has imported the stack, and that itself starts with the first of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
     python_path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
     before = dict(os.environ)
     os.environ.update({**_SERVER_ENVIRONMENT, "PYTHONPATH": python_path})
     try:
-        yield
+        yield context
     finally:
         os.environ.clear()
         os.environ.update(before)

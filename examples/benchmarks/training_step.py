@@ -137,6 +137,7 @@ def transformers_elsewhere(precision: str, threads: int) -> Iterator[Callable[[]
     ours, theirs = context.Pipe()
     process = context.Process(target=take_steps, args=(theirs, precision, threads), daemon=True)
     process.start()
+    ours.recv()  # once it is built: what is measured meanwhile would be measured beside it
 
     def step() -> None:
         ours.send(None)
@@ -147,12 +148,13 @@ def transformers_elsewhere(precision: str, threads: int) -> Iterator[Callable[[]
 
 
 def take_steps(connection: Connection, precision: str, threads: int) -> None:
-    """Until this process is ended: one step for each message."""
+    """Until this process is ended: a message when ready, then one step for each message."""
     torch.set_num_threads(threads)
     step = transformers_arm(precision)
     while True:
+        connection.send(None)
         connection.recv()
-        connection.send(step())
+        step()
 
 
 def transformers_arm(precision: str) -> Callable[[], object]:

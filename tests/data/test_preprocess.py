@@ -362,5 +362,13 @@ def test_changed_or_damaged_files_are_not_gone_on_from(corpora):
     os.utime(run["inputs"][1], (1, 1))
     assert "b.jsonl.gz has changed since" in runs([[run, 0]])[0][1]
     os.utime(run["inputs"][1])
+    other = folder / "other.partial"
+    other.mkdir()
+    (other / "thesis.txt").write_text("a life's work")
+    assert (
+        "other.partial has files of something else"
+        in runs([[{**run, "output_prefix": str(folder / "other")}, 0]])[0][1]
+    )
+    assert (other / "thesis.txt").exists()
     with UnfinishedRun(Path(f"{run['output_prefix']}.partial"), {}, True):
         assert "is another run's, which is at work" in runs([[run, 0]])[0][1]

@@ -161,9 +161,21 @@ def test_special_tokens_of_tekken_come_first(tmp_path, ranks):
         (None, "gpt2", ["e"], "--special-tokens e: a token of"),
         ("{}", "gpt2", [], "neither a tiktoken file nor a tekken.json"),
         ("", "gpt2", [], "is empty"),
+        ("IQ== -1\n", "gpt2", [], "a:1 is no line of a tiktoken file"),
+        ("IQ== 9999999999\n", "gpt2", [], "a:1 is no line of a tiktoken file"),
+        ("IQ== 0\nIQ== 1\n", "gpt2", [], "a:2 has a token that an earlier line has"),
+        ("IQ== 7\nIg== 7\n", "gpt2", [], "gives the rank 7 to more than one token"),
+        (None, "llama", [], "--pattern llama is not known: write one of gpt2"),
+        (None, "(", [], "makes no tokenizer with the rule"),
+        (None, "gpt2", ["<s>", "<s>"], "one is empty or stands twice"),
+        (None, "gpt2", [""], "one is empty or stands twice"),
+        ("tekken", None, list("abcdef"), "has room for 5 special tokens, and none for f"),
+        ("tekken with dust", None, ["<s>"], "neither a tiktoken file nor a tekken.json"),
     ],
 )
 def test_what_cannot_be_converted_is_told(tmp_path, ranks, content, pattern, special, message):
-    (tmp_path / "a").write_text(lines(ranks) if content is None else content)
+    made = {None: lines(ranks), "tekken": tekken(ranks)}
+    made["tekken with dust"] = made["tekken"].replace('"token_bytes": "', '"token_bytes": "*')
+    (tmp_path / "a").write_text(made.get(content, content))
     with pytest.raises(UserError, match=message):
         tokenizer_json(tmp_path / "a", pattern, special)

@@ -32,6 +32,16 @@ def test_it_is_set_and_taken_back(monkeypatch):
     assert [os.environ.get(name) for name in _NAMES] == [None, None, "Ring"]
 
 
+def test_what_the_user_has_asked_of_torch_stays():
+    torch.use_deterministic_algorithms(True)
+    try:
+        set_determinism(True)
+        set_determinism(False)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_an_environment_that_says_the_opposite_is_refused(monkeypatch):
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
     with pytest.raises(ConfigError, match=r"with NVTE_ALLOW_NONDETERMINISTIC_ALGO=1 in the environment.*unset it"):

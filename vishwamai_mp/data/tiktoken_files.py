@@ -9,6 +9,7 @@ in order of rank and `ignore_merges`.
 import base64
 import binascii
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.data.cutting import PATTERNS
 from vishwamai_mp.data.json_vocabulary import byte_alphabet
+
+_MOST_DIGITS = 9  # of a rank: numbers of tokens have 32 bits
 
 
 def tokenizer_json(path: Path, pattern: str | None, special: Sequence[str]) -> str:
@@ -30,7 +33,8 @@ def tokenizer_json(path: Path, pattern: str | None, special: Sequence[str]) -> s
             first ones of a `tekken.json` that names none.
 
     Raises:
-        UserError: the file is neither, has not all 256 bytes, or says nothing of what is left out here.
+        UserError: the file is neither, has not all 256 bytes, says nothing of what is left out here, or makes no
+            tokenizer with these arguments.
     """
     refuse_pointer(path)
     try:
@@ -43,27 +47,59 @@ def tokenizer_json(path: Path, pattern: str | None, special: Sequence[str]) -> s
         ranks, shift = _read_ranks(path, content), 0
         first = max(ranks.values()) + 1
         own = {token: first + number for number, token in enumerate(special)}
+    if "" in special or len(set(special)) < len(special):
+        raise UserError("--special-tokens: one is empty or stands twice; their numbers are those of their places")
     if pattern is None:
         raise UserError(f"{path} does not say how texts are cut: give --pattern, one of {', '.join(PATTERNS)}")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise UserError(f"{path} is not whole: it lacks {len(missing)} of the 256 bytes")
     if taken := [token for token in own if token.encode() in ranks]:
         raise UserError(f"--special-tokens {taken[0]}: a token of {path} already")
-    return _described(ranks, shift, own, PATTERNS.get(pattern, pattern))
+    if pattern not in PATTERNS and pattern.isidentifier():  # no rule is a mere word
+        raise UserError(
+            f"--pattern {pattern} is not known: write one of {', '.join(PATTERNS)}, or a regular expression"
+        )
+    described = _described(ranks, shift, own, PATTERNS.get(pattern, pattern))
+    _try(path, described, pattern)
+    return described
+
+
+def _try(path: Path, described: str, pattern: str) -> None:
+    """Refuse what the library does not take, before anything is written of it."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError("this needs the package tokenizers: pip install tokenizers") from None
+    try:
+        Tokenizer.from_str(described)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path} makes no tokenizer with the rule {pattern!r}: {one_line(error)}") from None
 
 
 def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
-    ranks = {}
+    ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         try:
-            token, rank = line.split()
+            encoded, rank = line.split()
             # Whisper's file gives a rank to the empty token, as "=": no text leads to it, but it counts.
-            ranks[base64.b64decode(token, validate=True) if token != b"=" else b""] = int(rank)
+            token = base64.b64decode(encoded, validate=True) if encoded != b"=" else b""
+            if not rank.isdigit() or len(rank) > _MOST_DIGITS:
+                raise ValueError
         except (ValueError, binascii.Error):
             raise UserError(f"{path}:{number} is no line of a tiktoken file, a token in base64 and its rank") from None
+        if token in ranks:
+            raise UserError(f"{path}:{number} has a token that an earlier line has")
+        ranks[token] = int(rank)
     if not ranks:
         raise UserError(f"{path} is empty")
+    _refuse_equal(path, ranks)
     return ranks
+
+
+def _refuse_equal(path: Path, ranks: Mapping[bytes, int]) -> None:
+    """Two tokens of one rank would be one number."""
+    if twice := [rank for rank, count in Counter(ranks.values()).items() if count > 1]:
+        raise UserError(f"{path} gives the rank {twice[0]} to more than one token")
 
 
 def _read_tekken(
@@ -75,17 +111,23 @@ def _read_tekken(
         config = described["config"]
         reserved = int(config["default_num_special_tokens"])
         count = int(config["default_vocab_size"]) - reserved
-        ranks = {base64.b64decode(entry["token_bytes"]): int(entry["rank"]) for entry in described["vocab"][:count]}
+        ranks = {
+            base64.b64decode(entry["token_bytes"], validate=True): int(entry["rank"])
+            for entry in described["vocab"][:count]
+        }
         named = {int(entry["rank"]): str(entry["token_str"]) for entry in described.get("special_tokens") or ()}
         pattern = pattern or str(config["pattern"])
     except (ValueError, KeyError, TypeError, binascii.Error) as error:
         raise UserError(f"{path} is neither a tiktoken file nor a tekken.json ({one_line(error)})") from None
+    _refuse_equal(path, ranks)
     if not named:
         if not special:
             raise UserError(f"{path} does not name its {reserved} special tokens: give the first ones in order")
         named = dict(enumerate(special))
     elif special:
         raise UserError(f"--special-tokens: {path} names its own")
+    if beyond := [token for number, token in named.items() if number >= reserved]:
+        raise UserError(f"{path} has room for {reserved} special tokens, and none for {beyond[0]}")
     own = {named.get(number, f"<SPECIAL_{number}>"): number for number in range(reserved)}
     return ranks, reserved, own, pattern
 

@@ -60,13 +60,16 @@ class UnfinishedRun:
             raise UserError(f"cannot write {self.folder}: {error.strerror}") from error
         try:
             self._lock()
-            if self._restart:
-                (self.folder / _MARK).unlink(missing_ok=True)
-            elif (self.folder / _MARK).exists():
+            if not (self.folder / _MARK).exists():
+                if any(self.folder.iterdir()):
+                    raise UserError(f"{self.folder} has files of something else: move it, or write to another place")
+            elif not self._restart:
                 self._read_mark()
             for path in self.folder.iterdir():
                 if path.name != _MARK and path.name not in self._sizes:
                     path.unlink()
+            if self.state is None:
+                self._write_mark({}, None)  # from now on its files are known to be ours
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -100,16 +103,15 @@ class UnfinishedRun:
                 os.fsync(file.fileno())
                 sizes[name] = file.seek(0, os.SEEK_END)
             sync_folder(self.folder)
-            mark = {"settings": self._settings, "sizes": sizes, "state": state}
-            write_whole(self.folder / _MARK, json.dumps(mark, indent=1))
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
+        self._write_mark(sizes, state)
         self.state, self._sizes, self._marked_at = state, sizes, time.monotonic()
 
     def done(self) -> None:
         """There is nothing to go on from any more: what was written gets its names next."""
         self.state = None
-        (self.folder / _MARK).unlink(missing_ok=True)
+        self._write_mark({}, None)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         for file in self._files.values():
@@ -130,6 +132,13 @@ class UnfinishedRun:
         except OSError:
             return  # a file system without locks
 
+    def _write_mark(self, sizes: Mapping[str, int], state: Any) -> None:
+        mark = {"settings": self._settings, "sizes": sizes, "state": state}
+        try:
+            write_whole(self.folder / _MARK, json.dumps(mark, indent=1))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
+
     def _read_mark(self) -> None:
         try:
             mark = parse_json((self.folder / _MARK).read_bytes())
@@ -139,7 +148,7 @@ class UnfinishedRun:
             raise UserError(f"{self.folder} is damaged ({error}); --restart begins anew") from None
         if short := [name for name, size in self._sizes.items() if kept[name] < size]:
             raise UserError(f"{self.folder}/{short[0]} is shorter than it was; --restart begins anew")
-        if changed := _difference(settings, self._settings):
+        if self.state is not None and (changed := _difference(settings, self._settings)):
             raise UserError(
                 f"{self.folder} holds what a run with other settings has done: {changed}."
                 " Go on with those, or begin anew with --restart"

@@ -5,14 +5,14 @@ GFLOP/s with two threads); on Intel's both multiply equally fast, but MKL takes 
 oneDNN first copies. oneDNN is asked by the one operator through which torch offers it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from vishwamai_mp.runtime.choices import Choice
 
-_FEW, _SKINNY = range(2, 8), range(8, 65)  # rows; with more, a product is like one of a training step
+_SKINNY = range(8, 65)  # rows; with fewer or more, changing sides is no faster
 _WORTH_A_CALL = 2**21  # multiplications; below, one batched call of MKL is as fast as several of oneDNN
 
 
@@ -33,14 +33,9 @@ def weight_gradient_fp32(grad: Tensor, x: Tensor) -> Tensor:
 
 def skinny_linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """`linear_fp32` of a decoding batch, (N, I) and (O, I) → (N, O), which may be a view of (O, N)."""
-    if not _uses_onednn(x):
-        return linear_fp32(x, weight)
-    rows = x.shape[0]
-    if rows == 1:
-        return _row_linear(x, weight)
-    if rows in _FEW:
-        return _few_rows_linear(x, weight)
-    return _skinny_linear(x, weight) if rows in _SKINNY else linear_fp32(x, weight)
+    if x.shape[0] in _SKINNY and _uses_onednn(x):
+        return _skinny_linear(x, weight)
+    return linear_fp32(x, weight)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -114,21 +109,17 @@ _weight_gradient = Choice(
     {"onednn": lambda grad, x: _onednn(grad.t(), x.t()), "mkl": lambda grad, x: grad.t() @ x},
     lambda: _drawn((2048, 1536), (2048, 512)),
 )
-_SKINNY_WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    # oneDNN lays its second matrix out anew at each call. That is the smaller one here, so weights are read once.
-    "onednn_swapped": lambda x, weight: _onednn(weight, x).t(),
-    "onednn": _onednn,
-    "mkl": lambda x, weight: x @ weight.t(),
-    "mkl_swapped": lambda x, weight: (weight @ x.t()).t(),
-}
-_row_linear = Choice(
-    "row_linear",
-    # A product of matrices packs what it reads for further rows, of which there are none.
-    {"vector": lambda x, weight: torch.mv(weight, x[0])[None], **_SKINNY_WAYS},
-    lambda: _drawn((1, 512), (32768, 512)),
+_skinny_linear = Choice(
+    "skinny_linear",
+    {
+        # oneDNN lays its second matrix out anew at each call. That is the smaller one here, so weights are read once.
+        "onednn_swapped": lambda x, weight: _onednn(weight, x).t(),
+        "onednn": _onednn,
+        "mkl": lambda x, weight: x @ weight.t(),
+        "mkl_swapped": lambda x, weight: (weight @ x.t()).t(),
+    },
+    lambda: _drawn((16, 512), (8192, 512)),
 )
-_few_rows_linear = Choice("few_rows_linear", _SKINNY_WAYS, lambda: _drawn((4, 512), (32768, 512)))
-_skinny_linear = Choice("skinny_linear", _SKINNY_WAYS, lambda: _drawn((16, 512), (32768, 512)))
 _products = Choice(
     "products",
     {"onednn": _products_by_onednn, "mkl": lambda a, b, out: torch.matmul(a, b, out=out)},
