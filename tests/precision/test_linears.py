@@ -190,4 +190,4 @@ def test_transformer_engine_needs_a_gpu_and_the_package(device, installed, expec
         mock.patch("vishwamai_mp.runtime.fused_layers.device", return_value=torch.device(device)),
         mock.patch("importlib.util.find_spec", return_value=object() if installed else None),
     ):
-        assert use_transformer_engine() is expected
+        assert use_transformer_engine(PrecisionPolicy.of("bf16")) is expected

@@ -13,8 +13,9 @@ import torch
 from tests.model.builds import build, small_config
 from vishwamai_mp.config import ConfigError, Fp8Config
 from vishwamai_mp.model.transformer_config import transformer_config
-from vishwamai_mp.precision import PrecisionPolicy, check_fp8_hardware
+from vishwamai_mp.precision import PrecisionPolicy, check_fp8_hardware, lacking_hardware, use_transformer_engine
 from vishwamai_mp.precision.linears import parallel_linears
+from vishwamai_mp.precision.policy import HARDWARE_CHECKS
 from vishwamai_mp.precision.statistics import named_fp8_linears
 
 _RECIPES = {
@@ -99,17 +100,18 @@ def test_fp8_on_a_gpu_without_transformer_engine_is_refused(precision):
         ("nvfp4", "check_nvfp4_support"),
     ],
 )
-def test_a_gpu_that_lacks_the_recipe_is_refused(precision, check):
+def test_a_gpu_that_lacks_the_recipe_has_layers_that_emulate_it(precision, check):
     names = ("check_fp8_support", "check_fp8_block_scaling_support", "check_mxfp8_support", "check_nvfp4_support")
     answers = {name: (lambda name=name: (name != check, "Needs another." if name == check else "")) for name in names}
     modules: dict[str, Any] = {"transformer_engine": types.ModuleType("transformer_engine")}
     modules["transformer_engine.pytorch"] = types.SimpleNamespace(fp8=types.SimpleNamespace(**answers))
-    with (
-        as_if_on_a_gpu(),
-        mock.patch.dict("sys.modules", modules),
-        pytest.raises(ConfigError, match=f"precision={precision}: this GPU cannot \\(Needs another\\); use"),
-    ):
-        check_fp8_hardware(PrecisionPolicy.of(precision))
+    with as_if_on_a_gpu(), mock.patch.dict("sys.modules", modules):
+        for policy in map(PrecisionPolicy.of, ("bf16", *_RECIPES)):
+            lacks = policy.fp8 is not None and HARDWARE_CHECKS.get(policy.fp8.recipe, "check_fp8_support") == check
+            assert lacking_hardware(policy) == ("Needs another" if lacks else "")
+            assert use_transformer_engine(policy) is not lacks
+        assert lacking_hardware(PrecisionPolicy.of(precision))
+        check_fp8_hardware(PrecisionPolicy.of(precision))  # and so it is not refused
 
 
 def test_an_environment_that_changes_nvfp4_is_refused(monkeypatch):

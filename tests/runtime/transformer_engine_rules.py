@@ -16,7 +16,7 @@ import transformer_engine_torch as tex  # noqa: E402
 
 from tests.training.layouts import SMALL  # noqa: E402
 from vishwamai_mp.config import PretrainConfig, load_config, resolve  # noqa: E402
-from vishwamai_mp.precision import use_transformer_engine  # noqa: E402
+from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine  # noqa: E402
 from vishwamai_mp.runtime.simulated import SimulatedJob, simulated_job  # noqa: E402
 from vishwamai_mp.training.dry_run import dry_run, empty_batches, training_step  # noqa: E402
 from vishwamai_mp.training.step import TrainStep  # noqa: E402
@@ -69,9 +69,10 @@ def refusals(job: SimulatedJob) -> None:
         tex.multi_tensor_scale(1, here, [[here], [here[0]]], 2.0)
 
 
-assert not use_transformer_engine()  # outside of a job this is a CPU
+BF16 = PrecisionPolicy.of("bf16")
+assert not use_transformer_engine(BF16)  # outside of a job this is a CPU
 with simulated_job(config(), 1, 0) as one_rank:
-    assert use_transformer_engine()
+    assert use_transformer_engine(BF16)
     for rules in (products, quantizers, refusals):
         rules(one_rank)
 fused = dry_run(config("model.num_layers=2"), 1, 0)
@@ -81,6 +82,31 @@ assert (fused.layers, plain.layers) == ("Transformer Engine", "torch")
 assert fused.flops == plain.flops
 assert fused.parameters == plain.parameters
 assert fused.at_peak["gradients"] == plain.at_peak["gradients"]
+
+
+# A GPU that lacks a recipe emulates it on torch's layers: as the CPU does, without waiting for the host once more.
+for recipe, check in (
+    ("fp8_delayed", "check_fp8_support"),
+    ("fp8_current", "check_fp8_support"),
+    ("fp8_blockwise", "check_fp8_block_scaling_support"),
+    ("fp8_mx", "check_mxfp8_support"),
+    ("nvfp4", "check_nvfp4_support"),
+):
+    tokens = [
+        "training.sequence_length=128",
+        "model.max_position_embeddings=128",
+        "model.intermediate_size=256",
+        "model.num_layers=2",
+    ]
+    wanted = config(f"precision={recipe}", *tokens)
+    with mock.patch(f"transformer_engine.pytorch.fp8.{check}", return_value=(False, "Needs a Hopper.")):
+        emulated = dry_run(wanted, 1, 0)
+    assert emulated.layers == "torch"
+    assert emulated.notes == []
+    rotates = recipe == "nvfp4"  # tokens, in products that nobody plans
+    assert (emulated.flops > emulated.predicted_flops) if rotates else (emulated.flops == emulated.predicted_flops)
+    assert sum(emulated.host_waits.values()) == 1
+    assert emulated.launches > 1.5 * dry_run(config(*tokens), 1, 0).launches  # something rounds
 
 
 def scaling_of(step: TrainStep) -> list[torch.Tensor]:

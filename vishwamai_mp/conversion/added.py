@@ -15,6 +15,7 @@ from vishwamai_mp.conversion.safetensors_files import Entry, read_header
 from vishwamai_mp.model.initialization import initialize_parameters
 from vishwamai_mp.model.specs import layer_spec, spec_provider
 from vishwamai_mp.model.transformer_config import transformer_config
+from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import distributed_session
 
 
@@ -32,9 +33,10 @@ def write_components(config: PretrainConfig, output: Path) -> dict[str, Entry]:
     """
     output.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Entry] = {}
+    classes = spec_provider(PrecisionPolicy.of(config.precision, config.fp8))
     with distributed_session(config) as runtime:
         for layer in range(config.model.num_layers):
-            for name, make in layer_spec(spec_provider(), config, layer).params["components"].items():
+            for name, make in layer_spec(classes, config, layer).params["components"].items():
                 path = output / f"{layer}.{name}.safetensors"
                 if not path.exists():
                     component = make(transformer_config(config), runtime.groups, layer + 1)

@@ -49,7 +49,7 @@ class VishwamAIModel(GPTModel):
     def __init__(self, config: PretrainConfig, groups: ProcessGroupCollection, chunk: int | None = None) -> None:
         stage, stages = groups.pp.rank(), groups.pp.size()
         chunks = config.parallel.virtual_pipeline_model_parallel_size
-        megatron = transformer_config(config)
+        megatron, policy = transformer_config(config), PrecisionPolicy.of(config.precision, config.fp8)
         sharding = ParameterSharding.of(config, groups)
         if sharding:
             megatron.params_dtype = torch.float32  # of what a rank keeps; gathered, parameters are of the compute type
@@ -57,7 +57,7 @@ class VishwamAIModel(GPTModel):
         layers = range(first, first + get_num_layers_to_build(megatron, vp_stage=chunk, pp_rank=stage))
         super().__init__(
             config=megatron,
-            transformer_layer_spec=block_spec(spec_provider(), config, layers, sharding),
+            transformer_layer_spec=block_spec(spec_provider(policy), config, layers, sharding),
             vocab_size=padded_vocab_size(config),
             max_sequence_length=config.model.max_position_embeddings,
             pre_process=stage == 0 and chunk in (None, 0),
@@ -72,7 +72,7 @@ class VishwamAIModel(GPTModel):
         own_loss = config.training.loss if is_own(config.training.loss) else None
         self.training_loss = find_extension("training.loss", own_loss, 4) if own_loss else vocab_parallel_cross_entropy
         # Transformer Engine's attention knows windows and context parallelism by itself, and documents by their length.
-        self.attends_without_mask = use_transformer_engine()
+        self.attends_without_mask = use_transformer_engine(policy)
         if self.attends_without_mask:
             check_packing(config)
         self.value_head = (
@@ -81,7 +81,7 @@ class VishwamAIModel(GPTModel):
         add_adapters(self, config)
         freeze_parts(self, config)
         _mark_sharded_parameters(self)
-        use_arithmetic(self, PrecisionPolicy.of(config.precision, config.fp8))
+        use_arithmetic(self, policy)
         if self.sharding:
             self.sharding(self)
 

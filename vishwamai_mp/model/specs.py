@@ -26,7 +26,7 @@ from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.layer import VishwamAILayer
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.rotary import attention_factors
-from vishwamai_mp.precision import use_transformer_engine
+from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
 from vishwamai_mp.runtime.megatron_versions import mlp_spec
 
 
@@ -40,9 +40,9 @@ class TorchSpecProvider(LocalSpecProvider):
         return CoreAttention
 
 
-def spec_provider() -> BackendSpecProvider:
-    """The classes for this machine."""
-    if use_transformer_engine():
+def spec_provider(policy: PrecisionPolicy) -> BackendSpecProvider:
+    """The classes for this machine and what is computed in."""
+    if use_transformer_engine(policy):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()

@@ -16,9 +16,9 @@ from vishwamai_mp.runtime import device, is_accelerator
 def transformer_config(config: PretrainConfig) -> TransformerConfig:
     """megatron-core's view of a resolved configuration."""
     model, parallel = config.model, config.parallel
-    fused = use_transformer_engine()
     policy = PrecisionPolicy.of(config.precision, config.fp8)
     check_fp8_hardware(policy)
+    fused = use_transformer_engine(policy)
     if fused and model.attention_softcap:
         raise ConfigError(
             f"model.attention_softcap={model.attention_softcap}: Transformer Engine's attention has no soft cap; run"

@@ -18,7 +18,7 @@ from vishwamai_mp.data.tokenizer import kept_files
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.choices import ways_in_force
 
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "sentencepiece")
+_PACKAGES = ("megatron-core", "transformer-engine", "numpy", "sentencepiece")
 
 
 def describe_environment(runtime: Runtime) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
         "vishwamai_mp": vishwamai_mp.__version__,
         "git_revision": _git_revision(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        # torch's own word names the CUDA that it was built for.
+        "packages": {"torch": str(torch.__version__), **{name: _version(name) for name in _PACKAGES}},
         "world_size": runtime.world_size,
         "device": gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),

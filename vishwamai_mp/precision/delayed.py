@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 from vishwamai_mp.precision.formats import hybrid_format
 from vishwamai_mp.precision.scaling import largest_absolute
+from vishwamai_mp.runtime import device
 
 ROLES = ("input", "weight", "gradient")
 _FORWARD, _BACKWARD = slice(0, 2), slice(2, 3)
@@ -30,7 +31,7 @@ def update_scales_(history: Tensor, scale: Tensor, maximum: float, algorithm: st
         algorithm: "max" over the history, or "most_recent".
     """
     amax = history.amax(-2) if algorithm == "max" else history[..., 0, :].clone()
-    new = torch.div(torch.tensor(maximum), amax)  # a tensor, so that the division is one: see scale_from_amax
+    new = torch.div(amax.new_full((), maximum), amax)  # a tensor, so that the division is one: see scale_from_amax
     new = torch.where(torch.isinf(new), torch.finfo(torch.float32).max, new)
     scale.copy_(torch.where((amax > 0) & torch.isfinite(amax), new, scale))
     history.copy_(history.roll(-1, -2))
@@ -59,8 +60,8 @@ class DelayedScaling:
         self, decoder: nn.Module, layers: Sequence[nn.Module], group: Any, history_length: int, algorithm: str
     ) -> None:
         self.group, self.algorithm = group, algorithm
-        self.history = torch.zeros(len(layers), history_length, len(ROLES))
-        self.scale = torch.ones(len(layers), len(ROLES))
+        self.history = torch.zeros(len(layers), history_length, len(ROLES), device=device())
+        self.scale = torch.ones(len(layers), len(ROLES), device=device())
         self._in_use = self.scale  # of the pass that is being run
         self._forward = self._backward = False  # inside a pass that counts
         for index, layer in enumerate(layers):

@@ -62,7 +62,7 @@ def use_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
         if any(hasattr(linear, "fp8_meta") for linear in linears.values()):
             if policy.fp8.recipe == "delayed":
                 keep_scaling(list(linears.values()), get_fp8_recipe(model.config))
-        elif linears and not is_accelerator(device()):
+        elif linears:
             _emulate_fp8(model, linears, policy.fp8)
     refuse_pickles(model)
 
@@ -155,7 +155,7 @@ def _emulate_fp8(model: Any, linears: Mapping[str, Any], fp8: Fp8Policy) -> None
 
 def outputs_of(linear: Any, gated: bool, group: dist.ProcessGroup) -> Tensor:
     """The numbers in the whole model of a linear layer's outputs on this rank; first gates, then what they multiply."""
-    own = torch.arange(linear.weight.shape[0])
+    own = torch.arange(linear.weight.shape[0], device=device())
     if isinstance(linear, RowParallelLinear):
         return own
     if not gated:

@@ -23,8 +23,9 @@ from vishwamai_mp.precision.scaling import (
 
 BLOCK = 16
 _LARGEST = E4M3.maximum * E2M1.maximum  # what a tensor's largest number becomes under the tensor's scale
-# Transformer Engine's signs of the rows of the Hadamard matrix, drawn once and for all.
-_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+# Transformer Engine's signs of the rows of the Hadamard matrix, drawn once and for all: a bit is set where one is −1.
+# Bits in a number, for a GPU would wait for a list of them to come from the host.
+_NEGATIVE = sum(1 << row for row in (3, 5, 6, 7, 8, 9, 10, 12, 14, 15))
 
 
 def tensor_scale(amax: Tensor) -> Tensor:
@@ -32,8 +33,8 @@ def tensor_scale(amax: Tensor) -> Tensor:
 
     An infinite amax gives zero, so that what such a tensor is multiplied with becomes infinite or NaN and is noticed.
     """
-    scale = torch.div(torch.tensor(_LARGEST, device=amax.device), amax.float())
-    return torch.minimum(scale, torch.tensor(torch.finfo(torch.float32).max, device=amax.device))
+    amax = amax.float()
+    return torch.div(amax.new_full((), _LARGEST), amax).clamp_max_(torch.finfo(torch.float32).max)
 
 
 def block_scales(amax: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,12 +44,12 @@ def block_scales(amax: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         amax: the blocks' largest absolute values.
         scale: the tensor's (`tensor_scale`).
     """
-    greatest = torch.tensor(torch.finfo(torch.float32).max, device=amax.device)
+    greatest = torch.finfo(torch.float32).max
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     # Transformer Engine's kernel has a reciprocal and a product where a division would round once.
-    inverse = torch.minimum(amax * (scale * torch.tensor(E2M1.maximum).reciprocal()), greatest)
+    inverse = (amax * (scale * scale.new_full((), E2M1.maximum).reciprocal())).clamp_max_(greatest)
     inverse = round_to_format_(inverse, E4M3)
-    return torch.minimum((inverse * scale.reciprocal()).reciprocal(), greatest), inverse
+    return (inverse * scale.reciprocal()).reciprocal().clamp_max_(greatest), inverse
 
 
 def quantize_nvfp4(x_MN: Tensor, scale: Tensor, rows: int, columns: int, bits_MN: Tensor | None = None) -> Quantized:
@@ -105,4 +106,5 @@ def _rotation(device: torch.device) -> Tensor:
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < BLOCK:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return torch.tensor(_SIGNS, dtype=torch.float32, device=device)[:, None] * matrix / BLOCK**0.5
+    signs = 1 - 2 * (_NEGATIVE >> torch.arange(BLOCK, device=device) & 1)
+    return signs[:, None] * matrix / BLOCK**0.5

@@ -19,6 +19,12 @@ _RECIPES = {
     "fp8_mx": ("mxfp8", "e4m3"),
     "nvfp4": ("nvfp4", "e2m1"),
 }
+# Transformer Engine's questions to the hardware; check_fp8_support for the others.
+HARDWARE_CHECKS = {
+    "mxfp8": "check_mxfp8_support",
+    "blockwise": "check_fp8_block_scaling_support",
+    "nvfp4": "check_nvfp4_support",
+}
 # Beginnings of environment variables by which Transformer Engine would compute another NVFP4.
 _SWITCHES = ("NVTE_NVFP4_", "NVTE_BACKWARD_OVERRIDE", "NVTE_USE_FAST_MATH")
 
@@ -109,38 +115,38 @@ class PrecisionPolicy:
         return self.compute == torch.float16
 
 
-def use_transformer_engine() -> bool:
-    """Whether the layers are Transformer Engine's: there is a GPU, real or simulated, and the package."""
-    return has_transformer_engine()
+def use_transformer_engine(policy: PrecisionPolicy) -> bool:
+    """Whether the layers are Transformer Engine's: there is a GPU, real or simulated, that has the policy's arithmetic,
+    and the package."""
+    return has_transformer_engine() and not lacking_hardware(policy)
+
+
+def lacking_hardware(policy: PrecisionPolicy) -> str:
+    """Why this GPU cannot compute a policy's FP8 or NVFP4, in Transformer Engine's words; empty where it can."""
+    if policy.fp8 is None or not has_transformer_engine():
+        return ""
+    from transformer_engine.pytorch import fp8
+
+    supported, reason = getattr(fp8, HARDWARE_CHECKS.get(policy.fp8.recipe, "check_fp8_support"))()
+    return "" if supported else str(reason).strip().rstrip(".") or "Transformer Engine says no more"
 
 
 def check_fp8_hardware(policy: PrecisionPolicy) -> None:
-    """Refuse FP8 and NVFP4 where nothing would act on it. A CPU emulates every recipe; a GPU needs Transformer Engine.
+    """Refuse FP8 and NVFP4 that would be another than was asked for.
+
+    A CPU emulates every recipe, and so does a GPU whose hardware lacks it: Transformer Engine knows which do.
 
     Raises:
-        ConfigError: there is a GPU, but no Transformer Engine or no hardware for the recipe, or the environment
-            changes it.
+        ConfigError: there is a GPU, but no Transformer Engine, or the environment changes the recipe.
     """
     if policy.fp8 is None or not is_accelerator(device()):
         return
-    if not use_transformer_engine():
+    if not has_transformer_engine():
         raise ConfigError(
             f"precision={policy.name}: on a GPU it needs Transformer Engine, which is not installed;"
             " install the extra: pip install vishwamai-mp[te], or use precision=bf16"
         )
-    from transformer_engine.pytorch import fp8
-
-    checks = {
-        "mxfp8": "check_mxfp8_support",
-        "blockwise": "check_fp8_block_scaling_support",
-        "nvfp4": "check_nvfp4_support",
-    }
-    supported, reason = getattr(fp8, checks.get(policy.fp8.recipe, "check_fp8_support"))()
-    if not supported:
-        raise ConfigError(
-            f"precision={policy.name}: this GPU cannot ({reason.strip().rstrip('.')}); use precision=bf16"
-        )
-    if policy.fp8.recipe == "nvfp4":
+    if policy.fp8.recipe == "nvfp4" and use_transformer_engine(policy):
         switches = sorted(name for name in os.environ if name.startswith(_SWITCHES))
         if switches:
             raise ConfigError(

@@ -67,8 +67,12 @@ class GradientPlaces:
         size, rank = self.context.size(), self.context.rank()
         # An odd number is no part of a sequence that was dealt out; then any numbers that others do not have.
         odd = tokens % 2 == 1
-        positions = torch.arange(tokens) + rank * tokens if odd else local_positions(tokens * size, rank, size)
-        samples = torch.arange(batch) + (number * self.data.size() + self.data.rank()) * batch
+        here = self.outputs_N.device
+        if odd:
+            positions = torch.arange(tokens, device=here) + rank * tokens
+        else:
+            positions = local_positions(tokens * size, rank, size, here)
+        samples = torch.arange(batch, device=here) + (number * self.data.size() + self.data.rank()) * batch
         return samples.repeat(tokens), positions.repeat_interleave(batch), self.outputs_N
 
 

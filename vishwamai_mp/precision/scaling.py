@@ -3,6 +3,7 @@
 Rules are those of Transformer Engine's kernels. Shapes: M rows, N columns.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vishwamai_mp.precision.formats import Format, round_to_format_
-from vishwamai_mp.runtime import multiplies_natively
+from vishwamai_mp.runtime import is_accelerator, multiplies_natively
 
 _FP32_MANTISSA_BITS = 23
 _SIGN_AND_EXPONENT = -(1 << _FP32_MANTISSA_BITS)  # of an fp32 number's bits
@@ -30,7 +31,7 @@ def scale_from_amax(amax: Tensor, to: Format, dtype: torch.dtype, power_of_two: 
     """
     amax = amax.float()
     # A true division: `448.0 / amax` would be a reciprocal and a product, one last place off every fourth time.
-    scale = torch.div(torch.tensor(to.maximum, device=amax.device), amax)
+    scale = torch.div(amax.new_full((), to.maximum), amax)
     scale = torch.where(torch.isinf(scale), torch.finfo(dtype).max, scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & _SIGN_AND_EXPONENT).view(torch.float32)
@@ -43,7 +44,8 @@ def e8m0_from_amax(amax: Tensor, to: Format) -> Tensor:
     OCP Microscaling Formats 1.0 leaves the choice of scale open; rounding up is what NVIDIA's Blackwell does
     (arXiv 2506.08027, section 3), so that no number exceeds the format's range. 255 stands for NaN.
     """
-    ratio = amax.float() * torch.tensor(1.0 / to.maximum, dtype=torch.float32)
+    amax = amax.float()
+    ratio = amax * amax.new_full((), 1.0 / to.maximum)
     bits = ratio.view(torch.int32)
     exponent, mantissa = bits >> _FP32_MANTISSA_BITS, bits & ~_SIGN_AND_EXPONENT
     # 2^-127, the smallest scale, is half of fp32's smallest normal number.
@@ -162,9 +164,9 @@ def block_operand(quantize: Quantizer, x_MN: Tensor, to: Format, rows: int, colu
 
 
 def slabs(x_MN: Tensor, rows: int) -> Iterator[slice]:
-    """Bands of whole blocks. Buffers of 2 MiB are reused by malloc and fit the cache; larger ones are mapped anew by
-    the operating system for each operation, which takes longer than the operation."""
-    height = max(_SLAB // x_MN.shape[1] // rows, 1) * rows
+    """Bands of whole blocks; on an accelerator one. Buffers of 2 MiB are reused by malloc and fit the cache; larger
+    ones are mapped anew by the operating system for each operation, which takes longer than the operation."""
+    height = max(x_MN.shape[0] if is_accelerator(x_MN.device) else _SLAB // x_MN.shape[1] // rows * rows, rows)
     for top in range(0, x_MN.shape[0], height):
         yield slice(top, top + height)
 
@@ -182,9 +184,10 @@ def multiply(left: Operand, right: Operand, dtype: torch.dtype) -> Tensor:
     """
     if left.values.dtype != dtype:
         return (left.dequantize() @ right.dequantize()).to(dtype)
-    factor = 1.0
-    for operand in (left, right):
-        if operand.scale is not None:
-            factor *= operand.scale.reciprocal().item()
+    inverses = [operand.scale.reciprocal() for operand in (left, right) if operand.scale is not None]
+    if inverses and is_accelerator(left.values.device):  # which is not to wait for the host to read a scale
+        product = torch.mm(left.values, right.values, out_dtype=torch.float32)
+        return product.mul_(math.prod(inverses)).to(dtype)
+    factor = math.prod(inverse.item() for inverse in inverses)
     unused = left.values.new_empty(right.values.shape[1])
     return torch.addmm(unused, left.values, right.values, beta=0, alpha=factor)  # it acts before the rounding

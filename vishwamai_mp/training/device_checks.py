@@ -5,7 +5,7 @@ Asked when training begins, not when a run's model is opened on another machine.
 
 from vishwamai_mp.config import ConfigError, PretrainConfig
 from vishwamai_mp.config.errors import leave_out
-from vishwamai_mp.precision import use_transformer_engine
+from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
 from vishwamai_mp.runtime import device, is_accelerator
 
 
@@ -16,7 +16,8 @@ def check_device(config: PretrainConfig) -> None:
         ConfigError: names the key, the value and the mend.
     """
     parallel, training = config.parallel, config.training
-    if parallel.fuse_grad_accumulation and not use_transformer_engine():
+    fused = use_transformer_engine(PrecisionPolicy.of(config.precision, config.fp8))
+    if parallel.fuse_grad_accumulation and not fused:
         raise ConfigError(
             "parallel.fuse_grad_accumulation=true: only Transformer Engine's layers on GPUs do so; set it to false"
         )

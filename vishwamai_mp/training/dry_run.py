@@ -97,8 +97,8 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
         device: as `simulated_job` has it.
     """
     began, notes = time.perf_counter(), []
-    fp8 = PrecisionPolicy.of(config.precision, config.fp8).fp8 is not None
-    if device != "cpu" and fp8 and not is_doubled():
+    policy = PrecisionPolicy.of(config.precision, config.fp8)
+    if device != "cpu" and policy.fp8 and not is_doubled():
         notes.append(f"precision={config.precision} is simulated as bf16: fewer bits are Transformer Engine's")
         config = replace(config, precision="bf16")
     if config.parallel.nccl:
@@ -115,7 +115,7 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
             world_size=world_size,
             stage=runtime.pipeline_rank,
             place=runtime.describe(),
-            layers="Transformer Engine" if use_transformer_engine() else "torch",
+            layers="Transformer Engine" if use_transformer_engine(policy) else "torch",
             parameters=sum(_local(parameter).numel() for chunk in step.chunks for parameter in chunk.parameters()),
             peak_bytes=memory.peak,
             at_peak={kind: size for kind, size in memory.at_peak.items() if size},

@@ -17,6 +17,7 @@ from vishwamai_mp.planning.hardware import known_gpu
 from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token, memory_parameters
 from vishwamai_mp.planning.stacks import find_stack
 from vishwamai_mp.planning.step_time import Machine, step_time, tokens_per_second_per_gpu
+from vishwamai_mp.precision import PrecisionPolicy, lacking_hardware
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.device import cpu_threads, peak_flops
 
@@ -184,7 +185,9 @@ def _compute(config: PretrainConfig, runtime: Runtime) -> str:
         name = torch.cuda.get_device_name()
         known = config.logging.hardware_peak_tflops or not math.isnan(peak_flops(torch.bfloat16))
         hint = "" if known else "; its peak is not known, so there is no MFU: set logging.hardware_peak_tflops"
-        return f"{config.precision} on {name}{hint}"
+        lacking = lacking_hardware(PrecisionPolicy.of(config.precision, config.fp8))
+        how = f", emulated by torch's operators and slower than bf16 ({lacking})" if lacking else ""
+        return f"{config.precision} on {name}{how}{hint}"
     threads, why = cpu_threads(config.training.threads)
     return f"{config.precision} on CPU, {threads} thread{'s' if threads > 1 else ''} per process ({why})"
 

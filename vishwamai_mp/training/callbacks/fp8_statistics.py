@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vishwamai_mp.config import ConfigError
 from vishwamai_mp.config.errors import leave_out
 from vishwamai_mp.observability.writers import JsonLines
-from vishwamai_mp.precision import use_transformer_engine
+from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
 from vishwamai_mp.precision.statistics import Fp8Statistics
 from vishwamai_mp.training.callbacks.base import Callback, Order
 
@@ -31,11 +31,11 @@ class Fp8Report(Callback):
         self.file: JsonLines | None = None
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        if use_transformer_engine():
+        if use_transformer_engine(PrecisionPolicy.of(trainer.config.precision, trainer.config.fp8)):
             raise ConfigError(
                 f"fp8.report_every={self.every}: Transformer Engine's layers do not show their operands;"
                 f" {leave_out('fp8.report_every')}"
-                " on GPUs"
+                " on this GPU"
             )
         if trainer.runtime.reports:
             self.file = JsonLines(trainer.folder / FP8_FILE, trainer.state.step)
