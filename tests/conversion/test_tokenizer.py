@@ -3,6 +3,7 @@
 import inspect
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,48 @@ def test_a_tokenizer_that_puts_a_space_in_front(tmp_path: Path) -> None:
     check()
 
 
-def test_pieces_of_equal_score_are_refused(tmp_path: Path) -> None:
-    """As vocabularies have them that were put together of several."""
+def edited(path: Path, edit: Callable[[Any], None]) -> Path:
+    """A model after `edit` of its protobuf."""
     from sentencepiece import sentencepiece_model_pb2
 
-    path = train(tmp_path, add_dummy_prefix=False)
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(path.read_bytes())
-    for piece in proto.pieces:
-        piece.score = 0.0
+    edit(proto)
     path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def test_runs_of_spaces_that_have_one_score(tmp_path: Path) -> None:
+    """As Llama 2's and Mistral's do: the last choice of all, of 2 to 16 spaces but 15."""
+
+    def add_runs(proto: Any) -> None:
+        present = {piece.piece: piece for piece in proto.pieces}
+        for spaces in ("▁" * length for length in range(2, 17) if length != 15):
+            piece = present.get(spaces) or proto.pieces.add(piece=spaces, type=1)
+            piece.score = -1e9
+
+    path = edited(train(tmp_path, add_dummy_prefix=True), add_runs)
+    ours, theirs = Tokenizer(path), automatic(path, tmp_path / "auto", vocab_size=520)
+    for text in [" " * length + word for length in range(70) for word in ("", "the")]:
+        assert theirs(text).input_ids == ours.encode(text)
+    assert len(ours.encode("the" + " " * 40 + "the")) < 10
+
+    @settings(deadline=None)
+    @given(text=st.lists(st.sampled_from([" " * 3, " " * 9, "the", "\n"]) | _TEXTS).map("".join))
+    def check(text: str) -> None:
+        assert theirs(text).input_ids == ours.encode(text)
+
+    check()
+
+
+def test_pieces_of_equal_score_are_refused(tmp_path: Path) -> None:
+    """As vocabularies have them that were put together of several."""
+
+    def level(proto: Any) -> None:
+        for piece in proto.pieces:
+            piece.score = 0.0
+
+    path = edited(train(tmp_path, add_dummy_prefix=False), level)
     with pytest.raises(UserError, match="several of its pieces have one score"):
         tokenizer_files(path, ModelConfig(vocab_size=500), None)
 

@@ -12,8 +12,7 @@ run folder; training that is given a tokenizer there copies them along, and an e
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,7 +191,10 @@ def _parse(tokenizer: Tokenizer) -> Any:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     spaced = [symbol for symbol in symbols if " " in symbol or _SPACE in symbol]
-    scores = Counter(piece.score for piece in proto.pieces if piece.type == _NORMAL and len(piece.piece) > 1)
+    equal: dict[float, list[str]] = {}
+    for piece in proto.pieces:
+        if piece.type == _NORMAL and len(piece.piece) > 1:
+            equal.setdefault(piece.score, []).append(piece.piece)
     reasons = {
         "its type is not BPE": trainer.model_type != _BPE,
         "it normalizes text (use the rule `identity`)": bool(normalizer.precompiled_charsmap),
@@ -203,7 +205,7 @@ def _parse(tokenizer: Tokenizer) -> Any:
         "it has no byte fallback": not trainer.byte_fallback,
         "it has pieces that are not used": any(piece.type == _UNUSED for piece in proto.pieces),
         "several of its pieces have one score, and SentencePiece then goes from left to right": any(
-            count > 1 for count in scores.values()
+            len(pieces) > 1 and not _repeat_one_character(pieces) for pieces in equal.values()
         ),
         f"its symbol {spaced[:1]} has a space, which transformers finds before spaces are marked": bool(spaced),
         f"it puts a space before a text, also where that begins with a symbol of its own such as {symbols[:1]};"
@@ -281,14 +283,21 @@ def _ends(settings: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[st
     return {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": tokens}
 
 
-def _merges(proto: Any) -> Iterator[tuple[str, str]]:
-    """Joinable pairs, best first: by the score of what they make, then by its number."""
-    normal = {piece.piece: (-piece.score, i) for i, piece in enumerate(proto.pieces) if piece.type == _NORMAL}
-    for joined in sorted(normal, key=lambda piece: normal[piece]):
-        for cut in range(1, len(joined)):
-            pair = joined[:cut], joined[cut:]
-            if pair[0] in normal and pair[1] in normal:
-                yield pair
+def _repeat_one_character(pieces: Iterable[str]) -> bool:
+    return len(set("".join(pieces))) == 1
+
+
+def _merges(proto: Any) -> list[tuple[str, str]]:
+    """Joinable pairs, best first: by the score of what they make, then those with the longest first part.
+
+    Of equal scores SentencePiece takes the leftmost. Llama's runs of spaces have one: from the left, a run grows by a
+    space at a time as far as there are pieces, and then the next one begins. Longest first part first does the same,
+    for the part that grows is the longest of those that can.
+    """
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    cuts = ((joined[:cut], joined[cut:]) for joined in normal for cut in range(1, len(joined)))
+    pairs = [pair for pair in cuts if pair[0] in normal and pair[1] in normal]
+    return sorted(pairs, key=lambda pair: (-normal["".join(pair)], -len(pair[0])))
 
 
 def _json(value: Any) -> bytes:
