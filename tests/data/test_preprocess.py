@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -290,7 +291,10 @@ def test_killed_at_any_time_a_run_goes_on_and_writes_the_same(corpora):
         "exact": {"dedup": "exact", "shuffle_seed": 5, "append_eod": True},
         "minhash": {"dedup": "minhash"},
         "split": {"inputs": [text, settings["inputs"][1]], "split_documents_at": "blank-lines"},
+        "parquet": {"inputs": [str(folder / "e.parquet"), settings["inputs"][1]], "append_eod": True},
     }
+    columns = {"text": TEXTS[:90], "other": list(range(90))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "e.parquet", row_group_size=40)
     cases = []
     for name, own in kinds.items():
         whole, again = ({**settings, **own, "output_prefix": str(folder / f"{name}_{part}")} for part in "wa")
@@ -302,7 +306,7 @@ def test_killed_at_any_time_a_run_goes_on_and_writes_the_same(corpora):
         assert 0 < done[0] < done[1] < done[2]
     for whole in folder.glob("*_w_*"):
         assert whole.read_bytes() == (folder / whole.name.replace("_w_", "_a_")).read_bytes(), whole.name
-    assert len(list(folder.glob("*_a_*"))) == 14
+    assert len(list(folder.glob("*_a_*"))) == 16
     assert not list(folder.glob("*.partial"))
 
 
