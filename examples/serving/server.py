@@ -36,7 +36,8 @@ def main() -> None:
     with laid_out(run, options.overrides, options.bos, options.weights) as model:
         tree = model.tree_settings()
         ending = ending_of_thoughts(model.tokenizer.tokenizer, tree.stop)
-        service = Service(model.generator(speculate=options.speculate), model.tokenizer, tree, ending, limits)
+        generator = model.generator(speculate=options.speculate, reuse_tokens=options.reuse_tokens)
+        service = Service(generator, model.tokenizer, tree, ending, limits)
         try:
             uvicorn.run(build_app(service, model.name), host=options.host, port=options.port)
         finally:
@@ -59,6 +60,13 @@ def parse_arguments() -> argparse.Namespace:
         default=0,
         metavar="N",
         help="guess up to N tokens ahead, as a text went on where it was alike before; texts stay the same",
+    )
+    parser.add_argument(
+        "--reuse-tokens",
+        type=int,
+        metavar="N",
+        help="keep what was computed of up to N tokens of earlier texts, for later texts that begin alike; 0: nothing"
+        " (default: as many tokens as 1 GiB holds keys and values of)",
     )
     parser.add_argument(
         "--weights",

@@ -128,9 +128,9 @@ _CASES = {name: case for name, case in _SETTINGS.items() if isinstance(case, lis
 }
 
 
-def adapted(*overrides: str) -> Generator:
+def adapted(*overrides: str, **options: Any) -> Generator:
     """Runs in a worker: a generator whose adapters, if it has any, add something; the same at every layout."""
-    ours = generator(*overrides)
+    ours = generator(*overrides, **options)
     rank, size = ours.engine.runtime.tensor_rank, ours.engine.runtime.groups.tp.size()
     for layer in ours.engine.model.decoder.layers:
         if (bias := layer.self_attention.linear_qkv.bias) is not None:  # fresh, it adds nothing

@@ -195,7 +195,8 @@ def test_the_endpoint(workers: WorkerPool) -> None:
     assert status == 200
     whole = json.loads(text)
     assert whole["choices"][0] == {"text": expected, "index": 0, "logprobs": None, "finish_reason": "length"}
-    assert whole["usage"] == {"prompt_tokens": 16, "completion_tokens": 9, "total_tokens": 25}
+    usage = {"prompt_tokens": 16, "completion_tokens": 9, "total_tokens": 25}
+    assert whole["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
     pieces = events(found["stream"][1])
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected
     assert len(pieces) == 9
@@ -231,6 +232,50 @@ def test_the_endpoint(workers: WorkerPool) -> None:
     assert [error["param"] for error in errors] == fields
     assert found["left"] == ["cancelled"]
     assert found["blocks"] == 0
+
+
+def cached_tokens(answer: str) -> int:
+    return json.loads(answer)["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def asked_again() -> dict[str, Any]:
+    """Runs in a worker: requests that begin as earlier ones did, over HTTP."""
+    from tests.inference.test_one_pass import adapted
+    from vishwamai_mp.inference import Generator
+
+    first = adapted("lora.enabled=true", "lora.rank=4")
+    engine = first.engine
+    ours = Generator(engine.config, engine.runtime, engine.model, decode=first.decode, reuse_tokens=None)
+    long = "x".join(_PROMPT)  # 31 tokens, of which one block of 16 can be begun with
+    body: dict[str, Any] = {"prompt": long, "max_tokens": 9, "temperature": 0, "logprobs": 1}
+    talk: dict[str, Any] = {"messages": [{"role": "user", "content": long}], "max_tokens": 4, "n": 2, "seed": 5}
+    with server(ours) as (_, port):
+        found: dict[str, Any] = {
+            "texts": [post(port, **body)[1] for _ in range(2)],
+            "streamed": events(post(port, **body, stream=True, stream_options={"include_usage": True})[1])[-1]["usage"],
+            "two prompts": post(port, prompt=[long, "a" * 40], n=2, max_tokens=2)[1],
+            "best": post(port, prompt="b" * 40, best_of=3, max_tokens=2)[1],
+            "chats": [send(port, json.dumps(talk), "/v1/chat/completions")[1] for _ in range(2)],
+        }
+    with server(first) as (_, port):  # keeps nothing
+        found["read"] = [post(port, **body)[1] for _ in range(2)]
+    return found
+
+
+def test_usage_tells_what_was_not_read_again(workers: WorkerPool) -> None:
+    found = workers.run(asked_again, 1)[0]
+    assert [cached_tokens(answer) for answer in found["texts"]] == [0, 16]
+    assert found["streamed"]["prompt_tokens_details"] == {"cached_tokens": 16}
+    assert cached_tokens(found["two prompts"]) == 16  # the second was new to the first of its texts
+    assert cached_tokens(found["best"]) == 0
+    assert [cached_tokens(answer) for answer in found["chats"]] == [0, 32]
+    assert [cached_tokens(answer) for answer in found["read"]] == [0, 0]
+    choices = [json.loads(answer)["choices"][0] for answer in (*found["texts"], *found["read"])]
+    assert len({choice["text"] for choice in choices}) == 1
+    scores = [choice["logprobs"]["token_logprobs"] for choice in choices]
+    assert all(each == pytest.approx(scores[0], abs=1e-5) for each in scores)
+    chats = [[choice["message"]["content"] for choice in json.loads(answer)["choices"]] for answer in found["chats"]]
+    assert chats[0] == chats[1]
 
 
 def by_openais_client() -> dict[str, Any]:
@@ -337,6 +382,7 @@ def test_openais_own_client(workers: WorkerPool) -> None:
     plain = found["plain"].choices[0].text
     assert len(plain) == 6
     assert found["again"].choices[0].text == plain
+    assert found["again"].usage.prompt_tokens_details.cached_tokens == 0
     *stopped, never, none = found["stopped"]
     assert {choice.text for choice in stopped} == {plain[: plain.index(plain[2:4])]}
     assert {choice.finish_reason for choice in stopped} == {"stop"}

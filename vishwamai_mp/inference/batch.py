@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vishwamai_mp.config import ModelConfig
 from vishwamai_mp.config.layer_windows import layer_window
-from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, KvSequence
+from vishwamai_mp.inference.blocks import BLOCK_TOKENS, BlockPool, KvSequence, mark_places
 from vishwamai_mp.inference.reads import Reads, collect, common_beginning, pieces
 from vishwamai_mp.model.blocked_attention import blocked_attention
 from vishwamai_mp.model.rotary import frequency_length
@@ -67,6 +67,10 @@ class Batch:
             new = range(sequence.length, sequence.length + len(tokens))
             blocks += [sequence.blocks[position // BLOCK_TOKENS] for position in new]
             positions += new
+            if sequence.marks is not None:
+                places = mark_places(sequence.length, sequence.length + len(tokens))
+                before = sorted(sequence.marks.items())[-1:] if places else sequence.marks.items()
+                sequence.marks = {**dict(before), **{place: {} for place in places}}
             sequence.length += len(tokens)
             sequence.revocable = {}
             sequence.frequency_length = frequency_length(settings, sequence.length)
@@ -96,13 +100,22 @@ class Batch:
     def run_component(self, layer: int, name: str, component: nn.Module, hidden_N1D: Tensor) -> Tensor:
         """See `KeyValues`."""
         parts = []
-        for sequence, hidden, guessed in zip(self.sequences, hidden_N1D.split(self.counts), self.guessed, strict=True):
+        for sequence, hidden, past, guessed in zip(
+            self.sequences, hidden_N1D.split(self.counts), self.past, self.guessed, strict=True
+        ):
+            certain = past + len(hidden) - guessed
+            marks = {place: states for place, states in (sequence.marks or {}).items() if place > past}
             states = []
             # One by one behind the certain tokens: each of the guesses may turn out to be the first that is wrong.
-            for part in hidden.split([len(hidden) - guessed, *[1] * guessed]):
-                out, sequence.states[layer, name] = component(part, None, sequence.states.get((layer, name)))
+            ends = sorted({*marks, *range(certain, certain + guessed + 1)})
+            for part, end in zip(hidden.tensor_split([end - past for end in ends[:-1]]), ends, strict=True):
+                out, state = component(part, None, sequence.states.get((layer, name)))
+                sequence.states[layer, name] = state
                 parts.append(out)
-                states.append(sequence.states[layer, name])
+                if end in marks:
+                    marks[end][layer, name] = state
+                if end >= certain:
+                    states.append(state)
             if guessed:
                 sequence.revocable[layer, name] = states
         return torch.cat(parts)

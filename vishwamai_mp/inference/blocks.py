@@ -3,6 +3,7 @@
 Shapes: L layers of this stage, G key-value heads (local), T tokens of a block, K head width.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from vishwamai_mp.config import UserError
 
 BLOCK_TOKENS = 16
+_MARK_TOKENS, _MOST_MARKS = 256, 16
+States = dict[tuple[int, str], Any]  # of components, by (layer, name): immutable values
 
 
 @dataclass
@@ -21,16 +24,32 @@ class KvSequence:
     Attributes:
         length: tokens read.
         blocks: where their keys and values are, in order.
-        states: of components, by (layer, name): immutable values, shared by forks.
+        states: of components, shared by forks.
         frequency_length: of the rotary frequencies that its keys were turned with (`model.rotary`).
         revocable: of each component, its states after the last tokens, newest last, where these were only guessed.
+        marks: states after so many tokens, at `mark_places` of the last pass that had any, and at the last of those
+            before, in case that pass is taken back; None: not remembered.
     """
 
     length: int = 0
     blocks: list[int] = field(default_factory=list)
-    states: dict[tuple[int, str], Any] = field(default_factory=dict)
+    states: States = field(default_factory=dict)
     frequency_length: int = 0
     revocable: dict[tuple[int, str], list[Any]] = field(default_factory=dict)
+    marks: dict[int, States] | None = None
+
+
+def mark_places(past: int, end: int) -> list[int]:
+    """Where components' states are remembered when tokens from `past` to `end` are read, in tokens from the beginning.
+
+    Every 256 tokens, or 512, 1024, … where that were more than 16 places in a text; and where another text may leave
+    this one: at the end of its last whole block, and of the last before its last token, which the same text reads anew.
+    """
+    apart = _MARK_TOKENS
+    while end // apart > _MOST_MARKS:
+        apart *= 2
+    last = {end // BLOCK_TOKENS * BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS * BLOCK_TOKENS}
+    return sorted(place for place in last | set(range(0, end + 1, apart)) if place > past)
 
 
 class BlockPool:
@@ -85,32 +104,42 @@ class BlockPool:
         if last is not None and copies:
             own = self._take()
             self._block(own).copy_(self._block(last))
-            self._drop(last)
+            self.drop(last)
             sequence.blocks[-1] = own
         sequence.blocks.extend(self._take() for _ in range(needed))
 
     def fork(self, sequence: KvSequence) -> KvSequence:
         """Another sequence that starts with the same tokens. Nothing is copied until one of them writes."""
-        for block in sequence.blocks:
+        self.hold(sequence.blocks)
+        return replace(sequence, blocks=list(sequence.blocks), states=dict(sequence.states), revocable={}, marks=None)
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Refer to blocks that are in use once more, until they are dropped."""
+        for block in blocks:
             self._references[block] += 1
-        return replace(sequence, blocks=list(sequence.blocks), states=dict(sequence.states), revocable={})
+
+    def references(self, block: int) -> int:
+        """How many sequences, and keepers, refer to a block."""
+        return self._references[block]
 
     def take_back(self, sequence: KvSequence, count: int) -> None:
         """Forget the last `count` tokens, guessed in the last pass, and give back the blocks that they needed."""
         sequence.length -= count
         needed = -(-sequence.length // BLOCK_TOKENS)
         for block in sequence.blocks[needed:]:
-            self._drop(block)
+            self.drop(block)
         del sequence.blocks[needed:]
         sequence.states |= {component: states[-1 - count] for component, states in sequence.revocable.items()}
         sequence.revocable = {}
+        if sequence.marks is not None:
+            sequence.marks = {place: at for place, at in sequence.marks.items() if place <= sequence.length}
 
     def release(self, sequence: KvSequence) -> None:
         """Give back what only this sequence used. It is empty then."""
         for block in sequence.blocks:
-            self._drop(block)
+            self.drop(block)
         sequence.length, sequence.blocks, sequence.frequency_length = 0, [], 0
-        sequence.states, sequence.revocable = {}, {}
+        sequence.states, sequence.revocable, sequence.marks = {}, {}, None
 
     def _take(self) -> int:
         if self._free:
@@ -122,7 +151,8 @@ class BlockPool:
         self._references[block] = 1
         return block
 
-    def _drop(self, block: int) -> None:
+    def drop(self, block: int) -> None:
+        """Give up one reference; with the last, the block is free."""
         self._references[block] -= 1
         if self._references[block] == 0:
             self._free.append(block)

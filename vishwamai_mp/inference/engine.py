@@ -60,6 +60,15 @@ class Engine:
         """Tokens that a sequence may have."""
         return self.config.model.max_position_embeddings
 
+    @property
+    def token_bytes(self) -> int:
+        """Of keys and values of one token, in all layers and on all ranks of a replica together."""
+        settings = self.config.model
+        assert settings.num_key_value_heads is not None
+        assert settings.head_dim is not None
+        numbers = 2 * settings.num_layers * settings.num_key_value_heads * settings.head_dim
+        return numbers * self.stage.dtype.itemsize
+
     @torch.inference_mode()
     def run(
         self, work: Work, every_token: bool = False, logits: bool = True, guessed: Sequence[int] | None = None

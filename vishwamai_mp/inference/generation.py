@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.inference.added_text import AddedText, Decode, find_stop
+from vishwamai_mp.inference.beginnings import Beginnings
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS, KvSequence
 from vishwamai_mp.inference.engine import Engine, check_fits
 from vishwamai_mp.inference.noise import NoiseNames
@@ -24,6 +25,7 @@ from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.runtime import Runtime
 
 _PROMPT_TOKENS = 4096  # of prompts in one pass, where more than one is waiting
+_DEFAULT_REUSE_BYTES = 1 << 30
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Completion:
         stop: the stop string that ended it.
         passes: of the model that it took so far; with guesses there are fewer than tokens.
         guessed, accepted: tokens that were guessed, and those of them that are in the text.
+        reused: tokens of the prompt that were not read, for an earlier text began with them.
     """
 
     prompt: list[int]
@@ -51,8 +54,10 @@ class Completion:
     passes: int = 0
     guessed: int = 0
     accepted: int = 0
+    reused: int = 0
     _sequence: KvSequence = field(default_factory=KvSequence)
     _limit: int = 0
+    _reuses: bool = False  # what earlier texts have read, and later ones what it reads
     _added: AddedText | None = None
     _read: int = 0  # tokens whose text `_added` has
     _repeated: RepeatedText = field(default_factory=RepeatedText)
@@ -101,6 +106,10 @@ class Generator:
         max_batch: requests that run at once.
         speculate: tokens to guess at most in a pass for each request (inference/speculation.py). It changes how many
             passes a text takes, not the text.
+        reuse_tokens: of ended texts' beginnings whose keys and values (and components' states) are kept at most, least
+            recently used first to go, for later texts that begin alike; they also give way to running ones. Whoever
+            changes the model's weights calls `forget_beginnings`. None: as many as 1 GiB holds, in all ranks of a
+            replica together, without components' states.
     """
 
     def __init__(
@@ -112,11 +121,18 @@ class Generator:
         kv_tokens: int | None = None,
         max_batch: int = 64,
         speculate: int = 0,
+        reuse_tokens: int | None = 0,
     ) -> None:
         if speculate < 0:
             raise UserError(f"speculate={speculate}: use 0 (no guesses) or more")
+        if reuse_tokens is not None and reuse_tokens < 0:
+            raise UserError(f"reuse_tokens={reuse_tokens}: use 0 (nothing is kept) or more")
         self.speculate = speculate
         self.engine = Engine(config, runtime, model, kv_tokens)
+        if reuse_tokens is None:
+            reuse_tokens = _DEFAULT_REUSE_BYTES // self.engine.token_bytes
+        has_states = config.memory.enabled or config.cache.enabled
+        self._beginnings = Beginnings(self.engine.pool, config.model, reuse_tokens, has_states)
         self.decode, self.max_batch = decode, max_batch
         self._waiting: deque[Completion] = deque()
         self._running: list[Completion] = []
@@ -141,6 +157,7 @@ class Generator:
         self._check(prompt, options)
         limit = min(options.max_new_tokens, self.engine.context - len(prompt))
         completion = Completion(list(prompt), options, _limit=limit, _pace=Pace(self.speculate))
+        completion._reuses = self._beginnings.fit(len(prompt), len(prompt) + limit)
         self._waiting.append(completion)
         return completion
 
@@ -154,7 +171,7 @@ class Generator:
         if not batch:
             return []
         try:
-            turns = [self._turn(c) for c in self._running] + [_Turn(c, c.prompt) for c in admitted]
+            turns = [self._turn(c) for c in self._running] + [_Turn(c, c.prompt[c.reused :]) for c in admitted]
             output = self.engine.run(
                 [(turn.completion._sequence, turn.unread + turn.guesses) for turn in turns],
                 guessed=[len(turn.guesses) for turn in turns],
@@ -167,9 +184,11 @@ class Generator:
             _check_finite(chosen)
         except BaseException:
             for completion in batch:
-                self._finish(completion, "cancelled")
+                self._cancel(completion)
             self._running = []
             raise
+        for completion in admitted:  # so that those that wait can begin with it
+            self._keep(completion)
         rest = iter(chosen)
         for turn in turns:
             self._judge(turn, list(islice(rest, len(turn.guesses) + 1)))
@@ -182,7 +201,16 @@ class Generator:
             if completion in self._waiting:
                 self._waiting.remove(completion)
             self._running = [other for other in self._running if other is not completion]
-            self._finish(completion, "cancelled")
+            self._cancel(completion)
+
+    def forget_beginnings(self) -> None:
+        """Read all of later prompts: the model is no longer the one that read the beginnings which are kept."""
+        self._beginnings.forget()
+
+    @property
+    def kept_tokens(self) -> int:
+        """Of beginnings, which later texts may begin with."""
+        return self._beginnings.tokens
 
     @property
     def busy(self) -> bool:
@@ -220,6 +248,7 @@ class Generator:
         """Of each token from the second on: its log-probability in nats, and the `top` likeliest ids with theirs."""
         top = min(top, self.engine.config.model.vocab_size)
         sequence = KvSequence()
+        self._beginnings.make_room(-(-len(text) // BLOCK_TOKENS))
         try:
             output = self.engine.run([(sequence, text[:-1])], every_token=True)
             targets = torch.tensor(text[1:], device=self.engine.runtime.device)[:, None]
@@ -250,18 +279,32 @@ class Generator:
         return -(-min(prompt_length + options.max_new_tokens, self.engine.context) // BLOCK_TOKENS)
 
     def _admit(self) -> list[Completion]:
-        """Waiting requests that fit, first come first served."""
-        promised = sum(self._blocks(len(c.prompt), c.options) for c in self._running)
+        """Waiting requests that fit, first come first served. One waits if then it has less to read."""
         admitted: list[Completion] = []
         tokens = 0
         while self._waiting and len(self._running) + len(admitted) < self.max_batch:
             first = self._waiting[0]
-            promised += self._blocks(len(first.prompt), first.options)
-            tokens += len(first.prompt)
-            if promised > self.engine.pool.capacity or (admitted and tokens > _PROMPT_TOKENS):
+            sequence = self._beginnings.begin(first.prompt) if first._reuses else KvSequence()
+            unread = len(first.prompt) - sequence.length
+            waits = first._reuses and any(
+                other._reuses and self._beginnings.is_worth_waiting(first.prompt, sequence.length, other.prompt)
+                for other in admitted
+            )
+            promised = sum(self._blocks(len(c.prompt), c.options) - len(c._sequence.blocks) for c in self._running)
+            promised += sum(self._blocks(len(c.prompt), c.options) - len(c._sequence.blocks) for c in admitted)
+            needed = self._blocks(len(first.prompt), first.options) - len(sequence.blocks)
+            too_many = bool(admitted) and tokens + unread > _PROMPT_TOKENS
+            if waits or too_many or not self._beginnings.make_room(promised + needed):
+                self.engine.release(sequence)
                 break
+            first._sequence, first.reused = sequence, sequence.length
+            tokens += unread
             admitted.append(self._waiting.popleft())
         return admitted
+
+    def _keep(self, completion: Completion) -> None:
+        if completion._reuses:
+            self._beginnings.keep(completion._sequence, completion.text)
 
     def _turn(self, completion: Completion) -> _Turn:
         """What a running request reads next: its last token, or all where that changes the angles of those before."""
@@ -287,13 +330,16 @@ class Generator:
         completion.guessed += len(guesses)
         completion.accepted += right
         completion._pace.judged(len(guesses), right)
-        if completion.finish is None and right < len(guesses):
+        if right < len(guesses):
             self.engine.take_back(completion._sequence, len(guesses) - right)
+        if completion.finish is not None:
+            self._keep(completion)
+            self.engine.release(completion._sequence)
 
     def _append(self, completion: Completion, token: int, log_prob: float, top: list[tuple[int, float]]) -> None:
         options = completion.options
         if token in options.stop_tokens:
-            self._finish(completion, "stop")
+            completion.finish = "stop"
             return
         completion.tokens.append(token)
         if options.log_probs:
@@ -301,9 +347,9 @@ class Generator:
             completion.top_log_probs.append(top)
         completion.stop = self._found_stop(completion)
         if completion.stop is not None:
-            self._finish(completion, "stop")
+            completion.finish = "stop"
         elif len(completion.tokens) == completion._limit:
-            self._finish(completion, "length")
+            completion.finish = "length"
 
     def _found_stop(self, completion: Completion) -> str | None:
         """The stop string that the last token completed, if any: the first in the text."""
@@ -313,8 +359,8 @@ class Generator:
         before = len(completion._added.text) if completion._added else 0
         return find_stop(self._added_text(completion), strings, before)
 
-    def _finish(self, completion: Completion, reason: str) -> None:
-        completion.finish = reason
+    def _cancel(self, completion: Completion) -> None:
+        completion.finish = "cancelled"
         self.engine.release(completion._sequence)
 
 

@@ -24,14 +24,30 @@ Chunk = dict[str, Any]
 
 @dataclass
 class Usage:
-    """Token counts of an answer; each prompt counts once, however many texts it gets."""
+    """Token counts of an answer; each prompt counts once, however many texts it gets.
+
+    Attributes:
+        prompt, completion: tokens.
+        cached: of each prompt by number, its tokens that no text of it had to read.
+    """
 
     prompt: int
     completion: int = 0
+    cached: dict[int, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, int]:
+    def add(self, piece: Piece, prompt: int) -> None:
+        """A piece of one of the texts of a prompt."""
+        self.completion += len(piece.tokens)
+        self.cached[prompt] = min(piece.reused, self.cached.get(prompt, piece.reused))
+
+    def to_dict(self) -> dict[str, Any]:
         total = self.prompt + self.completion
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+        }
 
 
 @dataclass
@@ -114,7 +130,7 @@ async def completion_chunks(
     kept: list[list[Piece]] = [[] for _ in jobs]  # where the best are chosen at the end
     begun = [False] * len(jobs)
     async for piece in service.complete(jobs):
-        answer.usage.completion += len(piece.tokens)
+        answer.usage.add(piece, piece.index // best_of)
         kept[piece.index].append(piece)
         if best_of == n:
             before = "" if begun[piece.index] else echoed[piece.index]
@@ -185,7 +201,7 @@ async def chat_chunks(request: ChatRequest, service: Service, model: str, job: J
     answer = Answer.begun("chat.completion.chunk", model, [job.prompt])
     first = [{"role": "assistant", "content": "", "refusal": None} for _ in jobs]
     async for piece in service.complete(jobs):
-        answer.usage.completion += len(piece.tokens)
+        answer.usage.add(piece, 0)
         delta: dict[str, Any] = {**first[piece.index], "content": piece.text}
         first[piece.index] = {}
         logprobs = {"content": _chat_log_probs(service.prompts, piece), "refusal": None} if request.logprobs else None

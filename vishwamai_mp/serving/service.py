@@ -69,6 +69,7 @@ class Piece:
         tokens, scores: added too; scores where the options ask for them.
         finish: with the last: "stop" or "length".
         prompt_scores: with the first, of the prompt's tokens from the second on, where they are asked for.
+        reused: tokens of the prompt that were not read, for an earlier text began with them.
     """
 
     index: int
@@ -77,6 +78,7 @@ class Piece:
     scores: list[TokenScore]
     finish: str | None
     prompt_scores: list[TokenScore] | None = None
+    reused: int = 0
 
 
 class Disconnected(Exception):  # noqa: N818 (no error: the client's wish)
@@ -305,7 +307,9 @@ class Service:
             tokens = completion.tokens[ticket.told :]
             scores = list(zip(completion.log_probs, completion.top_log_probs, strict=True))[ticket.told :]
         if len(text) > ticket.sent or finish is not None:
-            ticket.client.report(Piece(ticket.index, text[ticket.sent :], tokens, scores, finish, ticket.prompt_scores))
+            reused = 0 if completion is None else completion.reused
+            piece = Piece(ticket.index, text[ticket.sent :], tokens, scores, finish, ticket.prompt_scores, reused)
+            ticket.client.report(piece)
             ticket.sent, ticket.told = len(text), ticket.told + len(tokens)
             ticket.prompt_scores = None
         if finish is not None:
