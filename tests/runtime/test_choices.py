@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from vishwamai_mp.runtime import choices, products  # noqa: F401
 from vishwamai_mp.runtime.choices import Choice
 
 _NAMES = sorted(choices._choices)
+
+
+def use_clock(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> None:
+    for name in ("perf_counter", "thread_time"):
+        monkeypatch.setattr(choices.time, name, clock)
 
 
 @pytest.fixture
@@ -31,7 +37,7 @@ def slow_and_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choice:
 
     monkeypatch.setattr(choices, "_choices", {})
     monkeypatch.setattr(choices, "_in_force", {})
-    monkeypatch.setattr(choices.time, "perf_counter", lambda: clock["now"])
+    use_clock(monkeypatch, lambda: clock["now"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("VISHWAMAI_WAYS")
     return Choice("walk", {"slow": way(2.0), "fast": way(1.0)}, lambda: ())
@@ -63,7 +69,7 @@ def test_the_fastest_is_measured_once_and_kept(slow_and_fast, tmp_path, monkeypa
     assert choices.decide() == {"walk": "fast"}
     (kept,) = (tmp_path / "vishwamai_mp").glob("ways-*.json")
     assert json.loads(kept.read_text())["seconds"] == {"walk": {"slow": 2.0, "fast": 1.0}}
-    monkeypatch.setattr(choices, "_time", lambda choice: pytest.fail("measured again"))
+    monkeypatch.setattr(choices, "_time", lambda *_: pytest.fail("measured again"))
     assert choices.decide() == {"walk": "fast"}
 
 
@@ -77,23 +83,43 @@ def test_a_broken_record_is_measured_anew(slow_and_fast, tmp_path, content):
 
 
 def test_a_little_faster_is_not_enough(slow_and_fast, monkeypatch):
-    monkeypatch.setattr(choices, "_time", lambda choice: {"slow": 1.0, "fast": 0.97})
+    monkeypatch.setattr(choices, "_time", lambda *_: {"slow": 1.0, "fast": 0.97})
     assert choices.decide() == {"walk": "slow"}
 
 
 def test_a_machine_too_busy_to_measure_takes_the_first_and_keeps_nothing(slow_and_fast, tmp_path, monkeypatch):
     now = iter(2.0**n for n in range(1000))  # no two times are alike
-    monkeypatch.setattr(choices.time, "perf_counter", lambda: next(now))
+    use_clock(monkeypatch, lambda: next(now))
     assert choices.decide() == {"walk": "slow"}
     assert not (tmp_path / "vishwamai_mp").exists()
 
 
 def test_a_busy_machine_is_not_measured_for_long(slow_and_fast, tmp_path, monkeypatch):
     clock, looked = iter(range(0, 1000, 2)), itertools.count(1)
-    monkeypatch.setattr(choices.time, "perf_counter", lambda: 2.0 ** next(looked))
+    use_clock(monkeypatch, lambda: 2.0 ** next(looked))
     monkeypatch.setattr(choices.time, "monotonic", lambda: next(clock))
     assert choices.decide() == {"walk": "slow"}
-    assert next(looked) - 1 == 3 * 2 * 2  # rounds within the limit, ways, beginning and end of each
+    assert next(looked) - 1 == 2 * 2 * 2  # rounds within the limit, ways, beginning and end of each
+
+
+def test_all_choices_together_have_that_time(slow_and_fast, monkeypatch):
+    """What one leaves is for those after it."""
+    for name in ("swim", "fly"):
+        Choice(name, {"slow": lambda: None, "fast": lambda: None}, lambda: ())
+    clock, allowed = iter((10.0, 10.0, 11.0, 11.0)), []
+    monkeypatch.setattr(choices.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(choices, "_time", lambda _, most: allowed.append(most))
+    choices.measured()
+    assert allowed == [5 / 3, 4 / 2, 4 / 1]
+
+
+def test_one_threads_time_is_the_processors(slow_and_fast, monkeypatch):
+    processors, wall = itertools.count(0.0, 3.0), itertools.count(0.0, 4.0)
+    monkeypatch.setattr(choices.time, "thread_time", lambda: next(processors))
+    monkeypatch.setattr(choices.time, "perf_counter", lambda: next(wall))
+    for threads, seconds in ((1, 3.0), (2, 4.0)):
+        monkeypatch.setattr(choices.torch, "get_num_threads", lambda threads=threads: threads)
+        assert choices._time(choices._choices["walk"], 5.0) == {"slow": seconds, "fast": seconds}
 
 
 def test_the_environment_decides(slow_and_fast, tmp_path, monkeypatch):
@@ -101,7 +127,7 @@ def test_the_environment_decides(slow_and_fast, tmp_path, monkeypatch):
     assert choices.decide() == {"walk": "slow"}
     (tmp_path / "mine.json").write_text('{"walk": "fast"}')
     monkeypatch.setenv("VISHWAMAI_WAYS", str(tmp_path / "mine.json"))
-    monkeypatch.setattr(choices, "_time", lambda choice: pytest.fail("measured"))
+    monkeypatch.setattr(choices, "_time", lambda *_: pytest.fail("measured"))
     assert choices.decide() == {"walk": "fast"}
     assert slow_and_fast() is not None
     assert choices.ways_in_force() == {"walk": "fast"}

@@ -18,6 +18,7 @@ from torch import Tensor
 from vishwamai_mp.model.blocked_attention import blocked_attention
 from vishwamai_mp.runtime import is_accelerator, multiplies_natively
 from vishwamai_mp.runtime.choices import Choice
+from vishwamai_mp.runtime.device import cpu_multiplies
 
 _LONGEST = 2048  # queries: blocked attention keeps weights, of which there are as many as pairs of tokens
 
@@ -113,9 +114,9 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 
 
 def _drawn(dtype: torch.dtype, length: int) -> tuple[Any, ...]:
-    """Of 2,048 tokens, laid out as they come from the projection."""
+    """Of 1,024 tokens, laid out as they come from the projection."""
     random = torch.Generator().manual_seed(0)
-    shape = (length, 2048 // length, 8, 64)
+    shape = (length, 1024 // length, 8, 64)
     q, k, v = (torch.randn(shape, generator=random).to(dtype).requires_grad_().permute(1, 2, 0, 3) for _ in range(3))
     return q, k, v, None, 0.125
 
@@ -130,4 +131,5 @@ _ATTENTION = {
     )
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
     for long in (False, True)
+    if cpu_multiplies(dtype)  # another is widened before it comes here
 }

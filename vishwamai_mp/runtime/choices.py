@@ -30,8 +30,8 @@ from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.config.json_text import parse_json
 
 _CLEARLY = 0.95  # another way than the first must need less than this share of its time
-_MOST_SECONDS = 5.0  # of the clock for one choice: a run waits meanwhile, on a busy machine for minutes otherwise
-_FEWEST, _ATTEMPTS = 4, 20  # rounds of a measurement; the first, which warms up, is one of them
+_MOST_SECONDS = 5.0  # of the clock for all choices: a run waits meanwhile, on a busy machine for minutes otherwise
+_FEWEST, _ATTEMPTS = 3, 20  # rounds of a measurement; the first, which warms up, is one of them
 _NEARLY = 1.1
 _CAPS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
@@ -148,8 +148,12 @@ def measured(choices: list[Choice] | None = None) -> dict[str, dict[str, float]]
         kept = {}
     kept = kept if isinstance(kept, dict) else {}
     found = {choice.name: kept[choice.name] for choice in wanted if _is_whole(kept.get(choice.name), choice)}
-    timed = {choice.name: _time(choice) for choice in wanted if choice.name not in found}
-    new = {name: seconds for name, seconds in timed.items() if seconds is not None}
+    unknown = [choice for choice in wanted if choice.name not in found]
+    new, deadline = {}, time.monotonic() + _MOST_SECONDS
+    for left, choice in zip(range(len(unknown), 0, -1), unknown, strict=True):
+        seconds = _time(choice, (deadline - time.monotonic()) / left)
+        if seconds is not None:
+            new[choice.name] = seconds
     if new:
         with contextlib.suppress(OSError):  # where it cannot be kept, it is measured again next time
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -196,24 +200,26 @@ def _cache_file() -> Path:
     return folder / f"ways-{key}.json"
 
 
-def _time(choice: Choice) -> dict[str, float] | None:
-    """Least seconds of each way, None where they say nothing.
+def _time(choice: Choice, most_seconds: float) -> dict[str, float] | None:
+    """Least seconds of each way, None where they say nothing after `most_seconds` of the clock.
 
-    The ways take turns, so that a busy machine slows all alike. A time counts when it was nearly reached twice.
+    The ways take turns, so that a busy machine slows all alike. A time counts when it was nearly reached twice. One
+    thread's time is the processor's, which other programs take less from than from the clock's.
     """
     taken: dict[str, list[float]] = {name: [] for name in choice.ways}
-    deadline = time.monotonic() + _MOST_SECONDS
+    deadline = time.monotonic() + most_seconds
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.inference_mode(False), torch.set_grad_enabled(choice.trained):
         arguments = choice.trial()
         for attempt in range(_ATTEMPTS):
             for name, way in choice.ways.items():
-                start = time.perf_counter()
+                start = clock()
                 out = way(*arguments)
                 if choice.trained:
                     out.sum().backward()
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(clock() - start)
             least = {name: sorted(seconds)[:2] for name, seconds in taken.items()}
-            if attempt >= _FEWEST and all(second < _NEARLY * first for first, second in least.values()):
+            if attempt + 1 >= _FEWEST and all(second < _NEARLY * first for first, second in least.values()):
                 return {name: first for name, (first, _) in least.items()}
             if time.monotonic() > deadline:
                 break

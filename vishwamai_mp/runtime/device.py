@@ -90,15 +90,18 @@ def wait_for_device() -> None:
 
 
 def multiplies_natively(dtype: torch.dtype) -> bool:
-    """Whether the device multiplies matrices of `dtype` in hardware.
-
-    A CPU without AVX512-BF16 or AMX falls back to a scalar loop for 16-bit types, some hundred times slower than fp32.
-    """
-    return dtype == torch.float32 or is_accelerator(device()) or _cpu_multiplies(dtype)
+    """Whether the device multiplies matrices of `dtype` in hardware."""
+    return is_accelerator(device()) or cpu_multiplies(dtype)
 
 
 @cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of fp32, bf16 or fp16 in hardware.
+
+    One without AVX512-BF16 or AMX falls back to a scalar loop for 16-bit types, some hundred times slower than fp32.
+    """
+    if dtype == torch.float32:
+        return True
     mkldnn = torch.ops.mkldnn
     return mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
 
