@@ -22,6 +22,8 @@ _VIRTUAL = "parallel.virtual_pipeline_model_parallel_size"
 _FIRST = "parallel.num_layers_in_first_pipeline_stage"
 _LAST = "parallel.num_layers_in_last_pipeline_stage"
 _TENSOR = "parallel.tensor_model_parallel_size"
+_OVERLAP = "parallel.overlap_tensor_parallel=true"
+_SPLIT = [f"{_TENSOR}=2", "parallel.sequence_parallel=true"]
 _ROPE = "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 4}"
 
 
@@ -54,6 +56,31 @@ def _config(*overrides):
         (
             ["parallel.fuse_grad_accumulation=true", "parallel.fully_sharded=true"],
             ["parallel.fuse_grad_accumulation=true with parallel.fully_sharded=true", "set one of them"],
+        ),
+        ([_OVERLAP], [f"{_OVERLAP} has no effect at tensor_model_parallel_size=1", "set it to false"]),
+        (
+            [_OVERLAP, "parallel.tensor_model_parallel_size=2"],
+            [f"{_OVERLAP} with parallel.sequence_parallel=false", "set parallel.sequence_parallel=true"],
+        ),
+        (
+            [_OVERLAP, *_SPLIT, "precision=fp16"],
+            [f"{_OVERLAP} with precision=fp16: its sums are bf16", "use bf16"],
+        ),
+        (
+            [_OVERLAP, *_SPLIT, "precision=fp8_blockwise"],
+            [f"{_OVERLAP} with precision=fp8_blockwise: its buffers know no scales of blocks", "fp8_current"],
+        ),
+        (
+            [_OVERLAP, *_SPLIT, "precision=bf16", "training.deterministic=true"],
+            [f"{_OVERLAP} with training.deterministic=true", "set one of them to false"],
+        ),
+        (
+            [_OVERLAP, *_SPLIT, "precision=bf16", "model.hidden_size=544", "model.num_attention_heads=4"],
+            [f"{_OVERLAP} with model.hidden_size=544: outputs are cut into 4 strips of whole 16s", "multiple of 64"],
+        ),
+        (
+            [_OVERLAP, *_SPLIT, "precision=fp8_mx", "training.sequence_length=128", "training.micro_batch_size=1"],
+            [f"{_OVERLAP} with precision=fp8_mx: 64 tokens of a micro-batch on a rank: not a multiple of 128"],
         ),
         (
             ["training.offload_layers=1", "training.recompute=full"],

@@ -136,3 +136,13 @@ def test_a_gpu_that_is_not_known_is_answered_with_the_nearest():
         *("h100-nvl", "b300", "rtx5090", "mi300x", "v100-32"),
     ]
     assert find_gpu("NVIDIA A100-80GB").memory < 80 * 2**30
+
+
+def test_what_is_exchanged_beside_products_is_hidden_more():
+    tensor = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true", "precision=bf16"]
+    plain, overlapped = (
+        step_time(resolve(load_config("7b", [*tensor, *more]), 8), 8, machine()).parts["tensor parallel traffic"]
+        for more in ([], ["parallel.overlap_tensor_parallel=true"])
+    )
+    stack = find_stack("megatron")
+    assert overlapped / plain == pytest.approx((1 - stack.tensor_overlap_asynchronous) / (1 - stack.tensor_overlap))

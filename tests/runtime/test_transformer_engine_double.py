@@ -35,6 +35,9 @@ _REPLICAS = ["parallel.use_distributed_optimizer=true"]
 _MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
 _FUSED = ["parallel.fuse_grad_accumulation=true", "parallel.reduce_grads_in=bf16"]
 _HOST = ["optimizer.moments_in=bf16", "optimizer.moments_on_host=true"]
+_OVERLAP = [*_TENSOR, "parallel.overlap_tensor_parallel=true"]
+# Tiles of 128 numbers in pieces of matrices that are gathered or cut on two ranks.
+_TILES = ["model.hidden_size=512", "training.sequence_length=256", "model.max_position_embeddings=256"]
 _DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 
 # Name: ranks, rank, settings. Each kind of layer, layout and precision is in several.
@@ -68,6 +71,11 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "tensor, blockwise": (2, 0, [*_TENSOR, "precision=fp8_blockwise"]),
     "tensor, mx": (2, 1, [*_TENSOR, "precision=fp8_mx"]),
     "tensor, nvfp4": (2, 0, [*_TENSOR, "precision=nvfp4"]),
+    "tensor, delayed, overlapped": (2, 0, [*_OVERLAP, "precision=fp8_delayed"]),
+    "tensor, tiles, mx": (2, 1, [*_TENSOR, *_TILES, "precision=fp8_mx"]),
+    "tensor, tiles, mx, overlapped": (2, 1, [*_OVERLAP, *_TILES, "precision=fp8_mx"]),
+    "tensor, adapters, recomputed": (2, 1, [*_TENSOR, *LORA, *RECOMPUTE, "precision=bf16"]),
+    "tensor, adapters, recomputed, overlapped": (2, 1, [*_OVERLAP, *LORA, *RECOMPUTE, "precision=bf16"]),
     "chunks, memory, cache, adapters, nvfp4 at the end": (
         2,
         1,
@@ -82,6 +90,16 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
         2,
         1,
         [*_TENSOR, *MEMORY, *CACHE, *VALUES, "memory.chunk_size=64", "precision=fp8_delayed"],
+    ),
+    "tensor, memory, cache and values, delayed, overlapped": (
+        2,
+        1,
+        [*_OVERLAP, *MEMORY, *CACHE, *VALUES, "memory.chunk_size=64", "precision=fp8_delayed"],
+    ),
+    "chunks, tensor, packed, fp8 in the middle, fused, overlapped": (
+        4,
+        1,
+        [*_CHUNKS, *_OVERLAP, *_REPLICAS, *PACKED, *_FUSED, "precision=fp8_current", "fp8.bf16_layers_at_start=1"],
     ),
     "first stage, packed, bf16": (2, 0, [*_STAGES, *PACKED, "precision=bf16"]),
     "last stage, packed, values, delayed": (2, 1, [*_STAGES, *PACKED, *VALUES, "precision=fp8_delayed"]),
@@ -158,7 +176,8 @@ def test_a_step_runs_and_waits_once(found, name):
     once += ("compact_adamw", "host_copies") if "on the host" in name else ()  # in each step, and nothing waits
     assert all(any(part in place for part in once) for place in step["host_copies"]), step["host_copies"]
     assert sum(step["at_peak"].values()) == step["peak_bytes"]
-    assert step["at_peak"]["workspaces"] == 32 * 2**20 + 1024  # cuBLAS's on a Hopper or later
+    # cuBLAS's on a Hopper or later; three more for products that run beside one another.
+    assert step["at_peak"]["workspaces"] == (4 if "overlapped" in name else 1) * (32 * 2**20 + 1024)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in _RECIPES])
@@ -182,6 +201,25 @@ def test_fused_accumulation_launches_no_sums_of_weights_gradients(found):
     assert plain["launches"] - fused["launches"] >= 2 * 2 * 4
     assert fused["flops"] == plain["flops"]
     assert halved["at_peak"]["gradients"] == plain["at_peak"]["gradients"] / 2
+
+
+def _exchanged(step: dict[str, Any]) -> dict[tuple[str, str], int]:
+    """Bytes by operation and group. Scales of blocks, which travel with their codes, count as one collective or two."""
+    return {(one["operation"], one["group"]): one["bytes"] for one in step["collectives"]}
+
+
+@pytest.mark.parametrize("name", [name for name in _STEPS if name.endswith(", overlapped")])
+def test_overlapped_exchanges_are_the_same(found, name):
+    """And so are products. What is gathered or summed lies in twelve buffers of all tokens of a micro-batch."""
+    overlapped, plain = found[name], found.get(name.removesuffix(", overlapped"))
+    settings = _STEPS[name][2]
+    tokens, width = (256, 512) if set(_TILES) <= set(settings) else (128, 256)
+    gathered = 2 if "precision=bf16" in settings else 1
+    # Two sequences are in a micro-batch.
+    assert overlapped["at_peak"]["exchange buffers"] == 2 * tokens * width * (8 * gathered + 4 * 2)
+    if plain is not None:
+        assert _exchanged(overlapped) == _exchanged(plain)
+        assert overlapped["flops"] == plain["flops"]
 
 
 def test_moments_in_bf16_take_half_and_no_more_kernels(found):

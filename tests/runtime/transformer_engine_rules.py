@@ -13,9 +13,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformer_engine.pytorch as te  # noqa: E402
 import transformer_engine_torch as tex  # noqa: E402
+from transformer_engine.pytorch.module import base  # noqa: E402
 
 from tests.training.layouts import SMALL  # noqa: E402
-from vishwamai_mp.config import PretrainConfig, load_config, resolve  # noqa: E402
+from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve  # noqa: E402
+from vishwamai_mp.model.decoding import Decoding  # noqa: E402
 from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine  # noqa: E402
 from vishwamai_mp.runtime.simulated import SimulatedJob, simulated_job  # noqa: E402
 from vishwamai_mp.training.dry_run import dry_run, empty_batches, training_step  # noqa: E402
@@ -24,9 +26,9 @@ from vishwamai_mp.training.step import TrainStep  # noqa: E402
 E4M3 = te.DType.kFloat8E4M3
 
 
-def config(*overrides: str) -> PretrainConfig:
+def config(*overrides: str, ranks: int = 1) -> PretrainConfig:
     wide = ["model.hidden_size=256", "model.num_layers=1", "training.global_batch_size=2", "precision=bf16"]
-    return resolve(load_config(SMALL, [*wide, *overrides]), 1)
+    return resolve(load_config(SMALL, [*wide, *overrides]), ranks)
 
 
 def products(job: SimulatedJob) -> None:
@@ -115,6 +117,29 @@ def scaling_of(step: TrainStep) -> list[torch.Tensor]:
     states = [part.fp8_meta for part in linears if "scaling_fwd" in part.fp8_meta]
     ways = [meta[f"scaling_{way}"] for meta in states for way in ("fwd", "bwd")]
     return [tensor for state in ways for tensor in (state.scale, state.amax_history)]
+
+
+# What overlaps exchanges while it trains generates without, and its buffers go with the job.
+tensor = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+overlapped = config("parallel.overlap_tensor_parallel=true", *tensor, ranks=2)
+with simulated_job(overlapped, 2, 0) as job, training_step(overlapped, job) as training:
+    linears = [part for part in training.chunks[0].modules() if getattr(part, "ub_name", None)]
+    assert [part.ub_name for part in linears] == ["proj", "qkv", "fc1", "fc2"]
+    with Decoding(training.chunks[0].module):
+        assert not any(part.ub_overlap_ag_fprop or part.ub_overlap_rs_fprop for part in linears)
+    assert all(part.ub_overlap_ag_fprop or part.ub_overlap_rs_fprop for part in linears)
+    training.evaluate(empty_batches(overlapped, job))
+    buffer = base.get_ub("qkv_fprop", False)
+    with pytest.raises(RuntimeError, match=r"userbuffers: .* into"):
+        buffer.copy_into_buffer(torch.empty(3, device="simulated"))
+    weight, x = torch.empty(64, 256, device="simulated"), torch.empty_like(buffer.whole)
+    with pytest.raises(RuntimeError, match="lies elsewhere"):
+        te.cpp_extensions.general_gemm(weight, x, ub=buffer, ub_type=tex.CommOverlapType.AG)
+    assert base.is_ub_initialized()
+    multicast = mock.patch.object(tex, "device_supports_multicast", return_value=False)
+    with multicast, pytest.raises(UserError, match="UB_SKIPMC=1"):
+        training_step(overlapped, job).__enter__()
+assert not base.is_ub_initialized()
 
 
 delayed = config("precision=fp8_delayed")

@@ -1,4 +1,4 @@
-"""What accelerators refuse; what CPUs refuse is tried in training (test_layouts.py)."""
+"""What accelerators refuse; what CPUs refuse is tried in training (test_layouts.py), but for layouts."""
 
 import pytest
 
@@ -16,3 +16,10 @@ def test_what_cannot_be_deterministic_on_gpus(monkeypatch, sums):
         check_device(config)
     check_device(load_config({}, [sums]))
     check_device(load_config({}, ["training.deterministic=true", "cache.enabled=true"]))
+
+
+def test_what_only_transformer_engine_overlaps():
+    tensor = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    config = load_config({"precision": "bf16", "parallel": {"overlap_tensor_parallel": True, **tensor}})
+    with pytest.raises(ConfigError, match=r"overlap_tensor_parallel=true: only Transformer Engine.*set it to false"):
+        check_device(config)

@@ -7,6 +7,7 @@ from vishwamai_mp.config.check_fully_sharded import check_fully_sharded
 from vishwamai_mp.config.check_gradients import check_gradients
 from vishwamai_mp.config.check_offloading import check_offloading
 from vishwamai_mp.config.check_recompute import check_recompute
+from vishwamai_mp.config.check_tensor_overlap import check_tensor_overlap
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.extensions import check_combinations
 from vishwamai_mp.config.finetuning import check_trained_parts, check_verdicts, resolve_rows
@@ -43,6 +44,7 @@ def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainCo
     _check_layout(config)
     check_gradients(config)
     check_fully_sharded(config)
+    check_tensor_overlap(config)
     config = replace(config, memory=resolve_memory(config), cache=resolve_cache(config))
     config = resolve_fp8(config)
     check_trained_parts(config)

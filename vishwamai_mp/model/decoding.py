@@ -5,9 +5,17 @@ from typing import Any
 
 from torch import nn
 
-# What splits the tokens over tensor parallel ranks, in megatron-core's names: new tokens are too few and too uneven for
-# that. And FP8: its scales would make a text depend on what else is generated, so generation computes in bf16.
-_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings", "emulates_fp8")
+# What splits the tokens over tensor parallel ranks, in megatron-core's names, or sums them beside a product, in
+# Transformer Engine's: new tokens are too few and too uneven for that. And FP8: its scales would make a text depend on
+# what else is generated, so generation computes in bf16.
+_SWITCHES = (
+    "sequence_parallel",
+    "scatter_to_sequence_parallel",
+    "reduce_scatter_embeddings",
+    "ub_overlap_ag_fprop",
+    "ub_overlap_rs_fprop",
+    "emulates_fp8",
+)
 
 
 class Decoding:

@@ -12,6 +12,7 @@ from vishwamai_mp.planning.parameters import total_parameters
 from vishwamai_mp.planning.states import (
     MAIN,
     WORKSPACE,
+    exchange_buffers,
     fp8_weights,
     fused_gradients,
     gradient_bytes,
@@ -69,6 +70,7 @@ def stage_footprint(config: PretrainConfig, world_size: int, stage: int) -> Foot
         parts["weights"] += fp8_weights(config, stage, micro_batches)
     groups = [parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, shards]
     parts["fragmentation"] = _FRAGMENTATION * parts["activations"]
+    parts["exchange buffers"] = exchange_buffers(config)
     parts["libraries"] = WORKSPACE + _CONTEXT + _COMMUNICATOR * sum(ranks > 1 for ranks in groups)
     return Footprint(stage, {name: value for name, value in parts.items() if value})
 

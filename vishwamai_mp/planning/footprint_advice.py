@@ -5,7 +5,14 @@ from dataclasses import dataclass, replace
 from vishwamai_mp.config import ConfigError, PretrainConfig, micro_batches_per_step, resolve
 from vishwamai_mp.planning.activations import stage_activations
 from vishwamai_mp.planning.fully_sharded_footprint import fully_sharded_parts, shares_parameters
-from vishwamai_mp.planning.states import WORKSPACE, fp8_weights, fused_gradients, optimizer_copies, stage_states
+from vishwamai_mp.planning.states import (
+    WORKSPACE,
+    exchange_buffers,
+    fp8_weights,
+    fused_gradients,
+    optimizer_copies,
+    stage_states,
+)
 
 _WORTH = 0.01  # of the need: what saves less is not mentioned
 
@@ -43,7 +50,7 @@ def stage_memory(config: PretrainConfig, world_size: int, stage: int, on_gpu: bo
         parts = fully_sharded_parts(config, world_size, activations)
         kept = parts.pop("activations")
         return RankMemory(sum(parts.values()) + workspace, kept)
-    workspace += fused_gradients(config)
+    workspace += fused_gradients(config) + exchange_buffers(config)
     later = max(activations.total, optimizer_copies(config, stage, world_size))
     return RankMemory(stage_states(config, stage, world_size) + workspace, later)
 
@@ -88,6 +95,7 @@ def _changes(config: PretrainConfig, on_gpu: bool) -> list[tuple[str, str, objec
     return [
         ("parallel", "sequence_parallel", True),
         ("parallel", "use_distributed_optimizer", True),
+        ("parallel", "overlap_tensor_parallel", False),
         ("training", "recompute", "selective"),
         *sizes,
         ("training", "recompute", "full"),

@@ -170,6 +170,7 @@ def _variants(
                 fully_sharded=sharded,
                 reduce_grads_in=config.parallel.reduce_grads_in,
                 fuse_grad_accumulation=config.parallel.fuse_grad_accumulation,
+                overlap_tensor_parallel=config.parallel.overlap_tensor_parallel and tensor > 1,
                 timeout_minutes=config.parallel.timeout_minutes,
                 step_timeout_minutes=config.parallel.step_timeout_minutes,
                 nccl=config.parallel.nccl,

@@ -1,6 +1,7 @@
 """Memory of parameters, gradients and optimizer state of one rank. A test holds these formulae against built models."""
 
 from vishwamai_mp.config import PretrainConfig, data_parallel_size, frozen_parts, padded_vocab_size
+from vishwamai_mp.config.check_tensor_overlap import exchanged_tokens
 from vishwamai_mp.config.resolve_fp8 import rounds_operands
 from vishwamai_mp.planning.activations import QUANTIZED, micro_batches_underway, number_bytes, stage_layers
 from vishwamai_mp.planning.cache_costs import cache_parameters
@@ -77,6 +78,15 @@ def fused_gradients(config: PretrainConfig) -> float:
     model = config.model
     matrices = attention_matrices(model) + mlp_matrices(model)
     return number_bytes(config) * matrices / config.parallel.tensor_model_parallel_size
+
+
+def exchange_buffers(config: PretrainConfig) -> float:
+    """Bytes that `parallel.overlap_tensor_parallel` takes all the time: what eight products gather and four sum, and
+    the workspaces of those that run beside one another."""
+    if not config.parallel.overlap_tensor_parallel:
+        return 0.0
+    gathered = 1 if rounds_operands(config.precision) else 2
+    return 3 * WORKSPACE + exchanged_tokens(config) * config.model.hidden_size * (8 * gathered + 4 * 2)
 
 
 def fp8_weights(config: PretrainConfig, stage: int, micro_batches: int) -> float:

@@ -239,7 +239,10 @@ def _tensor_traffic(config: PretrainConfig, machine: Machine) -> float:
         return 0.0
     size = 2 * _tokens(config) * config.model.hidden_size * (tensor - 1) / tensor
     stack = machine.stack
-    return (size / _rate(config, machine, tensor, 1) + stack.latency) * (1 - stack.tensor_overlap)
+    hidden = stack.tensor_overlap
+    if config.parallel.overlap_tensor_parallel:
+        hidden = max(hidden, stack.tensor_overlap_asynchronous)
+    return (size / _rate(config, machine, tensor, 1) + stack.latency) * (1 - hidden)
 
 
 def _context_traffic(config: PretrainConfig, machine: Machine, attention: float) -> float:

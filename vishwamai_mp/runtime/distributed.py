@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from vishwamai_mp.config import NcclConfig, ParallelConfig, PretrainConfig, data_parallel_size
 from vishwamai_mp.runtime.determinism import set_determinism
 from vishwamai_mp.runtime.device import device, keep_freed_memory, set_threads
+from vishwamai_mp.runtime.exchange_buffers import close_exchange_buffers
 
 # Far from each other and from the tracker's own offsets (2718 + rank), so that neighbours' streams are apart.
 _STEP, _PLACE = 1_000_003, 1_618_033_987
@@ -169,7 +170,8 @@ def _join(parallel: ParallelConfig) -> None:
 
 
 def shutdown(keep_world: bool = False) -> None:
-    """Release the process groups (`keep_world`: all but the default one)."""
+    """Release the process groups (`keep_world`: all but the default one), and what was made for them."""
+    close_exchange_buffers()
     parallel_state.destroy_model_parallel()
     if not keep_world and dist.is_initialized():
         dist.destroy_process_group()

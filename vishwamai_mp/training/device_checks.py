@@ -17,10 +17,9 @@ def check_device(config: PretrainConfig) -> None:
     """
     parallel, training = config.parallel, config.training
     fused = use_transformer_engine(PrecisionPolicy.of(config.precision, config.fp8))
-    if parallel.fuse_grad_accumulation and not fused:
-        raise ConfigError(
-            "parallel.fuse_grad_accumulation=true: only Transformer Engine's layers on GPUs do so; set it to false"
-        )
+    for name in ("fuse_grad_accumulation", "overlap_tensor_parallel"):
+        if getattr(parallel, name) and not fused:
+            raise ConfigError(f"parallel.{name}=true: only Transformer Engine's layers on GPUs do so; set it to false")
     if is_accelerator(device()):
         _check_determinism(config)
         return

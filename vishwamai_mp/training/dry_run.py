@@ -153,7 +153,8 @@ def training_step(config: PretrainConfig, job: SimulatedJob) -> Iterator[TrainSt
     models = build_model(config, job.runtime, initialize=False)
     for model in models:
         memory.claim("parameters", *map(_local, model.parameters()), *model.buffers())
-    chunks = wrap_data_parallel(config, job.runtime, models)
+    with memory.allocating("exchange buffers"):
+        chunks = wrap_data_parallel(config, job.runtime, models)
     for chunk in chunks:
         if not isinstance(chunk, FullySharded):  # whose gradients come and go with the backward pass
             memory.claim("gradients", *(buffer.grad_data for buffer in chunk.buffers))

@@ -22,6 +22,7 @@ from vishwamai_mp.training.compact_adamw import is_compact, use_compact_moments
 from vishwamai_mp.training.device_checks import check_device
 from vishwamai_mp.training.own_optimizer import use_own_optimizer
 from vishwamai_mp.training.sharded_optimizer import ShardedOptimizer
+from vishwamai_mp.training.tensor_overlap import overlap_exchanges
 
 
 def wrap_data_parallel(
@@ -38,6 +39,8 @@ def wrap_data_parallel(
             offload_layers(model.decoder.layers, offloaded)
     if config.parallel.fuse_grad_accumulation:
         _fuse_accumulation(models)
+    if config.parallel.overlap_tensor_parallel:
+        overlap_exchanges(config, models)
     if fully_shards(config, runtime.groups):
         return [FullySharded(model) for model in models]
     replicated = runtime.groups.dp_cp.size() > 1

@@ -267,6 +267,7 @@ class ParallelConfig:
     overlap_param_gather: bool = True
     reduce_grads_in: Literal["fp32", "bf16"] = "fp32"  # what gradients of bf16 and FP8 models are summed in
     fuse_grad_accumulation: bool = False  # Transformer Engine's products add to the sums of gradients themselves
+    overlap_tensor_parallel: bool = False  # Transformer Engine's products run while their tokens are exchanged
     timeout_minutes: PositiveFloat = 30.0  # a collective that waits longer ends the job
     step_timeout_minutes: PositiveFloat | None = None  # in a process's steps after its first; timeout_minutes
     nccl: NcclConfig | None = None  # on GPUs; as NCCL chooses

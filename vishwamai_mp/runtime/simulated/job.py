@@ -106,7 +106,8 @@ def _real_meshes() -> Iterator[None]:
 
 @contextmanager
 def _absent_peers() -> Iterator[None]:
-    """Objects that ranks exchange are this rank's own: the others are as it is."""
+    """Objects that ranks exchange are this rank's own: the others are as it is. No group has others to find."""
+    make = dist.new_group
 
     def gather(gathered: list[Any], own: Any, group: Any = None) -> None:
         gathered[:] = [own] * len(gathered)
@@ -114,8 +115,12 @@ def _absent_peers() -> Iterator[None]:
     def broadcast(objects: list[Any], *_: Any, **__: Any) -> None:
         """They are there already."""
 
+    def new_group(*args: Any, **options: Any) -> Any:
+        return make(*args, **{**options, "backend": None})
+
     with ExitStack() as stack:
         for module in (dist, dist.distributed_c10d):
+            stack.enter_context(mock.patch.object(module, "new_group", new_group))
             stack.enter_context(mock.patch.object(module, "all_gather_object", gather))
             stack.enter_context(mock.patch.object(module, "broadcast_object_list", broadcast))
         yield

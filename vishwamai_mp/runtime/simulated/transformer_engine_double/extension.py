@@ -9,11 +9,12 @@ from vishwamai_mp.runtime.simulated.transformer_engine_double import (
     multi_tensor,
     norms,
     quantizing,
+    userbuffers,
 )
 from vishwamai_mp.runtime.simulated.transformer_engine_double.enums import enumerations
 from vishwamai_mp.runtime.simulated.transformer_engine_double.imports import Absent
 
-_FUNCTIONS = [
+_FUNCTIONS: list[Any] = [
     gemm.generic_gemm,
     norms.rmsnorm_fwd,
     norms.rmsnorm_bwd,
@@ -31,6 +32,10 @@ _FUNCTIONS = [
     multi_tensor.multi_tensor_adam,
     multi_tensor.multi_tensor_l2norm,
     multi_tensor.multi_tensor_scale,
+    userbuffers.CommOverlapHelper,
+    userbuffers.CommOverlap,
+    userbuffers.CommOverlapP2P,
+    userbuffers.bulk_overlap_ag_with_external_gemm,
 ]
 
 
@@ -52,5 +57,8 @@ def extension() -> types.ModuleType:
         get_cudnn_version=lambda: 92400,
         get_cublasLt_version=lambda: 130200,
         get_num_cublas_streams=lambda: 4,
+        get_stream_priority_range=lambda: (0, -5),
+        device_supports_multicast=lambda: True,
+        ubuf_built_with_mpi=lambda: False,
     )
     return module

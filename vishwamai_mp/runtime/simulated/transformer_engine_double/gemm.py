@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.runtime.simulated.kernel import DTYPES, launch, shape_of
+from vishwamai_mp.runtime.simulated.transformer_engine_double.userbuffers import exchange
 
 
 def generic_gemm(
@@ -38,10 +39,8 @@ def generic_gemm(
     Returns:
         D, the bias's gradient, the input of GELU, the extra output.
     """
-    if gelu or comm_overlap is not None or extra_output is not None or quantizer is not None:
-        raise NotImplementedError(
-            "generic_gemm of the simulated Transformer Engine: GELU, overlapped communication and quantized output"
-        )
+    if gelu or quantizer is not None:
+        raise NotImplementedError("generic_gemm of the simulated Transformer Engine: GELU and quantized output")
     a, b = shape_of(A), shape_of(B)
     a_rows, a_columns, b_rows, b_columns = math.prod(a[:-1]), a[-1], math.prod(b[:-1]), b[-1]
     inner, width = (a_columns, a_rows) if transa else (a_rows, a_columns)
@@ -61,8 +60,12 @@ def generic_gemm(
             raise RuntimeError(f"generic_gemm: FP4 operands are summed over multiples of 32, not {inner}")
         amaxes = (A._amax_rowwise if transa else A._amax_columnwise, B._amax_columnwise if transb else B._amax_rowwise)
         launch("nvfp4_compute_per_tensor_scale", *amaxes, workspaces=[workspace])
-    launch("generic_gemm", A, B, D, bias, bias_gradient, *swizzled, workspaces=[workspace], flops=flops)
-    return [D, bias_gradient, None, None]
+    pieces = 1
+    if comm_overlap is not None:
+        pieces = exchange(comm_overlap, comm_type, bulk_overlap, (A, B), transa, extra_output)
+    for _ in range(pieces):
+        launch("generic_gemm", A, B, D, bias, bias_gradient, *swizzled, workspaces=[workspace], flops=flops // pieces)
+    return [D, bias_gradient, None, extra_output]
 
 
 def _operand(name: str, operand: Any, rowwise: bool) -> list[Tensor]:
