@@ -41,6 +41,7 @@ _OWN_OPTIONS = {
     "max_new_tokens": ("greedy", "sample", "beam"),
     "stop": ("greedy", "sample"),
     "speculate": ("greedy", "sample"),
+    "draft_model": ("greedy", "sample"),
 }
 
 
@@ -50,7 +51,8 @@ def main() -> int:
     run.answering(options.overrides)  # torch and megatron-core take seconds to import; a mistake should not
     from vishwamai_mp.opening import laid_out
 
-    with laid_out(run, options.overrides, options.bos, options.weights) as model:
+    draft = None if options.draft_model is None else find_run(options.draft_model)
+    with laid_out(run, options.overrides, options.bos, options.weights, draft) as model:
         strategy = {"beam": beam, "tree": tree}.get(options.strategy, sample)
         for answer in strategy(options, model):
             if model.runtime.reports:
@@ -193,6 +195,12 @@ def parse_arguments() -> argparse.Namespace:
         help="of `greedy` and `sample`: guess up to N tokens ahead, as the text went on where it was alike before; the"
         " model judges them in one pass, so the text is the same",
     )
+    parser.add_argument(
+        "--draft-model",
+        metavar="PATH",
+        help="of `greedy` and `sample`, with --speculate: a run folder or checkpoint of a smaller model with the same"
+        " tokenizer, which guesses instead; the text is the same",
+    )
     parser.add_argument("--num-beams", type=int, metavar="N", help="of `beam`: texts kept at a time (default: 4)")
     parser.add_argument(
         "--length-penalty", type=float, metavar="X", help="of `beam`: above 0 favours longer texts (default: 1)"
@@ -236,6 +244,8 @@ def parse_arguments() -> argparse.Namespace:
                 f"--{name.replace('_', '-')} has no effect on --strategy {options.strategy}; it is for"
                 f" {' and '.join(strategies)}"
             )
+    if options.draft_model is not None and not options.speculate:
+        raise UserError("--draft-model guesses up to --speculate N tokens at a time; add it, --speculate 4 for a start")
     if options.temperature is not None and not options.temperature > 0:
         raise UserError(f"--temperature {options.temperature}: use a number above 0, or --strategy greedy")
     return options

@@ -56,6 +56,9 @@ BENCHMARKS = {
         ("--output", _OUTPUT),
         ("--rounds", "1", "--new-tokens", "4", "--layers", "1", "--hidden", "256", "--steps", "3"),
     ),
+    "drafts": Benchmark(
+        quick=("--rounds", "1", "--new-tokens", "8", "--layers", "1", "--hidden", "64", "--steps", "3"),
+    ),
     "search": Benchmark(quick=("--prompt-tokens", "128", "--thought-tokens", "2")),
     "components": Benchmark(quick=("--rounds", "1", "--model", "tiny")),
     "precision": Benchmark(("--most", "10"), ("--most", "1000", "--rounds", "1", "--layers", "1")),

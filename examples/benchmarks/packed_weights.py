@@ -76,10 +76,8 @@ def speeds(options: argparse.Namespace, runtime: Runtime) -> dict[str, dict[str,
 
 def perplexities(options: argparse.Namespace, runtime: Runtime) -> dict[str, float]:
     """Per byte, of what was not trained on."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long() for path in files]
-    held_out = [text[1000:1256].tolist() for text in texts[::8] if len(text) >= 1256][:20]
-    trained = torch.cat([text for number, text in enumerate(texts) if number % 8])
+    trained, texts = sources()
+    held_out = [text[1000:1256].tolist() for text in texts if len(text) >= 1256][:20]
     exact = described(128, 4, 256, "fp32")
     (model,) = build_model(exact, runtime)
     train(model, trained, options.steps)
@@ -90,6 +88,13 @@ def perplexities(options: argparse.Namespace, runtime: Runtime) -> dict[str, flo
     for way in _PACKED:
         say_ratio(f"perplexity of a small model, {way} / bf16", found[way] / found["bf16"])
     return {way: round(value, 4) for way, value in found.items()}
+
+
+def sources() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Bytes of the Python installation's own sources: to train on, in one, and every eighth file, which is held out."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long() for path in files]
+    return torch.cat([text for number, text in enumerate(texts) if number % 8]), texts[::8]
 
 
 def train(model: VishwamAIModel, text: torch.Tensor, steps: int) -> None:

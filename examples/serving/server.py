@@ -33,7 +33,8 @@ def main() -> None:
     from vishwamai_mp.tree_of_thoughts import ending_of_thoughts
 
     limits = Limits(**{field.name: value for field in fields(Limits) if (value := getattr(options, field.name, None))})
-    with laid_out(run, options.overrides, options.bos, options.weights) as model:
+    draft = None if options.draft_model is None else find_run(options.draft_model)
+    with laid_out(run, options.overrides, options.bos, options.weights, draft) as model:
         tree = model.tree_settings()
         ending = ending_of_thoughts(model.tokenizer.tokenizer, tree.stop)
         generator = model.generator(speculate=options.speculate, reuse_tokens=options.reuse_tokens)
@@ -62,6 +63,12 @@ def parse_arguments() -> argparse.Namespace:
         help="guess up to N tokens ahead, as a text went on where it was alike before; texts stay the same",
     )
     parser.add_argument(
+        "--draft-model",
+        metavar="PATH",
+        help="with --speculate: a run folder or checkpoint of a smaller model with the same tokenizer, which guesses"
+        " instead",
+    )
+    parser.add_argument(
         "--reuse-tokens",
         type=int,
         metavar="N",
@@ -83,7 +90,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max-prompts", dest="prompts", type=positive(int), help="per request (default: 64)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the search (tree.*)")
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    if options.draft_model is not None and not options.speculate:
+        raise UserError("--draft-model guesses up to --speculate N tokens at a time; add it, --speculate 4 for a start")
+    return options
 
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:

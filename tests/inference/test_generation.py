@@ -14,6 +14,8 @@ from vishwamai_mp.config import UserError
 from vishwamai_mp.inference import Completion, Generator, SamplingOptions, reads
 from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.inference.speculation import Pace, RepeatedText
+from vishwamai_mp.model import VishwamAIModel
+from vishwamai_mp.runtime import Runtime
 
 _RANDOM = torch.Generator().manual_seed(2)
 _PROMPTS = [torch.randint(1, 250, (length,), generator=_RANDOM).tolist() for length in (9, 1, 21, 16)]
@@ -40,13 +42,18 @@ _VARIANTS = {
 def generator(*overrides: str, **options: Any) -> Generator:
     """Runs in a worker. As text, tokens are letters."""
     config, runtime, (model,) = build("training.global_batch_size=8", *overrides)
+    awaken(model, runtime)
+    return Generator(config, runtime, model, decode=lambda ids: "".join(chr(97 + i % 26) for i in ids), **options)
+
+
+def awaken(model: VishwamAIModel, runtime: Runtime) -> None:
+    """Fresh components add nothing; now they do, the same at every layout."""
     for layer in model.decoder.layers:
-        for name in layer.component_names:  # fresh, they add nothing
+        for name in layer.component_names:
             output = getattr(layer, name).output
             ranks, (rows, columns) = runtime.groups.tp.size(), output.weight.shape
             whole = torch.randn(rows, columns * ranks, generator=torch.Generator().manual_seed(layer.layer_number)) / 4
             output.weight.data.copy_(whole.chunk(ranks, 1)[runtime.tensor_rank])
-    return Generator(config, runtime, model, decode=lambda ids: "".join(chr(97 + i % 26) for i in ids), **options)
 
 
 def gathered(ours: Generator, work: list, every_token: bool = True) -> Tensor:

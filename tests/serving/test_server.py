@@ -278,6 +278,28 @@ def test_usage_tells_what_was_not_read_again(workers: WorkerPool) -> None:
     assert chats[0] == chats[1]
 
 
+def served_with_a_draft_model() -> tuple[list[str], int]:
+    """Runs in a worker: four clients' sampled answers without and with a draft model, and what it read."""
+    from tests.inference.test_draft_model import again, drafted
+    from tests.inference.test_one_pass import adapted
+
+    first = adapted()
+    engine = drafted(first, ["model.num_layers=2"])
+    body: dict[str, Any] = {"max_tokens": 9, "temperature": 0.8, "seed": 4}
+    answers = []
+    for ours in (first, again(first, speculate=4, draft=engine, reuse_tokens=None)):
+        with server(ours) as (_, port):
+            answers += in_parallel(port, {**body, "prompt": "x".join(_PROMPT)})
+    assert engine.pool.used_blocks == 0
+    return answers, engine.computed_tokens
+
+
+def test_a_draft_model_guesses_for_all_clients(workers: WorkerPool) -> None:
+    answers, guessed = workers.run(served_with_a_draft_model, 1)[0]
+    assert len(set(answers)) == 1
+    assert guessed > 4 * 31
+
+
 def by_openais_client() -> dict[str, Any]:
     """Runs in a worker: what the official client makes of the server."""
     import openai

@@ -162,6 +162,49 @@ def test_guesses_leave_the_text_alone_and_are_counted(workers: WorkerPool, run_f
     assert f"of {done['guessed']} guessed tokens {done['accepted']} were right" in said
 
 
+@pytest.fixture(scope="module")
+def draft_folder(workers: WorkerPool, run_folder: Path) -> Path:
+    """A run folder of a smaller model with the same tokenizer, hardly trained."""
+    folder = run_folder.with_name("draft")
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "vishwamai_mp/config").glob("*.py"))[:3]]
+    tokenizer = Tokenizer(run_folder / "tokenizer.model")
+    corpus = write_corpus(folder / "data/corpus", [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts])
+    data = [f"data.train={corpus}", f"data.tokenizer={tokenizer.path}", f"training.output_dir={folder / 'run'}"]
+    workers.run(pretrain, 1, ["--config", "tiny", *_MODEL, "model.num_layers=1", "training.max_steps=1", *data])
+    return folder / "run"
+
+
+def test_a_draft_model_leaves_the_text_alone(workers: WorkerPool, run_folder: Path, draft_folder: Path) -> None:
+    options = ["--load", run_folder, "--prompt", _PROMPT, "--strategy", "sample", "--temperature", 0.3, "--json"]
+    plain = json.loads(on(workers, 1, *options))
+    guessing = [*options, "--speculate", 4, "--draft-model"]
+    for processes, draft, layout in ((1, draft_folder, []), (4, run_folder, _TP2_PP2)):
+        done = json.loads(on(workers, processes, *guessing, draft, *layout))
+        assert done["new_tokens"] == plain["new_tokens"]
+        assert done["guessed"] > 0
+        assert done["passes"] + done["accepted"] == len(done["new_tokens"]) + (done["finish"] == "stop")
+    assert done["accepted"] > done["passes"]  # a model guesses its own text
+    layers = r"the draft model .*draft/run cannot be laid out as the model is: .*model.num_layers"
+    with pytest.raises(UserError, match=layers):
+        on(workers, 4, *guessing, draft_folder, *_TP2_PP2)
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused(
+    workers: WorkerPool, run_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    options = ["--load", run_folder, "--prompt", _PROMPT, "--speculate", 4, "--draft-model"]
+    texts = {
+        400: "a wholly other text, of many words that stand nowhere else in what was read before. ",
+        364: "a text ",
+    }
+    for size, message in ((400, r"token \d+ is .* instead of "), (364, "364 tokens instead of 400")):
+        other = Path(shutil.copytree(draft_folder, tmp_path / str(size)))
+        train_tokenizer([texts[size] * 50], size, tmp_path / f"spm{size}")
+        shutil.copy(tmp_path / f"spm{size}.model", other / "tokenizer.model")
+        with pytest.raises(UserError, match=rf"draft model's tokenizer .* is not the model's .*: {message}"):
+            on(workers, 1, *options, other)
+
+
 def test_weights_are_rounded_when_that_is_asked_for(workers: WorkerPool, run_folder: Path) -> None:
     options = ["--load", run_folder, "--prompt", _PROMPT, "--max-new-tokens", 6, "--json", "precision=bf16"]
     exact, rounded = (json.loads(on(workers, 1, *options, *more)) for more in ([], ["--weights", "int8"]))
@@ -216,6 +259,9 @@ def test_a_broken_newer_checkpoint_is_mentioned(
         (["--strategy", "sample", "--top-k", "0"], "top_k=0: use 1 or more"),
         (["--weights", "int8"], "weights=int8 multiplies in bf16, and the model computes in fp32; add precision=bf16"),
         (["--strategy", "tree", "--speculate", "3"], "--speculate has no effect on --strategy tree; it is for greedy"),
+        (["--draft-model", "x"], "--draft-model guesses up to --speculate N tokens at a time; add it"),
+        (["--draft-model", "nowhere", "--speculate", "2"], "nowhere"),
+        (["--strategy", "beam", "--draft-model", "x"], "--draft-model has no effect on --strategy beam"),
         (["--speculate", "-1"], "speculate=-1: use 0 (no guesses) or more"),
         (["--top-k", "3"], "--top-k has no effect on --strategy greedy"),
         (["--temperature", "0.7"], "--temperature has no effect on --strategy greedy"),

@@ -6,7 +6,7 @@ Every rank of a replica makes the same calls in the same order.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.inference.added_text import AddedText, Decode, find_stop
 from vishwamai_mp.inference.beginnings import Beginnings
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS, KvSequence
+from vishwamai_mp.inference.choosing import Row, choose
+from vishwamai_mp.inference.draft_model import DraftModel
 from vishwamai_mp.inference.engine import Engine, check_fits
-from vishwamai_mp.inference.noise import NoiseNames
 from vishwamai_mp.inference.options import SamplingOptions
-from vishwamai_mp.inference.speculation import Pace, RepeatedText
-from vishwamai_mp.inference.vocabulary import Shard, penalise_repetition, sample, sample_among
+from vishwamai_mp.inference.speculation import Asked, Pace, Proposer, Repetitions
+from vishwamai_mp.inference.vocabulary import Shard
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.runtime import Runtime
 
@@ -60,12 +61,12 @@ class Completion:
     _reuses: bool = False  # what earlier texts have read, and later ones what it reads
     _added: AddedText | None = None
     _read: int = 0  # tokens whose text `_added` has
-    _repeated: RepeatedText = field(default_factory=RepeatedText)
+    _proposal: Any = None  # what the proposer of guesses keeps of it
     _pace: Pace = field(default_factory=lambda: Pace(0))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what decodes: it may be any function, and begins anew in another process."""
-        return {**self.__dict__, "_added": None, "_read": 0}
+        """Without what decodes, which may be any function and begins anew in another process, and without guesses."""
+        return {**self.__dict__, "_added": None, "_read": 0, "_proposal": None}
 
     @property
     def text(self) -> list[int]:
@@ -80,18 +81,20 @@ class _Turn:
     Attributes:
         completion: the request.
         unread: certain tokens, at least one.
+        most: guesses that it can take.
         guesses: at what follows.
     """
 
     completion: Completion
     unread: list[int]
+    most: int = 0
     guesses: list[int] = field(default_factory=list)
 
-    def rows(self) -> "list[_Row]":
+    def rows(self) -> list[Row]:
         """What is to be chosen after the certain tokens and after each guess."""
         options, length = self.completion.options, len(self.completion.prompt) + len(self.completion.tokens)
         text = self.completion.text + self.guesses if options.repetition_penalty != 1 else []
-        return [_Row(options, length + i, text[: length + i]) for i in range(len(self.guesses) + 1)]
+        return [Row(options, length + i, text[: length + i]) for i in range(len(self.guesses) + 1)]
 
 
 class Generator:
@@ -106,6 +109,8 @@ class Generator:
         max_batch: requests that run at once.
         speculate: tokens to guess at most in a pass for each request (inference/speculation.py). It changes how many
             passes a text takes, not the text.
+        draft: runs the model that guesses, smaller and of the same vocabulary, on the same processes; None: texts are
+            guessed to go on as they did where they were alike before.
         reuse_tokens: of ended texts' beginnings whose keys and values (and components' states) are kept at most, least
             recently used first to go, for later texts that begin alike; they also give way to running ones. Whoever
             changes the model's weights calls `forget_beginnings`. None: as many as 1 GiB holds, in all ranks of a
@@ -122,13 +127,17 @@ class Generator:
         max_batch: int = 64,
         speculate: int = 0,
         reuse_tokens: int | None = 0,
+        draft: Engine | None = None,
     ) -> None:
         if speculate < 0:
             raise UserError(f"speculate={speculate}: use 0 (no guesses) or more")
         if reuse_tokens is not None and reuse_tokens < 0:
             raise UserError(f"reuse_tokens={reuse_tokens}: use 0 (nothing is kept) or more")
+        if draft is not None and not speculate:
+            raise UserError("a draft model needs speculate=N, how many tokens it guesses at most at a time; try 4")
         self.speculate = speculate
         self.engine = Engine(config, runtime, model, kv_tokens)
+        self._proposer: Proposer = Repetitions() if draft is None else DraftModel(draft, config)
         if reuse_tokens is None:
             reuse_tokens = _DEFAULT_REUSE_BYTES // self.engine.token_bytes
         has_states = config.memory.enabled or config.cache.enabled
@@ -157,6 +166,7 @@ class Generator:
         self._check(prompt, options)
         limit = min(options.max_new_tokens, self.engine.context - len(prompt))
         completion = Completion(list(prompt), options, _limit=limit, _pace=Pace(self.speculate))
+        completion._proposal = self._proposer.begin()
         completion._reuses = self._beginnings.fit(len(prompt), len(prompt) + limit)
         self._waiting.append(completion)
         return completion
@@ -172,6 +182,7 @@ class Generator:
             return []
         try:
             turns = [self._turn(c) for c in self._running] + [_Turn(c, c.prompt[c.reused :]) for c in admitted]
+            self._guess([turn for turn in turns if turn.most])
             output = self.engine.run(
                 [(turn.completion._sequence, turn.unread + turn.guesses) for turn in turns],
                 guessed=[len(turn.guesses) for turn in turns],
@@ -314,7 +325,13 @@ class Generator:
         count = min(completion._pace.count, completion._limit - len(completion.tokens) - 1)
         if count < 1 or self.engine.outgrows(completion._sequence, 1 + count):
             return _Turn(completion, completion.tokens[-1:])
-        return _Turn(completion, completion.tokens[-1:], completion._repeated.guess(completion.text, count))
+        return _Turn(completion, completion.tokens[-1:], count)
+
+    def _guess(self, turns: Sequence[_Turn]) -> None:
+        """What may follow, of all that can take guesses together."""
+        asked = [Asked(t.completion._proposal, t.completion.text, t.most, t.completion.options) for t in turns]
+        for turn, guesses in zip(turns, self._proposer.guess(asked) if asked else [], strict=True):
+            turn.guesses = guesses
 
     def _judge(self, turn: _Turn, chosen: list[list[float]]) -> None:
         """Add what was chosen, as far as the guesses before it are what was chosen there."""
@@ -334,7 +351,7 @@ class Generator:
             self.engine.take_back(completion._sequence, len(guesses) - right)
         if completion.finish is not None:
             self._keep(completion)
-            self.engine.release(completion._sequence)
+            self._release(completion)
 
     def _append(self, completion: Completion, token: int, log_prob: float, top: list[tuple[int, float]]) -> None:
         options = completion.options
@@ -361,37 +378,11 @@ class Generator:
 
     def _cancel(self, completion: Completion) -> None:
         completion.finish = "cancelled"
+        self._release(completion)
+
+    def _release(self, completion: Completion) -> None:
         self.engine.release(completion._sequence)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of logits: how to choose, the new token's position, and the tokens before it."""
-
-    options: SamplingOptions
-    position: int
-    seen: list[int]
-
-
-def choose(shard: Shard, rows: Sequence[_Row]) -> Tensor:
-    """A token for each row and, where asked for, its log-probability, else a number that is finite if logits are."""
-    raw = shard
-    if any(row.options.repetition_penalty != 1 for row in rows):
-        shard = _penalised(shard, rows)
-    chosen = torch.empty(len(rows), 2, dtype=torch.float64, device=shard.values.device)
-    order = sorted(range(len(rows)), key=lambda i: [x or 0 for x in rows[i].options.filters])
-    for filters, group in groupby(order, key=lambda i: rows[i].options.filters):
-        indices = list(group)
-        if len(indices) == len(rows):
-            chosen[:, 0], chosen[:, 1] = _choose_alike(shard, rows, *filters)
-        else:
-            index = torch.tensor(indices, device=chosen.device)
-            chosen[index, 0], chosen[index, 1] = (
-                x.double() for x in _choose_alike(shard.rows(index), [rows[i] for i in indices], *filters)
-            )
-    if any(row.options.log_probs for row in rows):
-        chosen[:, 1] = raw.log_probs(chosen[:, :1].long())[:, 0]
-    return chosen
+        self._proposer.end(completion._proposal)
 
 
 def _with_top(chosen: Tensor, shard: Shard, count: int) -> Tensor:
@@ -406,30 +397,6 @@ def _pairs(columns: Sequence[float], count: int) -> list[tuple[int, float]]:
     """Of what `_with_top` appends, the first `count` ids with their log-probabilities."""
     half = len(columns) // 2
     return [(int(token), log_prob) for token, log_prob in zip(columns[:half], columns[half:], strict=True)][:count]
-
-
-def _choose_alike(
-    shard: Shard,
-    rows: Sequence[_Row],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-) -> tuple[Tensor, Tensor]:
-    if temperature == 0:
-        values, ids = shard.best()
-        return ids, values
-    names = NoiseNames.of([(r.options.seed, r.options.sample, r.position) for r in rows], shard.values.device)
-    if top_k is None and top_p is None and min_p is None:
-        return sample(shard, temperature, names), shard.highest
-    return sample_among(shard, temperature, names, top_k, top_p, min_p), shard.highest
-
-
-def _penalised(shard: Shard, rows: Sequence[_Row]) -> Shard:
-    device = shard.values.device
-    longest = max(len(row.seen) for row in rows)
-    seen = torch.tensor([row.seen + [-1] * (longest - len(row.seen)) for row in rows], device=device)
-    return penalise_repetition(shard, seen, torch.tensor([row.options.repetition_penalty for row in rows]).to(device))
 
 
 def check_prompt(prompt: Sequence[int], vocabulary: int, context: int) -> None:

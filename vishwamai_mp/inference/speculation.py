@@ -1,12 +1,63 @@
 """Guesses at a text's next tokens, which the model then judges several at a time (speculative decoding).
 
 The noise of sampling is named by a token's position, so what the model would choose in each place is known in one pass
-over the guesses. A guess stands where it is just that: the text is the one that is written without guesses.
+over the guesses. A guess stands where it is just that: the text is the one that is written without guesses, whoever
+proposes them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vishwamai_mp.inference.options import SamplingOptions
 
 _LONGEST, _SHORTEST = 4, 2  # tokens that have to have occurred before
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A text whose next tokens are to be guessed.
+
+    Attributes:
+        state: what `Proposer.begin` made for it.
+        text: its tokens so far, the prompt among them.
+        count: of guesses, at most; at least 1.
+        options: how its tokens are chosen.
+    """
+
+    state: Any
+    text: list[int]
+    count: int
+    options: SamplingOptions
+
+
+class Proposer(Protocol):
+    """Guesses, which are judged all in one way. On every rank the same."""
+
+    def begin(self) -> Any:
+        """What is to be kept of a new text."""
+        ...
+
+    def guess(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """For each at most `count` tokens that may follow. A text is the last call's, or one that begins with it."""
+        ...
+
+    def end(self, state: Any) -> None:
+        """Forget a text; it may have been forgotten already."""
+        ...
+
+
+class Repetitions:
+    """Proposes what texts repeat."""
+
+    def begin(self) -> "RepeatedText":
+        return RepeatedText()
+
+    def guess(self, asked: Sequence[Asked]) -> list[list[int]]:
+        return [one.state.guess(one.text, one.count) for one in asked]
+
+    def end(self, state: "RepeatedText") -> None:
+        """Nothing is held."""
 
 
 class RepeatedText:
