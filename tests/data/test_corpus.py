@@ -191,6 +191,8 @@ def test_line_numbers_count_across_blocks(tmp_path):
     [
         (b"fine\n\xff\xfea\0", ":2: broken UTF-8: byte 0xff at 5"),
         (b"fine\nfine\nx\0y", ":3: a NUL character: binary, or text in UTF-16"),
+        ("fine\n".encode("utf-16"), ":1: text in UTF-16: convert it, with iconv -f utf-16 -t utf-8"),
+        (gzip.compress(b"fine"), ":1: gzip data: name it .gz"),
     ],
 )
 def test_malformed_text_file(tmp_path, content, reason):
@@ -251,6 +253,8 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "d.jsonl").mkdir()
     with pytest.raises(UserError, match="is a folder: name the files in it"):
         CorpusReader([tmp_path / "d.jsonl"], ["text"])
+    with pytest.raises(UserError, match="is a folder: name the files in it"):
+        CorpusReader([tmp_path], ["text"])
     with pytest.raises(UserError, match=r"a\.csv\.gz: unknown suffix; known are \.jsonl"):
         kind_of(tmp_path / "a.csv.gz")
     (tmp_path / "a.txt").touch()

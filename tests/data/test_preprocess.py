@@ -85,6 +85,17 @@ def test_workers_change_nothing(tmp_path, tokenizer, corpus, monkeypatch):
         assert (tmp_path / f"w1_{name}").read_bytes() == (tmp_path / f"w2_{name}").read_bytes()
 
 
+def test_as_many_workers_as_there_is_work_and_a_word_about_files_given_twice(tmp_path, tokenizer, corpus, monkeypatch):
+    begun, said = [], []
+    monkeypatch.setattr(module, "_Worker", lambda make, kind=module._Worker: begun.append(kind(make)) or begun[-1])
+    (tmp_path / "link.jsonl").symlink_to(corpus)
+    inputs = [corpus, tmp_path / "link.jsonl"]
+    report = preprocess(inputs, tokenizer, tmp_path / "out", workers=500, say=said.append)
+    assert report.documents == 2 * len(TEXTS)
+    assert len(begun) == 1  # for one block
+    assert said == [f"warning: {corpus} is given 2 times, and so are its documents written"]
+
+
 @pytest.mark.parametrize("dedup", [None, "exact", "minhash"])
 def test_repeated_documents_are_dropped_and_the_rest_shuffled_whatever_the_workers(
     tmp_path, tokenizer, monkeypatch, dedup

@@ -34,6 +34,8 @@ def test_null_is_as_if_left_out() -> None:
     [
         {"n": 1, "best_of": 1, "echo": False, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0},
         {"user": "u", "metadata": {"a": "b"}, "suffix": "", "top_p": 1, "stop": []},
+        {"top_k": -1, "min_p": 0.0},
+        {"top_k": 0, "min_p": 0, "max_tokens": 5.0, "seed": 1.0, "temperature": 1},
         {"strategy": "tree", "n": 1, "best_of": 1, "echo": False, "user": "u"},
     ],
 )
@@ -65,6 +67,13 @@ def test_neutral_fields_of_chats_are_taken() -> None:
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 5.5}, "max_tokens"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_k": False}, "top_k"),
+        ({"stream": "false"}, "stream"),
+        ({"echo": 1}, "echo"),
         ({"seed": -1}, "seed"),
         ({"strategy": "tree", "n": 2}, "n"),
         ({"strategy": "tree", "temperature": 0.5}, "temperature"),
@@ -142,6 +151,8 @@ def test_messages() -> None:
     [
         ({"content": "x"}, "messages.0.role"),
         ({"role": "user", "content": 5}, "messages.0.content"),
+        ({"role": "user", "content": None}, "messages.0.content: is missing"),
+        ({"role": "system"}, "messages.0.content: is missing"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages.0.content"),
         ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
     ],

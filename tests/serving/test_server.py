@@ -467,6 +467,16 @@ def test_openais_own_client(workers: WorkerPool) -> None:
     ]
 
 
+def announced(port: int, size: int) -> tuple[int, str]:
+    """What is answered to a request of this many bytes before the first of them is sent."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("content-length", str(size))
+    connection.endheaders()
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
 def under_pressure() -> dict[str, Any]:
     """Runs in a worker: limits, and a search that does not hold up a text."""
     with server(waiting=4, seconds=1.0, body_bytes=2000, search_nodes=32) as (service, port):
@@ -478,6 +488,11 @@ def under_pressure() -> dict[str, Any]:
             "too wide": post(port, prompt="a", strategy="tree", beam_width=8, max_depth=8),
             "no page": send(port, "", "/v1/nothing", "GET"),
             "not so": send(port, "", "/v1/completions", "GET"),
+            "announced": announced(port, 10**12),
+            "no name": send(port, "", "/v1/models/", "GET"),
+            "beyond": send(
+                port, json.dumps({"messages": [{"role": "user", "content": "x" * 99}]}), "/v1/chat/completions"
+            ),
         }
 
         def slow_run(*given: Any, **named: Any) -> Any:
@@ -521,6 +536,10 @@ def test_no_client_holds_up_the_others(workers: WorkerPool) -> None:
         "not so": 405,
         "late": 504,
     }
+    assert found["announced"][0] == 413
+    assert [model["id"] for model in json.loads(found["no name"][1])["data"]] == ["tiny"]
+    beyond = json.loads(found["beyond"][1])["error"]
+    assert (beyond["param"], beyond["code"]) == ("messages", "context_length_exceeded")
     assert all("message" in json.loads(found[name][1])["error"] for name in ("too many", "no page", "late"))
     assert found["beside"][0] == 200
     assert found["still searching"]

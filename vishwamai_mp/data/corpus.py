@@ -37,6 +37,14 @@ _MAX_MIB = MAX_DOCUMENT_BYTES >> 20
 _LINE_SPACE = b" \t\r"  # of which a blank line consists; bytes.isspace() takes form feeds and others for space too
 _BLANK_LINES = re.compile(rb"(?m)(?:^[ \t\r]*(?:\n|\Z))+")
 _UTF8_MARK = b"\xef\xbb\xbf"
+_BEGINNINGS = {  # of files that go by a wrong name
+    b"\x1f\x8b": "gzip data: name it .gz",
+    b"\x28\xb5\x2f\xfd": "Zstandard data: name it .zst",
+    b"BZh": "bzip2 data: unpack it",
+    b"\xfd7zXZ": "xz data: unpack it",
+    b"\xff\xfe": "text in UTF-16: convert it, with iconv -f utf-16 -t utf-8",
+    b"\xfe\xff": "text in UTF-16: convert it, with iconv -f utf-16 -t utf-8",
+}
 
 
 class Part(NamedTuple):
@@ -92,12 +100,12 @@ class CorpusReader:
     def __init__(
         self, paths: Sequence[str | Path], keys: Sequence[str], block_bytes: int = BLOCK_BYTES, paragraphs: bool = False
     ) -> None:
+        self._sizes = [_size_of(Path(path)) for path in paths]
         self._files = [(Path(path), kind_of(Path(path))) for path in paths]
         self._keys = list(keys)
         self._block_bytes = block_bytes
         self._finished_bytes = 0
         self._current: BinaryIO | None = None
-        self._sizes = [_size_of(path) for path, _ in self._files]
         self.total_bytes = sum(self._sizes)
         self.start = Position(0, 0)
         text = next((path for path, kind in self._files if kind == "text"), None)
@@ -329,4 +337,7 @@ def _json_type(value: object) -> str:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
+    for beginning, what in _BEGINNINGS.items():
+        if error.object.startswith(beginning):
+            return what
     return f"broken UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -121,12 +121,15 @@ def preprocess(
         restart: do not go on from what an earlier run has left.
         on_progress: called after each block with the report so far.
         on_skip: called with each document left out.
-        say: called with what is gone on from, or left to go on from.
+        say: called with what is gone on from, or left to go on from, and with files that are given twice.
 
     Raises `UserError` for files that are missing or damaged, a malformed document under "stop", a corpus with no
     text, a full disk, a worker that died, or what a run of other arguments has left.
     """
     _check_arguments(keys, workers)
+    for path, count in Counter(os.path.realpath(path) for path in inputs).items():
+        if count > 1 and say:
+            say(f"warning: {path} is given {count} times, and so are its documents written")
     reader = CorpusReader(inputs, keys, paragraphs=split_documents_at == "blank-lines")
     vocabulary = Tokenizer(tokenizer)
     begin = [vocabulary.require_bos()] if append_bos else []
@@ -335,9 +338,9 @@ def encoded_blocks(
     if workers == 1:
         yield map(make().encode, blocks)
         return
-    pool = [_Worker(make) for _ in range(workers)]
+    pool: list[_Worker] = []
     try:
-        yield _in_order(pool, blocks)
+        yield _in_order(pool, workers, make, blocks)
     except (EOFError, ConnectionError) as error:
         raise UserError("a worker died, most likely for want of memory: use fewer --workers") from error
     finally:
@@ -347,13 +350,16 @@ def encoded_blocks(
             worker.process.join()
 
 
-def _in_order(pool: Sequence["_Worker"], blocks: Iterable[Block]) -> Iterator[Any]:
-    """Give each block to an idle worker; hand on the answers in the order of the blocks.
+def _in_order(
+    pool: list["_Worker"], workers: int, make: Callable[[], Encoder], blocks: Iterable[Block]
+) -> Iterator[Any]:
+    """Give each block to an idle worker; hand on the answers in the order of the blocks. Workers are begun, and put
+    into `pool`, when there is a block for them: a small corpus needs few, whatever `workers` says.
 
     A worker has one block at a time, so neither side ever waits to send while the other does. Answers that came early
     wait in `done`; the slowest block may hold up at most `_BLOCKS_PER_WORKER` per worker.
     """
-    idle = deque(pool)
+    idle: deque[_Worker] = deque()
     busy: dict[Connection, tuple[int, _Worker]] = {}
     done: dict[int, Any] = {}
     next_out = 0
@@ -365,7 +371,10 @@ def _in_order(pool: Sequence["_Worker"], blocks: Iterable[Block]) -> Iterator[An
             idle.append(worker)
 
     for number, block in enumerate(blocks):
-        while not idle or number - next_out >= _BLOCKS_PER_WORKER * len(pool):
+        if not idle and len(pool) < workers:
+            pool.append(_Worker(make))
+            idle.append(pool[-1])
+        while not idle or number - next_out >= _BLOCKS_PER_WORKER * workers:
             collect()
             while next_out in done:
                 yield done.pop(next_out)

@@ -149,10 +149,14 @@ class Engine:
         return dist.get_global_rank(self.runtime.groups.pp, self.runtime.pipeline_rank + step)
 
 
+class ContextLengthError(UserError):
+    """A text that the model's context has no room for."""
+
+
 def check_fits(length: int, context: int) -> None:
-    """Raises `UserError` where a text leaves no room for one more token."""
+    """Raises `ContextLengthError` where a text leaves no room for one more token."""
     if length >= context:
-        raise UserError(
+        raise ContextLengthError(
             f"the prompt has {length} tokens, the model's context {context} (model.max_position_embeddings);"
             " shorten the prompt"
         )

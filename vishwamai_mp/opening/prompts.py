@@ -93,7 +93,23 @@ class PromptTokenizer:
                 f" {self.tokenizer.path.name}); put one there, or send a prompt"
             )
         variables = self._spelled.variables()
-        return self.template.render(messages, tools=None, documents=None, add_generation_prompt=True, **variables)
+        text = self.template.render(messages, tools=None, documents=None, add_generation_prompt=True, **variables)
+        self._check_nothing_is_lost(messages, "".join(text.split()), self.template.name)
+        return text
+
+    @staticmethod
+    def _check_nothing_is_lost(messages: Sequence[Mapping[str, Any]], written: str, name: str) -> None:
+        """Many templates pass over roles that they do not know (`developer`) without a word. Answers may be shortened:
+        templates leave out what was thought before them."""
+        for number, message in enumerate(messages):
+            content = message.get("content")
+            if message.get("role") == "assistant" or not isinstance(content, str):
+                continue
+            if "".join(content.split()) not in written:
+                raise UserError(
+                    f"messages.{number}: the chat template of {name} leaves this message of role {message.get('role')}"
+                    " out, or changes its text; give it another role"
+                )
 
     def _adds_bos(self) -> bool:
         said = self._settings.get("add_bos_token")

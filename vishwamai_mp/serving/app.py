@@ -42,6 +42,7 @@ def build_app(service: Service, name: str) -> Starlette:
         routes=[
             Route("/", endpoint.page),
             Route("/v1/models", endpoint.models),
+            Route("/v1/models/", endpoint.models),  # else it would be a model without a name
             Route("/v1/models/{id:path}", endpoint.model),
             Route("/v1/completions", endpoint.completions, methods=["POST"]),
             Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
@@ -84,12 +85,16 @@ class _Endpoint:
     async def _body(self, request: Request) -> bytes:
         """What the client sends, as long as it is not too much and comes in time."""
         most, found = self.service.limits.body_bytes, bytearray()
+        too_much = Refusal(f"the request has more than {most} bytes", status=413)
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > most:
+            raise too_much
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for part in request.stream():
                     found += part
                     if len(found) > most:
-                        raise Refusal(f"the request has more than {most} bytes", status=413)
+                        raise too_much
         except TimeoutError:
             raise Refusal(f"the request was not sent within {_BODY_SECONDS:g} s", status=408) from None
         return bytes(found)
@@ -167,4 +172,6 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = Refusal(f"{request.method} {request.url.path}: {error.detail.lower()}", status=error.status_code)
     refusal = refusal_of(error)
+    if refusal.parameter == "prompt" and request.url.path.endswith("/chat/completions"):
+        refusal.parameter = "messages"  # what the prompt was made of
     return JSONResponse(refusal.body(), refusal.status)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.inference import ContextLengthError
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def refusal_of(error: Exception) -> Refusal:
     message = " ".join(str(error).split())
     if not isinstance(error, UserError):
         return Refusal(f"{type(error).__name__}: {message}", status=500)
+    if isinstance(error, ContextLengthError):
+        return Refusal(message, "prompt", code="context_length_exceeded")  # what clients shorten conversations at
     # Options are refused as "top_p=2.0: use …", prompts as "the prompt …".
     field = message.partition("=")[0]
     return Refusal(message, "prompt" if message.startswith("the prompt") else field if field.isidentifier() else None)

@@ -33,6 +33,8 @@ _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+# Values that other servers' clients send for "no such bound".
+_UNBOUNDED: dict[str, tuple[Any, ...]] = {"top_k": (0, -1), "min_p": (0,)}
 _OF_SAMPLE = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "logprobs")
 _OF_TREE = ("beam_width", "max_depth")
 _MOST_STOPS, _MOST_LIKELIEST = 16, 20
@@ -41,7 +43,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against listeners on the network; not needed on loopback
 
@@ -49,7 +51,7 @@ class StreamOptions(BaseModel):
 class Common(BaseModel):
     """What both kinds of requests have, and what this server understands besides (from `top_k` on)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)  # true is no number, "false" is not false
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -110,7 +112,7 @@ def parse(kind: type[T], raw: bytes, limits: Limits) -> T:
         Refusal: it is none, or asks for too much; names the field.
     """
     try:
-        data = json.loads(raw, parse_constant=_no_number)
+        data = json.loads(raw, parse_constant=_no_number, parse_float=_number)
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start].encode("unicode_escape").decode()
@@ -120,6 +122,9 @@ def parse(kind: type[T], raw: bytes, limits: Limits) -> T:
     if not isinstance(data, Mapping):
         raise Refusal("the request is not a JSON object")
     given = {name: value for name, value in data.items() if value is not None}
+    for name, unbounded in _UNBOUNDED.items():
+        if type(given.get(name)) in (int, float) and given[name] in unbounded:
+            del given[name]
     for name in given.keys() & _NEUTRAL.keys():
         allowed, value = _NEUTRAL[name], given.pop(name)
         if allowed is not None and value not in allowed:
@@ -137,6 +142,12 @@ def parse(kind: type[T], raw: bytes, limits: Limits) -> T:
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number")
+
+
+def _number(text: str) -> float:
+    """JSON does not tell 5.0 from 5; some clients write every number with a point."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _check(request: Common, limits: Limits) -> None:
@@ -212,6 +223,8 @@ def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
         kept = {name: value for name, value in message.items() if value not in (None, [])}
         if not isinstance(kept.get("role"), str):
             raise Refusal(f"{place}.role: a text is missing", "messages")
+        if message.get("content") is None and kept["role"] != "assistant":
+            raise Refusal(f"{place}.content: is missing", "messages")
         for name in sorted(kept.keys() - {"role", "content", "name"}):
             raise Refusal(f"{place}.{name}: is not supported here", "messages")
         found.append({**kept, "content": _text_of(kept.get("content", ""), f"{place}.content")})
