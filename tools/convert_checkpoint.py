@@ -15,6 +15,7 @@ continues. Sizes are in bytes: 5GB is 5,000,000,000, 5GiB is 5,368,709,120.
 
 import argparse
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,7 +146,8 @@ def from_hf(options: argparse.Namespace) -> None:
     for note in notes:
         print(note, file=sys.stderr)
     checkpoint = options.output / "checkpoints/step_00000000"
-    print(f"{options.load} → {checkpoint}; train on with checkpoint.load={checkpoint} checkpoint.load_optimizer=false")
+    settings = shlex.join([f"checkpoint.load={checkpoint}", "checkpoint.load_optimizer=false"])
+    print(f"{options.load} → {checkpoint}; train on with {settings}")
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ complete, and PATH_rows.json, which says how they were made; after an error noth
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from vishwamai_mp.config.errors import run_program
@@ -107,7 +108,7 @@ def main() -> None:
         f" {report.seconds:.1f} s"
     )
     print(
-        f"train with data.train={report.prefix} data.prepared_rows=true"
+        f"train with {shlex.quote(f'data.train={report.prefix}')} data.prepared_rows=true"
         f" training.sequence_length={arguments.sequence_length}"
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from vishwamai_mp.config import load_config, preset_names, resolve, run_program, to_yaml
 from vishwamai_mp.config.command_line import parse_command_line, section_list
+from vishwamai_mp.config.job_environment import job_size
 from vishwamai_mp.config.schema import PretrainConfig
 
 _EPILOG = f"""\
@@ -85,9 +86,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Job:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     options = parse_command_line(parser, arguments)
     notes: list[str] = []
-    processes = os.environ.get("WORLD_SIZE", None if options.print_config else "1")
+    processes = job_size() or (None if options.print_config else 1)
     config = load_config(options.config, options.overrides, notes)
-    return Job(resolve(config, None if processes is None else int(processes)), notes, options.print_config)
+    return Job(resolve(config, processes), notes, options.print_config)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from tests.workers import WorkerPool
 from vishwamai_mp.config import UserError
 from vishwamai_mp.conversion import journal
 from vishwamai_mp.conversion.dtypes import FP16
+from vishwamai_mp.conversion.folder import open_folder
+from vishwamai_mp.conversion.from_hf import import_folder
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 LAST = "model-00006-of-00006.safetensors"
@@ -237,3 +239,19 @@ def test_numbers_beyond_fp16_are_refused(hf: Path, tmp_path: Path) -> None:
     change(hf / "model.safetensors", lambda t: t[Q][5].fill_(1e5))
     said = refusal(lambda: models.import_(hf, tmp_path / "out", FP16))
     assert f"{Q} has values beyond the range of fp16" in said
+
+
+def test_weights_that_are_not_finite_are_imported_and_named(hf: Path, tmp_path: Path) -> None:
+    file = hf / "model.safetensors"
+    tensors = load_file(file)
+    tensors[Q][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    tensors["model.norm.weight"][:1] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    *_, warning = import_folder(open_folder(hf), tmp_path / "run", None)
+    others = "model.layers.1.self_attn.k_proj.weight + model.layers.1.self_attn.v_proj.weight"
+    assert "warning: 4 weights are NaN or infinite" in warning
+    assert f"3 of {Q} + {others}, 1 of model.norm.weight;" in warning
+    tensors[Q][0, :3] = 1
+    tensors["model.norm.weight"][:1] = 1
+    save_file(tensors, file, {"format": "pt"})
+    assert not any("NaN" in note for note in import_folder(open_folder(hf), tmp_path / "finite", None))

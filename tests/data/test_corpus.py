@@ -1,6 +1,7 @@
 """Reading a corpus: every format and compression, and each bad document with its place and reason."""
 
 import gzip
+import io
 import itertools
 import json
 import tracemalloc
@@ -286,3 +287,12 @@ def test_reading_holds_one_block_at_a_time(tmp_path):
         tracemalloc.stop()
     assert size > 24e6
     assert peak < 8e6
+
+
+def test_a_parquet_column_whose_name_is_damaged(tmp_path):
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "other": ["b"]}), sink, store_schema=False)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(sink.getvalue().replace(b"other", b"oth\xffr"))
+    with pytest.raises(UserError, match=r"a\.parquet: not a whole parquet file: 'utf-8' codec can't decode"):
+        list(read_documents([path]))

@@ -86,8 +86,15 @@ def test_workers_change_nothing(tmp_path, tokenizer, corpus, monkeypatch):
 
 
 def test_as_many_workers_as_there_is_work_and_a_word_about_files_given_twice(tmp_path, tokenizer, corpus, monkeypatch):
-    begun, said = [], []
-    monkeypatch.setattr(module, "_Worker", lambda make, kind=module._Worker: begun.append(kind(make)) or begun[-1])
+    begun: list[Any] = []
+    said: list[str] = []
+    kind = module._Worker
+
+    def counted(make: Any) -> Any:
+        begun.append(kind(make))
+        return begun[-1]
+
+    monkeypatch.setattr(module, "_Worker", counted)
     (tmp_path / "link.jsonl").symlink_to(corpus)
     inputs = [corpus, tmp_path / "link.jsonl"]
     report = preprocess(inputs, tokenizer, tmp_path / "out", workers=500, say=said.append)

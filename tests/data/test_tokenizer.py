@@ -195,3 +195,16 @@ def test_a_piece_that_is_no_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "damaged.model").write_bytes(tokenizer.path.read_bytes().replace(b"<unk>", b"\xbcunk>", 1))
     with pytest.raises(UserError, match="is not a whole SentencePiece model"):
         Tokenizer(tmp_path / "damaged.model")
+
+
+def test_a_model_without_an_unknown_piece_is_not_whole(tokenizer, tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(  # type: ignore[attr-defined]
+        tokenizer.path.read_bytes()
+    )
+    (unknown,) = (piece for piece in model.pieces if piece.type == piece.UNKNOWN)
+    unknown.type = unknown.USER_DEFINED
+    (tmp_path / "none.model").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"is not a whole SentencePiece model \(no unknown piece"):
+        Tokenizer(tmp_path / "none.model")

@@ -69,6 +69,8 @@ def test_cores_are_shared_among_processes(monkeypatch, threads):
         (None, "", True, (3, "6 cores / 2 processes; training.threads changes it")),
         (None, "many", False, (3, "6 cores / 2 processes; training.threads changes it")),
         (5, "3", True, (5, "training.threads")),
+        (None, "24", False, (24, "OMP_NUM_THREADS")),
+        (None, "9999", False, (24, "OMP_NUM_THREADS=9999, cut down to 4 a core")),
     ],
 )
 def test_what_decides_the_number_of_threads(monkeypatch, configured, said, torchrun, expected):

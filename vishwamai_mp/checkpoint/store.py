@@ -7,6 +7,7 @@ killed at any moment leaves at worst a folder that nobody takes for a checkpoint
 
 import re
 import secrets
+import shlex
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ def locate(path: Path) -> Found:
     if not skipped and (path / "config.json").is_file():
         raise UserError(
             f"{path} is a Hugging Face folder; make a checkpoint of it: tools/convert_checkpoint.py from-hf"
-            f" --load {path} --output runs/{path.name}"
+            f" --load {shlex.quote(str(path))} --output {shlex.quote(f'runs/{path.name}')}"
         )
     why = "; ".join(skipped) if skipped else "neither a checkpoint nor a folder that has one"
     raise UserError(f"{path}: {why}")

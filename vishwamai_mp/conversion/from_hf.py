@@ -7,6 +7,7 @@ The output is a run folder: `config.yaml`, the tokenizer where the folder has a 
 import json
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -108,12 +109,29 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None, new_tokens:
         if generation:
             write_whole(output / GENERATION_FILE, json.dumps(generation, indent=2).encode() + b"\n")
         write_whole(output / "config.yaml", to_yaml(config).encode())
+        folder = replace(folder, notes=(*folder.notes, *_not_finite(folder, files, journal)))
         _complete(partial, config, files, journal)
         store.publish(partial, _STEP)
         shutil.rmtree(output / _ADDED, ignore_errors=True)
         journal.close()
     notes = [f"{folder.path}: {line}" for line in (note, *folder.notes) if line]
     return [*notes, *([_said(added, original.config.model.vocab_size, config.model.vocab_size)] if added else [])]
+
+
+def _not_finite(folder: Folder, files: dict[str, list[Piece]], journal: Journal) -> list[str]:
+    """A warning of weights that are NaN or infinite, by the names that the folder has for them."""
+    found: Counter[str] = Counter()
+    for name in files:
+        found.update(journal.facts(name).get("not_finite", {}))
+    if not found:
+        return []
+    theirs = {mapped.name: " + ".join(dict.fromkeys(part.name for part in mapped.parts)) for mapped in folder.mapping}
+    named = [f"{count} of {theirs[name]}" for name, count in found.most_common(5)]
+    more = f" and of {len(found) - len(named)} more tensors" if len(found) > len(named) else ""
+    return [
+        f"warning: {found.total()} weights are NaN or infinite, and were imported so: {', '.join(named)}{more};"
+        " a model with them computes NaN: download it again, or from elsewhere"
+    ]
 
 
 def _said(added: NewTokens, before: int, now: int) -> str:
@@ -140,12 +158,15 @@ def _write_files(
         for name, group in groups.items():
             raw, places = files.begin(partial / name), []
             file = ChecksummedFile(raw)
+            unusable: dict[str, int] = {}
             for piece in group:
-                start = file.size
-                file.save(next(tensors))
+                start, tensor = file.size, next(tensors)
+                if count := tensor.numel() - int(torch.isfinite(tensor).sum()):
+                    unusable[piece.mapped.name] = unusable.get(piece.mapped.name, 0) + count
+                file.save(tensor)
                 places.append([start, file.size - start])
                 progress.update(piece.size)
-            facts = {"file": asdict(FileRecord(file.size, file.crc32)), "places": places}
+            facts = {"file": asdict(FileRecord(file.size, file.crc32)), "places": places, "not_finite": unusable}
             files.finish(raw, partial / name, facts)
     reader.close()
 

@@ -56,7 +56,7 @@ def row_blocks(
                 for some in _cut(path, row, _as_dictionaries(batch), block_bytes, max_document_bytes):
                     yield row, _as_bytes(some)
                     row += some.num_rows
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeError) as error:  # the last: of columns' names
             raise UserError(f"{path}: not a whole parquet file: {one_line(error)}") from error
 
 

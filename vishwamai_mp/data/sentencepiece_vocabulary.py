@@ -38,6 +38,8 @@ class SentencePieceVocabulary:
                 ) from error
             raise UserError(f"tokenizer {path} is not a whole SentencePiece model: make it again") from error
         self.unk_id: int = self._processor.unk_id()
+        if self.unk_id < 0:  # SentencePiece reads it, and writes -1 for what it does not know
+            raise UserError(f"tokenizer {path} is not a whole SentencePiece model (no unknown piece): make it again")
         self.bos_id: int = self._processor.bos_id()
         self.eod_id: int = self._processor.eos_id()
         self.pad_id: int = self._processor.pad_id()

@@ -1,6 +1,7 @@
 """The run folder that a user means, and its configuration: as it was trained, or for answering. Needs no torch."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from vishwamai_mp.checkpoint.store import locate
 from vishwamai_mp.config import ParallelConfig, PretrainConfig, UserError, load_config, resolve, to_dict
 from vishwamai_mp.config.extensions import refuse_unrepeated
+from vishwamai_mp.config.job_environment import job_size
 from vishwamai_mp.data.tokenizer import has_tokenizer, tokenizer_file
 
 _NOT_FOR_ANSWERING = {
@@ -68,7 +70,7 @@ class RunFolder:
         for name, neutral in _NOT_FOR_ANSWERING.items():
             if getattr(config.parallel, name) != neutral:
                 raise UserError(f"parallel.{name} has no use in generation; leave it out")
-        world = int(os.environ.get("WORLD_SIZE", 1))
+        world = job_size() or 1
         config = replace(config, training=replace(config.training, micro_batch_size=1, global_batch_size=world))
         return resolve(config, world)
 
@@ -89,7 +91,7 @@ def find_run(path: str | os.PathLike[str]) -> RunFolder:
     if (given / "config.json").is_file() and not (given / "config.yaml").is_file():
         raise UserError(
             f"{path} is a Hugging Face folder; make it a run first: python tools/convert_checkpoint.py from-hf"
-            f" --load {path} --output RUN"
+            f" --load {shlex.quote(str(path))} --output RUN"
         )
     found = locate(given)
     assert found.path is not None

@@ -34,6 +34,7 @@ GPU_PEAK_TFLOPS = {
     "RTX 5090": 209.5,
     "MI300X": 1307.4,
 }
+_MOST_PER_CORE = 4
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -117,10 +118,12 @@ def cpu_threads(configured: int | None) -> tuple[int, str]:
     """
     if configured:
         return configured, "training.threads"
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if said.isdecimal() and int(said) > (1 if "TORCHELASTIC_RUN_ID" in os.environ else 0):
+        if int(said) > _MOST_PER_CORE * allowed:  # thousands of threads spin, and no step ends
+            return _MOST_PER_CORE * allowed, f"OMP_NUM_THREADS={said}, cut down to {_MOST_PER_CORE} a core"
         return int(said), "OMP_NUM_THREADS"
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shared = f"{allowed} core{'s' if allowed > 1 else ''} / {processes} process{'es' if processes > 1 else ''}"
     return max(1, allowed // processes), f"{shared}; training.threads changes it"

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from vishwamai_mp.config import NcclConfig, ParallelConfig, PretrainConfig, data_parallel_size
+from vishwamai_mp.config import NcclConfig, ParallelConfig, PretrainConfig, UserError, data_parallel_size
+from vishwamai_mp.config.job_environment import job_size
 from vishwamai_mp.runtime.determinism import set_determinism
 from vishwamai_mp.runtime.device import device, keep_freed_memory, set_threads
 from vishwamai_mp.runtime.exchange_buffers import close_exchange_buffers
@@ -79,7 +80,7 @@ class Runtime:
 
 def world_size() -> int:
     """Processes in the job, known from torchrun before anything is initialised."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else job_size() or 1
 
 
 def initialize(config: PretrainConfig) -> Runtime:
@@ -163,8 +164,14 @@ def _join(parallel: ParallelConfig) -> None:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     backend = "nccl" if device().type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+    if job_size():
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = os.environ["MASTER_PORT"]
+            raise UserError(f"MASTER_PORT={port}: another program of this machine has it; name a free one") from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 

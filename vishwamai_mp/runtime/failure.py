@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vishwamai_mp.config import UserError, run_program
 from vishwamai_mp.config.errors import USER_ERROR_STATUS, one_line
+from vishwamai_mp.config.job_environment import job_size
 
 _ONLY_PASSED = (__file__, str(Path(__file__).with_name("step_journal.py")))  # files that a failing call comes through
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -32,7 +33,12 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
     each machine to fail reports, and the others are silent. No process waits for another: torchrun ends the rest.
     """
     launched = is_launched()
-    if not launched and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    try:
+        size = job_size()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS if launched else 1)
+    if not launched and size in (None, 1):
         run_program(main)
     rank = os.environ["RANK"]
     if launched:

@@ -1,0 +1,50 @@
+"""What a launcher (torchrun, or one's own) says of a job in the environment, read in one place and as a whole.
+
+A half of it is worse than none: processes that each take themselves for the whole job write into one run folder, or
+wait for peers that never come.
+"""
+
+import os
+
+from vishwamai_mp.config.errors import ConfigError
+
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_START = "start the job with torchrun, or unset"
+
+
+def job_size() -> int | None:
+    """The processes of the job that this one belongs to; None: no launcher has started it.
+
+    Raises:
+        ConfigError: the environment is a part of a launcher's, or contradicts itself.
+    """
+    found = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if not found:
+        return None
+    if missing := [name for name in _NEEDED if not os.environ.get(name, "").strip()]:
+        raise ConfigError(
+            f"{' and '.join(found)} {'are' if len(found) > 1 else 'is'} in the environment, as a launcher's, but not"
+            f" {' and '.join(missing)}: {_START} {' and '.join(found)}"
+        )
+    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    _below("RANK", rank, "WORLD_SIZE", size)
+    port = _number("MASTER_PORT", 0)
+    if port >= 1 << 16:
+        raise ConfigError(f"MASTER_PORT={port} in the environment: not a port, which are below 65536")
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        _below("LOCAL_RANK", _number("LOCAL_RANK", 0), "LOCAL_WORLD_SIZE", _number("LOCAL_WORLD_SIZE", 1))
+    elif "LOCAL_RANK" in os.environ:
+        _number("LOCAL_RANK", 0)
+    return size
+
+
+def _number(name: str, least: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise ConfigError(f"{name}={text} in the environment: not a whole number from {least} on; {_START} {name}")
+    return int(text)
+
+
+def _below(name: str, value: int, most_name: str, most: int) -> None:
+    if value >= most:
+        raise ConfigError(f"{name}={value} in the environment: not below {most_name}={most}; {_START} both")
