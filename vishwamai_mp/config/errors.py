@@ -1,5 +1,9 @@
 """Errors that are the user's to mend, and the one way a program reports them."""
 
+import contextlib
+import errno
+import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -29,10 +33,14 @@ def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake.
 
     Only `UserError` and a user's interrupt are turned into a line; anything else is a defect of ours and keeps its
-    traceback.
+    traceback, but for what a full disk makes of the output.
     """
+    spell_what_the_terminal_cannot()
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        if sys.stdout is not None:  # None: closed
+            sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -40,3 +48,16 @@ def run_program(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        with contextlib.suppress(OSError):  # what is still to be written would fail again when the program ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(f"error: no space left on the disk that {error.filename or 'the output'} is written to")
+
+
+def spell_what_the_terminal_cannot() -> None:
+    """Characters that the output's encoding lacks (LANG=C, PYTHONIOENCODING=ascii) are written as \\u…: no program
+    that has computed for hours should end at one."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")

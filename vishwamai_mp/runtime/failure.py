@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from vishwamai_mp.config import UserError, run_program
-from vishwamai_mp.config.errors import USER_ERROR_STATUS, one_line
+from vishwamai_mp.config.errors import USER_ERROR_STATUS, one_line, spell_what_the_terminal_cannot
 from vishwamai_mp.config.job_environment import job_size
 
 _ONLY_PASSED = (__file__, str(Path(__file__).with_name("step_journal.py")))  # files that a failing call comes through
@@ -41,6 +41,7 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
     if not launched and size in (None, 1):
         run_program(main)
     rank = os.environ["RANK"]
+    spell_what_the_terminal_cannot()
     if launched:
         die_with_parent()
     try:

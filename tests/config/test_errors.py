@@ -1,0 +1,46 @@
+"""What a program's output meets: an encoding that lacks its characters, a full disk, a closed or broken pipe."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_PROGRAM = """
+import sys
+from vishwamai_mp.config.errors import run_program
+run_program(lambda: print(sys.argv[1]))
+"""
+
+
+def run(
+    text: str, output: str = "", encoding: str = "utf-8", program: str = _PROGRAM
+) -> subprocess.CompletedProcess[bytes]:
+    command = f'exec "$@" {output}'
+    return subprocess.run(
+        ["bash", "-c", command, "-", sys.executable, "-c", program, text],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        timeout=60,
+    )
+
+
+def test_characters_that_an_encoding_lacks_are_spelled() -> None:
+    assert run("é ☃").stdout == "é ☃\n".encode()
+    done = run("é ☃", encoding="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\xe9 \\u2603\n", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_output_to_a_full_disk_is_one_line(size: int) -> None:
+    program = _PROGRAM.replace("sys.argv[1]", f"'x' * {size}")
+    done = run("", ">/dev/full", program=program)
+    assert done.returncode == 1
+    assert done.stderr == b"error: no space left on the disk that the output is written to\n"
+
+
+def test_a_closed_output_is_no_fault() -> None:
+    done = run("x", ">&-")
+    assert (done.returncode, done.stderr) == (0, b"")
