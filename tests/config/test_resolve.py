@@ -57,6 +57,19 @@ def _config(*overrides):
             ["parallel.fuse_grad_accumulation=true", "parallel.fully_sharded=true"],
             ["parallel.fuse_grad_accumulation=true with parallel.fully_sharded=true", "set one of them"],
         ),
+        (
+            ["fp8.params=true", "precision=fp8_blockwise"],
+            ["fp8.params=true with precision=fp8_blockwise", "use precision=fp8_current"],
+        ),
+        (
+            ["fp8.params=true", "precision=fp8_current", "parallel.use_distributed_optimizer=false"],
+            ["fp8.params=true with parallel.use_distributed_optimizer=false", "set parallel.use_distributed_optimizer"],
+        ),
+        (
+            ["fp8.params=true", "precision=fp8_current", "lora.enabled=true"],
+            ["fp8.params=true with lora.enabled=true: frozen weights stay in bf16", "set fp8.params=false"],
+        ),
+        (["fp8.params=true", "precision=bf16"], ["fp8.params=True has no effect at precision=bf16"]),
         ([_OVERLAP], [f"{_OVERLAP} has no effect at tensor_model_parallel_size=1", "set it to false"]),
         (
             [_OVERLAP, "parallel.tensor_model_parallel_size=2"],

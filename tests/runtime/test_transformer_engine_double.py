@@ -35,6 +35,7 @@ _REPLICAS = ["parallel.use_distributed_optimizer=true"]
 _MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
 _FUSED = ["parallel.fuse_grad_accumulation=true", "parallel.reduce_grads_in=bf16"]
 _HOST = ["optimizer.moments_in=bf16", "optimizer.moments_on_host=true"]
+_WEIGHTS = ["precision=fp8_current", "fp8.params=true"]
 _OVERLAP = [*_TENSOR, "parallel.overlap_tensor_parallel=true"]
 # Tiles of 128 numbers in pieces of matrices that are gathered or cut on two ranks.
 _TILES = ["model.hidden_size=512", "training.sequence_length=256", "model.max_position_embeddings=256"]
@@ -128,6 +129,13 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
         1,
         [*_REPLICAS, *_DROPOUT, *RECOMPUTE, "precision=fp8_current"],
     ),
+    "replicas, current": (2, 1, [*_REPLICAS, "precision=fp8_current"]),
+    "replicas, current, weights in FP8": (2, 1, [*_REPLICAS, *_WEIGHTS]),
+    "chunks, tensor, memory, cache, bf16 moments, weights in FP8, overlapped": (
+        4,
+        1,
+        [*_CHUNKS, *_REPLICAS, *_OVERLAP, *_FUSED, *_WEIGHTS, *MEMORY, *CACHE, "optimizer.moments_in=bf16"],
+    ),
     "sharded, bf16": (2, 1, ["parallel.fully_sharded=true", "precision=bf16"]),
 }
 
@@ -220,6 +228,17 @@ def test_overlapped_exchanges_are_the_same(found, name):
     if plain is not None:
         assert _exchanged(overlapped) == _exchanged(plain)
         assert overlapped["flops"] == plain["flops"]
+
+
+def test_weights_in_fp8_are_rounded_once_a_step(found):
+    """Two layers of 7 × 256 × 256 weights: 1 byte each of what replicas gather, and no copies of 2 bytes beside."""
+    plain, rounded = (found[f"replicas, current{more}"] for more in ("", ", weights in FP8"))
+    weights = 2 * 7 * 256 * 256
+    gathered = ("all_gather", "data_parallel_group_with_cp")
+    assert _exchanged(plain)[gathered] - _exchanged(rounded)[gathered] == pytest.approx(weights, rel=0.01)
+    assert plain["at_peak"]["activations"] - rounded["at_peak"]["activations"] == pytest.approx(2 * weights, rel=0.2)
+    assert plain["at_peak"]["parameters"] == pytest.approx(rounded["at_peak"]["parameters"], rel=0.01)
+    assert rounded["flops"] == plain["flops"]
 
 
 def test_moments_in_bf16_take_half_and_no_more_kernels(found):

@@ -1,5 +1,6 @@
 """A program: what the double of Transformer Engine's compiled part gives and refuses; assertions say which."""
 
+import math
 import sys
 from pathlib import Path
 from unittest import mock
@@ -13,9 +14,19 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformer_engine.pytorch as te  # noqa: E402
 import transformer_engine_torch as tex  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess  # noqa: E402
 from transformer_engine.pytorch.module import base  # noqa: E402
 
 from tests.training.layouts import SMALL  # noqa: E402
+from vishwamai_mp.checkpoint.optimizer_shards import begin_with  # noqa: E402
+from vishwamai_mp.checkpoint.sharded import (  # noqa: E402
+    load_model,
+    model_state,
+    optimizer_state,
+    restart_optimizer,
+    unwrap,
+)
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve  # noqa: E402
 from vishwamai_mp.model.decoding import Decoding  # noqa: E402
 from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine  # noqa: E402
@@ -140,6 +151,35 @@ with simulated_job(overlapped, 2, 0) as job, training_step(overlapped, job) as t
     with multicast, pytest.raises(UserError, match="UB_SKIPMC=1"):
         training_step(overlapped, job).__enter__()
 assert not base.is_ub_initialized()
+
+
+# Weights in FP8 are bf16 in checkpoints, where each number of the optimizer's is once; it begins with what is loaded.
+rounded = config("precision=fp8_current", "fp8.params=true", "parallel.use_distributed_optimizer=true")
+with simulated_job(rounded, 1, 0) as job, training_step(rounded, job) as training:
+    weights = [part for part in training.chunks[0].parameters() if isinstance(part, te.Float8Tensor)]
+    assert len(weights) == 4
+    assert not any(hasattr(weight, "_high_precision_init_val") for weight in weights)
+    state = model_state(training.chunks, job.runtime)
+    shards = list(optimizer_state(training.optimizer, state, job.runtime, True)["optimizer0"]["shards"].values())
+    loaded = load_preprocess(state)[0]
+    assert not any(isinstance(shard.data, te.Float8Tensor) for shard in nested_values(loaded))
+    for name in {shard.key for shard in nested_values(loaded)}:
+        own = [shard for shard in shards if shard.key == f"optimizer.state.fp32_param.{name}"]
+        assert sum(shard.data.numel() for shard in own) == math.prod(own[0].global_shape), name
+        assert len({shard.global_offset for shard in own}) == len(own), name
+    named = dict(unwrap(training.chunks[0]).named_parameters())
+    numbers = {name: torch.ones(part.shape, dtype=torch.bfloat16, device="simulated") for name, part in named.items()}
+    earlier = job.recorder.launches["quantize"]
+    load_model(training.chunks, {"model0": numbers})
+    assert job.recorder.launches["quantize"] - earlier == len(weights)
+    with mock.patch("vishwamai_mp.checkpoint.optimizer_shards.begin_with", side_effect=begin_with) as begun:
+        restart_optimizer(training.optimizer, training.chunks, {"model0": numbers})
+    (call,) = begun.call_args_list
+    assert call.args[1] == {
+        id(part): numbers[name] for name, part in named.items() if isinstance(part, te.Float8Tensor)
+    }
+    training.train(empty_batches(rounded, job), 0, 1e-3, float("inf"))
+    training.evaluate(empty_batches(rounded, job))
 
 
 delayed = config("precision=fp8_delayed")

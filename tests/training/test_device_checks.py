@@ -23,3 +23,9 @@ def test_what_only_transformer_engine_overlaps():
     config = load_config({"precision": "bf16", "parallel": {"overlap_tensor_parallel": True, **tensor}})
     with pytest.raises(ConfigError, match=r"overlap_tensor_parallel=true: only Transformer Engine.*set it to false"):
         check_device(config)
+
+
+def test_what_only_transformer_engine_keeps_in_fp8():
+    config = load_config({"precision": "fp8_current", "fp8": {"params": True}})
+    with pytest.raises(ConfigError, match=r"fp8.params=true: only weights of Transformer Engine.*set it to false"):
+        check_device(config)

@@ -224,7 +224,7 @@ class CheckpointManager:
         if with_optimizer:
             sharded.load_optimizer(optimizer, loaded, trainer["optimizer"])
         elif optimizer is not None:
-            optimizer.reload_model_params()
+            sharded.restart_optimizer(optimizer, model_chunks, loaded)
         return trainer["trainer"]
 
     def _plan(self, folder: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None) -> PlannedWrite:

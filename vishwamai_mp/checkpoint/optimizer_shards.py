@@ -32,14 +32,15 @@ def shards_of(part: DistributedOptimizer, model: dict[str, Any]) -> dict[str, Sh
         part: the optimizer, whose state is there.
         model: the sharded tensors of its parameters, as `sharded.model_state` has them.
     """
-    entries = {id(entry.data): entry for entry in nested_values(extract_sharded_tensors_and_factories(model)[0])}
+    given = nested_values(extract_sharded_tensors_and_factories(model)[0])
+    entries = {id(getattr(entry.data, "stands_for", entry.data)): entry for entry in given}
     found: dict[str, ShardedTensor] = {}
     for parameter, stretch in _stretches(part):
         whole = entries[id(parameter)]
         leaves = nested_values(whole.build()) if isinstance(whole, ShardedTensorFactory) else [whole]
         for leaf in leaves:
             for name, tensor in _state_of(part, parameter).items():
-                for piece in _pieces(leaf, parameter, stretch, tensor):
+                for piece in _pieces(leaf, whole.data, stretch, tensor):
                     piece.key = f"{PREFIX}{_NAMES.get(name, name)}.{piece.key}"
                     found[f"{piece.key}#{len(found)}"] = piece
     return found
@@ -49,6 +50,19 @@ def put_loaded(part: DistributedOptimizer) -> None:
     """After `load_state_dict`: what was loaded into `shards_of` is each parameter's own, with a step of its own."""
     for parameter, _ in _stretches(part):
         part._set_main_param_and_optimizer_states(parameter, _state_of(part, parameter))
+
+
+def begin_with(part: DistributedOptimizer, numbers: dict[int, Tensor]) -> None:
+    """Let main parameters begin anew.
+
+    Args:
+        part: the optimizer.
+        numbers: whole parameters of this rank, by id.
+    """
+    for parameter, stretch in _stretches(part):
+        if id(parameter) in numbers:
+            own = numbers[id(parameter)].reshape(-1)[stretch.start : stretch.stop]
+            part._get_main_param_and_optimizer_states(parameter)["param"].copy_(own)
 
 
 def _stretches(part: DistributedOptimizer) -> Iterator[tuple[Tensor, range]]:
@@ -65,11 +79,11 @@ def _state_of(part: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor
     return {name: tensor.detach() for name, tensor in state.items() if name != "step"}
 
 
-def _pieces(leaf: ShardedTensor, parameter: Tensor, stretch: range, state: Tensor) -> Iterator[ShardedTensor]:
+def _pieces(leaf: ShardedTensor, whole: Tensor, stretch: range, state: Tensor) -> Iterator[ShardedTensor]:
     """What `state`, of the stretch, has of one part of the parameter (one matrix of a fused pair, or all of it)."""
     assert leaf.prepend_axis_num == 0, leaf
     assert leaf.data.is_contiguous(), leaf
-    first = leaf.data.storage_offset() - parameter.storage_offset()  # where in the parameter the part begins
+    first = leaf.data.storage_offset() - whole.storage_offset()  # where in the parameter the part begins
     low, high = max(stretch.start, first), min(stretch.stop, first + leaf.data.numel())
     if low >= high:
         return

@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
 )
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import Float16Module
@@ -46,6 +47,7 @@ def model_state(chunks: Sequence[nn.Module], runtime: Runtime) -> dict[str, Any]
         items = model.sharded_state_dict(metadata=metadata)
         if model.sharding:  # fp32 in memory; in a checkpoint as in any other layout
             items = {name: _of_type(item, model.sharding.compute) for name, item in items.items()}
+        items = {name: _as_numbers(item) for name, item in items.items()}
         state[f"model{i}"] = items
     return state
 
@@ -106,6 +108,24 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any], scalars
             optimizer_shards.put_loaded(part)
         else:
             part.load_state_dict(state)
+
+
+@torch.no_grad()
+def restart_optimizer(optimizer: MegatronOptimizer, chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
+    """Let the optimizer's main parameters begin as the weights that `load_model` put into the model.
+
+    Those of weights in FP8 begin as the numbers that were loaded, not as what became of them when they were rounded.
+    """
+    optimizer.reload_model_params()
+    numbers = {
+        id(weight): loaded[f"model{i}"][name]
+        for i, model in enumerate(map(unwrap, chunks))
+        for name, weight in model.named_parameters()
+        if is_float8tensor(weight)
+    }
+    for part in _parts(optimizer):
+        if numbers and isinstance(part, DistributedOptimizer):
+            optimizer_shards.begin_with(part, numbers)
 
 
 def optimizer_scalars(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
@@ -211,6 +231,19 @@ def _metadata(runtime: Runtime) -> dict[str, Any]:
 
 def _of_type(item: ShardedTensor, dtype: torch.dtype) -> ShardedTensor:
     return item if item.dtype == dtype else replace(item, data=item.data.to(dtype), dtype=dtype)
+
+
+def _as_numbers(item: Any) -> Any:
+    """Of weights in FP8 the bf16 numbers that they stand for, as checkpoints have them; `load_model` rounds them again.
+
+    Parts of the numbers are views of them, parts of the codes are not views of what is loaded.
+    """
+    codes: Any = getattr(item, "data", None)
+    if not is_float8tensor(codes):
+        return item
+    numbers = codes.detach().dequantize()
+    numbers.stands_for = codes
+    return replace(item, data=numbers)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 
 from vishwamai_mp.config.errors import ConfigError, leave_out
+from vishwamai_mp.config.finetuning import frozen_parts
 from vishwamai_mp.config.schema import Fp8Config, PretrainConfig
 
 # Widths and token counts must be multiples of this: of a block of numbers that share a scale, or of the 16 bytes that
@@ -35,6 +36,7 @@ def resolve_fp8(config: PretrainConfig) -> PretrainConfig:
         return config
     _check_layers(config)
     _check_sizes(config)
+    _check_parameters(config)
     if config.precision == "fp8_delayed":
         length, algorithm = options.amax_history_length or 1024, options.amax_algorithm or "max"
         return replace(config, fp8=replace(options, amax_history_length=length, amax_algorithm=algorithm))
@@ -45,6 +47,25 @@ def resolve_fp8(config: PretrainConfig) -> PretrainConfig:
                 f" nothing; use precision=fp8_delayed or {leave_out(f'fp8.{name}')}"
             )
     return config
+
+
+def _check_parameters(config: PretrainConfig) -> None:
+    """Refuse what weights cannot stay in FP8 with."""
+    if not config.fp8.params:
+        return
+    if config.precision != "fp8_current":
+        raise ConfigError(
+            f"fp8.params=true with precision={config.precision}: only weights with one scale, taken from themselves,"
+            " stay in FP8; use precision=fp8_current, or set it to false"
+        )
+    if not config.parallel.use_distributed_optimizer:
+        raise ConfigError(
+            "fp8.params=true with parallel.use_distributed_optimizer=false: only the distributed optimizer keeps fp32"
+            " copies of such weights; set parallel.use_distributed_optimizer=true, or fp8.params=false"
+        )
+    if config.lora.enabled or "base" in frozen_parts(config):
+        key = "lora.enabled=true" if config.lora.enabled else "a frozen base (training.freeze)"
+        raise ConfigError(f"fp8.params=true with {key}: frozen weights stay in bf16; set fp8.params=false")
 
 
 def _check_layers(config: PretrainConfig) -> None:

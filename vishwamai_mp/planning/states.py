@@ -93,14 +93,15 @@ def fp8_weights(config: PretrainConfig, stage: int, micro_batches: int) -> float
     """Bytes of the FP8 or NVFP4 copies of weights that a rank of a stage makes in a step's first micro-batch, on a GPU.
 
     Two of each: as it lies and transposed, for the backward pass. Recomputation leaves the transposes of query, key,
-    value, gate and up to the first backward pass of their chunk, and some chunks' come when the peak is past.
+    value, gate and up to the first backward pass of their chunk, and some chunks' come when the peak is past. Weights
+    that stay in FP8 (`fp8.params`) need none: they are two such copies, as large together as bf16.
 
     Args:
         config: resolved.
         stage: from 0.
         micro_batches: of a step.
     """
-    if not rounds_operands(config.precision):
+    if not rounds_operands(config.precision) or config.fp8.params:
         return 0.0
     model, parallel = config.model, config.parallel
     chunks = parallel.virtual_pipeline_model_parallel_size or 1

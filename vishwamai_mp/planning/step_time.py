@@ -283,7 +283,8 @@ def _data_parallel(config: PretrainConfig, world_size: int, machine: Machine, st
     rate = _rate(config, machine, replicas, parallel.tensor_model_parallel_size)
     hops = config.model.num_layers * stack.latency
     gradient = 2.0 if parallel.reduce_grads_in == "bf16" else stack.gradient_bytes
-    gather, scatter = (share * size / rate for size in (stack.parameter_bytes, gradient))
+    parameter = 1.0 if config.fp8.params else stack.parameter_bytes
+    gather, scatter = (share * size / rate for size in (parameter, gradient))
     if parallel.fully_sharded:  # each layer's parameters come before its forward and again before its backward pass
         each = 2 * gather + scatter + 3 * hops
         return count * max(each - stack.data_overlap * stage, (1 - stack.data_overlap) * each)

@@ -6,7 +6,7 @@ times faster than the scalar fallback. Shapes: T tokens (local under sequence pa
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ def use_arithmetic(model: nn.Module, policy: PrecisionPolicy) -> None:
         for module in parallel_linears(model):
             replace_product(module, _Fp32Linear.apply)
     if policy.fp8 is not None:
-        linears = _fp8_linears(model, policy)
+        linears = fp8_linears(model, policy)
+        _leave_others_in_bf16(model, policy)
         if any(hasattr(linear, "fp8_meta") for linear in linears.values()):
             if policy.fp8.recipe == "delayed":
                 keep_scaling(list(linears.values()), get_fp8_recipe(model.config))
@@ -84,34 +85,40 @@ def begin_step(models: Sequence[Any], seed: int, step: int) -> None:
         linear.fp8_scaling.begin_step(seed, step)
 
 
-def _fp8_linears(model: Any, policy: PrecisionPolicy) -> dict[str, Any]:
+def fp8_linears(model: Any, policy: PrecisionPolicy) -> dict[str, Any]:
     """The linear layers that compute in FP8 or NVFP4, by name in the whole model: those of attention, MLP and
-    components of the policy's layers.
+    components of the policy's layers, if they are made of whole blocks."""
+    return {name: part for name, part, fits in _in_fp8_layers(model, policy) if fits}
 
-    Says which of them are not made of whole blocks, and leaves these in bf16, on a GPU as on a CPU.
-    """
+
+def _in_fp8_layers(model: Any, policy: PrecisionPolicy) -> Iterator[tuple[str, Any, bool]]:
+    """Name in the whole model, linear layer, and whether it is made of whole blocks."""
     fp8 = policy.fp8
-    found: dict[str, Any] = {}
-    left: dict[str, Any] = {}
     assert fp8 is not None
     for layer in model.decoder.layers:
         if not fp8.applies_to(layer.layer_number - 1, model.config.num_layers):
             continue
         for name, part in layer.named_modules():
-            if not (isinstance(part, ColumnParallelLinear | RowParallelLinear) or _is_transformer_engine_linear(part)):
-                continue
-            fits = all(size % fp8.multiple == 0 for size in part.weight.shape)
-            (found if fits else left)[f"layers.{layer.layer_number - 1}.{name}"] = part
+            if isinstance(part, ColumnParallelLinear | RowParallelLinear) or _is_transformer_engine_linear(part):
+                fits = all(size % fp8.multiple == 0 for size in part.weight.shape)
+                yield f"layers.{layer.layer_number - 1}.{name}", part, fits
+
+
+def _leave_others_in_bf16(model: Any, policy: PrecisionPolicy) -> None:
+    """On a GPU as on a CPU; and say which they are."""
+    left = {name: part for name, part, fits in _in_fp8_layers(model, policy) if not fits}
     for part in left.values():
         if _is_transformer_engine_linear(part):
             _leave_in_bf16(part)
     groups = model.pg_collection
-    if left and groups.tp.rank() == groups.dp_cp.rank() == 0:
+    if left and policy.fp8 and groups.tp.rank() == groups.dp_cp.rank() == 0:
         shapes = ", ".join(f"{name} {' × '.join(map(str, part.weight.shape))}" for name, part in left.items())
         _log.warning(
-            "precision=%s: widths that are not multiples of %d stay in bf16: %s", policy.name, fp8.multiple, shapes
+            "precision=%s: widths that are not multiples of %d stay in bf16: %s",
+            policy.name,
+            policy.fp8.multiple,
+            shapes,
         )
-    return found
 
 
 def _is_transformer_engine_linear(part: Any) -> bool:

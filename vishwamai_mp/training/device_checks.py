@@ -20,6 +20,8 @@ def check_device(config: PretrainConfig) -> None:
     for name in ("fuse_grad_accumulation", "overlap_tensor_parallel"):
         if getattr(parallel, name) and not fused:
             raise ConfigError(f"parallel.{name}=true: only Transformer Engine's layers on GPUs do so; set it to false")
+    if config.fp8.params and not fused:
+        raise ConfigError("fp8.params=true: only weights of Transformer Engine's layers on GPUs do so; set it to false")
     if is_accelerator(device()):
         _check_determinism(config)
         return

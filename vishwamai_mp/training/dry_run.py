@@ -23,6 +23,7 @@ from vishwamai_mp.planning.hardware import Gpu
 from vishwamai_mp.precision import PrecisionPolicy, use_transformer_engine
 from vishwamai_mp.runtime.fused_layers import is_doubled
 from vishwamai_mp.runtime.simulated import Communication, SimulatedJob, simulated_job
+from vishwamai_mp.runtime.simulated.kernel import parts
 from vishwamai_mp.training.compact_adamw import fill_moments
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.step import TrainStep
@@ -158,7 +159,8 @@ def training_step(config: PretrainConfig, job: SimulatedJob) -> Iterator[TrainSt
     for chunk in chunks:
         if not isinstance(chunk, FullySharded):  # whose gradients come and go with the backward pass
             memory.claim("gradients", *(buffer.grad_data for buffer in chunk.buffers))
-    memory.claim("parameters", *(_local(parameter) for chunk in chunks for parameter in chunk.parameters()))
+    held = (part for chunk in chunks for parameter in chunk.parameters() for part in parts(_local(parameter)))
+    memory.claim("parameters", *held)
     with memory.allocating("optimizer"):
         optimizer = build_optimizer(config, job.runtime, chunks)
         for part in optimizer.chained_optimizers:

@@ -20,6 +20,7 @@ from vishwamai_mp.runtime import Runtime, device
 from vishwamai_mp.runtime.megatron_versions import gradients_for_norm
 from vishwamai_mp.training.compact_adamw import is_compact, use_compact_moments
 from vishwamai_mp.training.device_checks import check_device
+from vishwamai_mp.training.fp8_parameters import forget_bf16, keep_in_fp8
 from vishwamai_mp.training.own_optimizer import use_own_optimizer
 from vishwamai_mp.training.sharded_optimizer import ShardedOptimizer
 from vishwamai_mp.training.tensor_overlap import overlap_exchanges
@@ -39,6 +40,8 @@ def wrap_data_parallel(
             offload_layers(model.decoder.layers, offloaded)
     if config.parallel.fuse_grad_accumulation:
         _fuse_accumulation(models)
+    if config.fp8.params:
+        keep_in_fp8(config, models)
     if config.parallel.overlap_tensor_parallel:
         overlap_exchanges(config, models)
     if fully_shards(config, runtime.groups):
@@ -48,6 +51,7 @@ def wrap_data_parallel(
         grad_reduce_in_fp32=config.parallel.reduce_grads_in == "fp32",
         use_distributed_optimizer=shards_optimizer(config, runtime),
         overlap_grad_reduce=config.parallel.overlap_grad_reduce and replicated,
+        fp8_param_gather=config.fp8.params,
         overlap_param_gather=shards_optimizer(config, runtime)
         and config.parallel.overlap_grad_reduce
         and config.parallel.overlap_param_gather,
@@ -76,8 +80,11 @@ def _fuse_accumulation(models: Sequence[VishwamAIModel]) -> None:
 
 
 def shards_optimizer(config: PretrainConfig, runtime: Runtime) -> bool:
-    """Whether the optimizer's state is split over replicas. With one replica there is nobody to share it with."""
-    return config.parallel.use_distributed_optimizer and runtime.groups.dp_cp.size() > 1
+    """Whether the optimizer's state is split over replicas.
+
+    With one replica there is nobody to share it with; only this optimizer of megatron-core's knows weights in FP8.
+    """
+    return config.parallel.use_distributed_optimizer and (runtime.groups.dp_cp.size() > 1 or config.fp8.params)
 
 
 def build_optimizer(
@@ -107,6 +114,7 @@ def build_optimizer(
         hysteresis=1,  # an overflow halves the loss scale: the first as well
         use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        fp8_recipe="tensorwise" if config.fp8.params else None,
     )
     if fully_shards(config, runtime.groups):
         optimizer = ChainedOptimizer([ShardedOptimizer(wanted, chunk, runtime) for chunk in chunks])
@@ -114,6 +122,7 @@ def build_optimizer(
         optimizer = get_megatron_optimizer(
             wanted, list(chunks), pg_collection=runtime.groups, use_gloo_process_groups=False
         )
+    forget_bf16(chunks)
     for part in optimizer.chained_optimizers if own else ():
         use_own_optimizer(part, options)
     for part in optimizer.chained_optimizers if is_compact(options) else ():

@@ -1,7 +1,7 @@
 """The GPU that Transformer Engine's Python asks about and schedules work on."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -109,6 +109,11 @@ class Gpu(InPlaceOfCuda):
     def kind(tensor: Any) -> type:
         """`type(tensor)`: a tensor without values is one of torch's own to it."""
         return Tensor if type(tensor) is FakeTensor else type(tensor)
+
+    @staticmethod
+    def operate(operator: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any] | None = None) -> Any:
+        """`part.__torch_dispatch__(operator, types, …)`: a tensor without values would refuse the whole's type."""
+        return operator(*arguments, **(options or {}))
 
     @staticmethod
     def address(memory: Any) -> int:

@@ -47,16 +47,19 @@ class ToTheGpu(ToThisDevice, ast.NodeTransformer):
         return [ast.copy_location(statement, node) for statement in assigned]
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """`type(tensor)` and `tensor.data_ptr()` become questions to the GPU."""
+        """`type(tensor)`, `tensor.data_ptr()` and operators of a part of a tensor become questions to the GPU."""
         if isinstance(node.func, ast.Name) and node.func.id == "type" and len(node.args) == 1:
             return self._asked("kind", node.args[0], node)
         if isinstance(node.func, ast.Attribute) and node.func.attr == "data_ptr" and not node.args:
             return self._asked("address", node.func.value, node)
+        name = ast.unparse(node.func)
+        if name.endswith(".__torch_dispatch__") and name != "super().__torch_dispatch__":
+            return self._asked("operate", node.args[0], node, *node.args[2:])
         return super().visit_Call(node)
 
-    def _asked(self, question: str, subject: ast.expr, node: ast.expr) -> ast.expr:
+    def _asked(self, question: str, subject: ast.expr, node: ast.expr, *others: ast.expr) -> ast.expr:
         gpu = ast.Attribute(ast.Name(IN_PLACE_OF_CUDA, ast.Load()), question, ast.Load())
-        return ast.copy_location(ast.Call(gpu, [self.visit(subject)], []), node)
+        return ast.copy_location(ast.Call(gpu, [self.visit(one) for one in (subject, *others)], []), node)
 
 
 class _Loader(RewritingLoader):

@@ -36,6 +36,19 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, 
     launch("multi_tensor_scale", noop_flag, *_all(tensor_lists))
 
 
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk_size: int,
+    noop_flag: Tensor,
+    tensor_lists: Lists,
+    max_fp8: float,
+    force_pow_2_scales: bool = False,
+    epsilon: float = 0.0,
+) -> None:
+    """From amaxes: scales and their inverses."""
+    _check("multi_tensor_compute_scale_and_scale_inv", tensor_lists, (3,))
+    launch("multi_tensor_compute_scale_and_scale_inv", noop_flag, *_all(tensor_lists))
+
+
 def _check(name: str, tensor_lists: Lists, counts: tuple[int, ...]) -> None:
     lengths = {len(tensors) for tensors in tensor_lists}
     if len(tensor_lists) not in counts or len(lengths) != 1 or lengths == {0}:

@@ -52,7 +52,8 @@ def quantize_into(
         launch("compute_scale_from_amax", scale)
         launch("quantize", tensor, out, scale, noop)
     elif kind == "Float8Quantizer":
-        launch("quantize", tensor, out, quantizer.scale, quantizer.amax, noop)
+        amax = quantizer.amax if quantizer.amax.numel() else None  # an empty tensor says that none is wanted
+        launch("quantize", tensor, out, quantizer.scale, amax, noop)
     elif kind == "NVFP4Quantizer":
         _quantize_nvfp4(tensor, quantizer, out, noop)
     else:
@@ -91,6 +92,13 @@ def _quantize_nvfp4(tensor: Tensor, quantizer: Any, out: Any, noop: Tensor | Non
 
 def _fits_rotating_kernel(shape: Sequence[int]) -> bool:
     return math.prod(shape[:-1]) % 64 == 0 and shape[-1] % 128 == 0
+
+
+def compute_amax(tensor: Tensor, amax: Tensor) -> None:
+    """The largest magnitude in a tensor, fp32."""
+    if amax.dtype != torch.float32 or amax.numel() != 1:
+        raise RuntimeError(f"compute_amax: amax must be one fp32 number, got {list(amax.shape)} {amax.dtype}")
+    launch("compute_amax", tensor.contiguous(), amax)
 
 
 def bgrad_quantize(grad_output: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
