@@ -107,6 +107,7 @@ def test_shared_memory_files_and_ports(tmp_path):
     assert "open files allowed, 1000000000000 wanted" in _faults(check_files(10**12))[0]
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
+        assert _faults(check_port(99999)) == ["port 99999 is none: they are below 65536"]
         assert _faults(check_port(port))[0].startswith(f"port {port} cannot be listened on (Address already in use)")
 
 

@@ -45,6 +45,8 @@ def check_port(port: int) -> list[Finding]:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
+        except OverflowError:
+            faults = [f"port {port} is none: they are below 65536"]
         except OSError as error:
             faults = [f"port {port} cannot be listened on ({error.strerror}); choose another MASTER_PORT"]
     return judge("port", faults, f"port {port} is free", port=port)
