@@ -180,6 +180,11 @@ with simulated_job(rounded, 1, 0) as job, training_step(rounded, job) as trainin
     }
     training.train(empty_batches(rounded, job), 0, 1e-3, float("inf"))
     training.evaluate(empty_batches(rounded, job))
+    earlier = job.recorder.launches["dequantize"]
+    with torch.no_grad(), Decoding(training.chunks[0].module):  # in bf16, of three tokens
+        up = training.chunks[0].module.decoder.layers[0].mlp.linear_fc1
+        up(torch.ones(3, 1, 256, dtype=torch.bfloat16, device="simulated"))
+    assert job.recorder.launches["dequantize"] - earlier == 1
 
 
 delayed = config("precision=fp8_delayed")

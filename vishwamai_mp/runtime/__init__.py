@@ -15,6 +15,7 @@ for _message in (
     ".*(Transformer Engine|Apex|apex).*",  # absent: we know, and choose accordingly
     "full scope is deprecated",  # its own default
     ".*CUDA_DEVICE_MAX_CONNECTIONS",  # the launch scripts set it
+    "You are using quantized weights without quantized compute",  # in generation, which is meant to
     "The .grad attribute of a Tensor that is not a leaf",  # it looks before it knows
     ".*torch.distributed.*_tensor` is deprecated",
     "`load_state_dict` is deprecated",  # in its checkpoint reader
