@@ -4,6 +4,9 @@ Shapes: S tokens of this rank (after sequence and context parallelism), T tokens
 parallel rank, B rows, D width, H heads (local), K head width, L latents per segment, N segments, E importance width.
 """
 
+from collections.abc import Iterable
+from functools import reduce
+
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 
 # isort: split
@@ -164,20 +167,24 @@ class DifferentiableCacheAugmentation(Standalone, HeadShardedModule):
 
     @torch.no_grad()
     def _measure(self, found: list[ChunkReading], bias_GNL: Tensor, segments: Segments, evicted: Tensor) -> None:
-        for name, total, count in (
-            ("cache_null_share", "null", found[0].out[..., 0].numel() * len(found)),
-            ("cache_entropy", "entropy", sum(part.sampled for part in found)),
-        ):
-            self.measures.add(name, torch.stack([getattr(part, total) for part in found]).sum(), count)
         rows = bias_GNL.shape[0] // self.heads
         written = (segments.until > 0).expand(rows, -1).repeat_interleave(self.heads, 0)[..., None]
         importance, count = bias_GNL.exp() * written, written.sum() * bias_GNL.shape[2]
-        self.measures.add("cache_importance", importance.sum(), count)
-        self.measures.add("cache_importance_square", importance.square().sum(), count)
         held = self.carried.fill(bias_GNL) if self.carried else written.sum() / bias_GNL.shape[0]
         capacity = self.cache_config.max_cache_length // self.widths.latents
-        self.measures.add("cache_fill", held / capacity, 1)
-        self.measures.add("cache_evictions", evicted, bias_GNL.shape[0])
+        totals = {
+            "cache_null_share": (_sum(part.null for part in found), found[0].out[..., 0].numel() * len(found)),
+            "cache_entropy": (_sum(part.entropy for part in found), _sum(part.sampled for part in found)),
+            "cache_importance": (importance.sum(), count),
+            "cache_importance_square": (importance.square().sum(), count),
+            "cache_fill": (held / capacity, 1),
+            "cache_evictions": (evicted, bias_GNL.shape[0]),
+        }
+        self.measures.add_all(list(totals), *zip(*totals.values(), strict=True))
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 def _behind(earlier: Tensor, later: Tensor) -> Tensor:

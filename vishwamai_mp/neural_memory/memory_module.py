@@ -28,6 +28,8 @@ from vishwamai_mp.neural_memory.levels import LevelReport, LevelState, run_level
 from vishwamai_mp.neural_memory.token_exchange import gather_tokens, scatter_tokens
 from vishwamai_mp.runtime.measures import Measures
 
+_REPORTED = ("surprise", "retention", "write")  # of each level
+
 
 @dataclass(frozen=True)
 class MemoryState:
@@ -192,17 +194,17 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
             self.carried.reset()
 
     def _measure_names(self) -> list[str]:
-        each = [
-            f"memory_{name}_{level + 1}" for name in ("surprise", "retention", "write") for level in range(self.levels)
-        ]
+        each = [f"memory_{name}_{level + 1}" for name in _REPORTED for level in range(self.levels)]
         return [*each, "memory_read", "memory_mix_loss"]
 
     @torch.no_grad()
     def _measure(self, reports: list[LevelReport], count: int, gate: Tensor) -> None:
-        for level, report in enumerate(reports):
-            for name in ("surprise", "retention", "write"):
-                self.measures.add(f"memory_{name}_{level + 1}", getattr(report, name), count)
-        self.measures.add("memory_read", gate.sum(dtype=torch.float32), gate.numel())
+        found = [getattr(report, name) for name in _REPORTED for report in reports]
+        names = self._measure_names()[: len(found)]
+        weights = [count] * len(found)
+        self.measures.add_all(
+            [*names, "memory_read"], [*found, gate.sum(dtype=torch.float32)], [*weights, gate.numel()]
+        )
 
     def _attach_loss(self, out: Tensor, tokens: int) -> Tensor:
         """Add `loss_weight` × (ln L − entropy of the level mix), a mean over heads: least where all levels are used."""

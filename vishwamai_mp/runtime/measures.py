@@ -25,16 +25,21 @@ class Measures:
     def __init__(self, *names: str) -> None:
         self.names = names
         self.loss_scale: float | Tensor = 1.0
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, ...], tuple[Tensor, list[float | Tensor]]] = {}
 
     def add(self, name: str, total: Tensor, weight: float | Tensor) -> None:
         """Count `total`, a sum over `weight` items. Call it where gradients are on: recomputed layers run twice."""
-        assert name in self.names, f"{name} is not among {self.names}"
-        total = total.detach().double()
-        # A number is written by a kernel: a copy from the host would hold it up.
-        weight = weight.to(total) if isinstance(weight, Tensor) else torch.full_like(total, weight)
-        entry = torch.stack((total, weight))
-        self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+        self.add_all([name], [total], [weight])
+
+    def add_all(self, names: Sequence[str], totals: Sequence[Tensor], weights: Sequence[float | Tensor]) -> None:
+        """The same for several, which cost a device no more than one. Weights that are numbers cost it nothing."""
+        assert set(names) <= set(self.names), f"{', '.join(names)} is not among {self.names}"
+        entry, counts = torch.stack([total.detach() for total in totals]).double(), list(weights)
+        key = tuple(names)
+        if key in self._sums:
+            earlier, before = self._sums[key]
+            entry, counts = earlier + entry, [old + new for old, new in zip(before, counts, strict=True)]
+        self._sums[key] = entry, counts
 
     def attach_loss(self, output: Tensor, loss: Tensor) -> Tensor:
         """Add a loss to the model's that only this module knows of.
@@ -45,10 +50,15 @@ class Measures:
         """
         return _AttachedLoss.apply(output, loss, self.loss_scale)
 
-    def take(self) -> dict[str, Tensor]:
+    def take(self) -> dict[str, tuple[Tensor, float | Tensor]]:
         """(sum, weight) of each name since the last call."""
         sums, self._sums = self._sums, {}
-        return sums
+        found: dict[str, tuple[Tensor, float | Tensor]] = {}
+        for names, (totals, weights) in sums.items():
+            for name, total, weight in zip(names, totals.unbind(), weights, strict=True):
+                earlier = found.get(name, (0.0, 0.0))
+                found[name] = total + earlier[0], weight + earlier[1]
+        return found
 
 
 def measures_of(models: Iterable[nn.Module]) -> list[Measures]:
@@ -70,7 +80,8 @@ def summed_measures(kept: Sequence[Measures], names: Sequence[str], device: torc
     table = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for measures in kept:
         for name, entry in measures.take().items():
-            table[names.index(name)] += entry
+            for place, found in zip(table[names.index(name)], entry, strict=True):
+                place += found
     if names:
         dist.all_reduce(table)
     return table

@@ -25,6 +25,7 @@ _NO_KERNEL = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
     _aten.lift_fresh.default,
+    _aten._unsafe_view.default,
     _aten.set_.source_Storage_storage_offset,
     _aten.set_.source_Storage,
     _aten.set_.source_Tensor,
