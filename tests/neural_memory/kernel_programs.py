@@ -9,10 +9,9 @@ Each prints JSON. The first two need Triton.
 
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if "interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
+from unittest import mock
+
 import torch
 from torch import Tensor
 
+from tests.kernel_visits import compiling, counting
 from tests.neural_memory.test_delta_rule import everything, furthest, tokens
+from vishwamai_mp.config import MemoryConfig
+from vishwamai_mp.neural_memory import ReasoningMemoryTransformer, memory_module
 from vishwamai_mp.neural_memory.delta_rule import empty_state, momentum_delta_rule
-from vishwamai_mp.neural_memory.delta_rule_on_gpu import WARPS, DeltaRuleOnGpu, Launches
+from vishwamai_mp.neural_memory.delta_rule_on_gpu import DeltaRuleOnGpu, Launches
+from vishwamai_mp.neural_memory.levels import LevelState
+from vishwamai_mp.neural_memory.memory_module import MemoryState
+from vishwamai_mp.neural_memory.memory_on_gpu import Parameters, Surroundings
+from vishwamai_mp.runtime import triton_kernels
 
 # Tokens, chunk, rows, heads, widths of keys and values, reads, momentum, documents, carried state.
 _CASES: list[tuple[int, int, int, int, int, int, int, bool, bool, bool]] = [
@@ -81,107 +89,118 @@ def interpret() -> None:
     print(json.dumps(found))
 
 
-class _Compiled(Launches):
-    """Compiles what would be launched."""
-
-    target: int
-    wanted: str | None
-    found: dict[str, dict[str, int]]
-
-    def _launch(
-        self, name: str, grid: Any, inputs: Any, outputs: Any, sizes: Any, constants: dict[str, Any], flops: int
-    ) -> None:
-        if self.wanted not in (None, name) or name in self.found:
-            return
-        import triton
-        from triton.backends import nvidia
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        from vishwamai_mp.neural_memory import delta_rule_kernels
-
-        kernel, arguments = getattr(delta_rule_kernels, name), [*inputs, *outputs, *sizes]
-        types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-        signature = {
-            label: types[x.dtype] if isinstance(x, Tensor) else "i32"
-            for label, x in zip(kernel.arg_names, arguments, strict=False)
-        }
-        # What Triton itself finds out at a launch: pointers and sizes that 16 divides.
-        divisible = {
-            (place,): [["tt.divisibility", 16]]
-            for place, x in enumerate(arguments)
-            if isinstance(x, Tensor) or x % 16 == 0
-        }
-        source = ASTSource(
-            kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=divisible
-        )
-        options = {"num_warps": WARPS, "num_stages": 1}
-        compiled = triton.compile(source, target=GPUTarget("cuda", self.target, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            program = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-            usage = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        counts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
-        self.found[name] = {
-            "registers": int(counts["REG"]),
-            "spilled_bytes": int(counts["STACK"]) + int(counts["LOCAL"]),
-            "shared_bytes": compiled.metadata.shared,
-        }
-        print(name, self.found[name], file=sys.stderr, flush=True)
+# Tokens, rows, heads, width, levels, momentum, documents, carried state.
+_MEMORIES: list[tuple[int, int, int, int, int, bool, bool, bool]] = [
+    (37, 1, 2, 16, 2, True, True, True),
+    (18, 2, 1, 20, 3, True, True, False),
+    (5, 1, 1, 16, 1, False, False, True),
+]
 
 
-class _Counted(Launches):
-    """Adds up what would be launched."""
-
-    found: dict[str, dict[str, float]]
-
-    def _launch(
-        self, name: str, grid: Any, inputs: Any, outputs: Any, sizes: Any, constants: dict[str, Any], flops: int
-    ) -> None:
-        tensors = {id(x): x for x in (*inputs, *outputs) if isinstance(x, Tensor)}
-        moved = sum(x.numel() * x.element_size() for x in tensors.values())
-        # An H100's data sheet: 3.35 TB/s; 495 TFLOP/s of products in TF32.
-        self.found[name] = {
-            "gigabytes": moved / 1e9,
-            "teraflops": flops / 1e12,
-            "milliseconds": 1e3 * max(moved / 3.35e12, flops / 495e12),
-        }
-
-
-def roofline() -> None:
-    """One level of 16 heads, 128 wide, over 32,768 tokens in bf16, each tensor moved once."""
-    found: dict[str, dict[str, float]] = {}
-    _walk(_Counted, 32768, 16, found)
+def interpret_memories() -> None:
+    """The same for what surrounds the rule: `remember` beside the module's operators."""
+    found = {}
+    for case in _MEMORIES:
+        _, _, heads, width, levels, momentum, _, _ = case
+        module = memory_of(heads, width, levels, momentum)
+        theirs = of_memory(module, case)
+        with mock.patch.object(memory_module, "supports", return_value=True):
+            found[" ".join(map(str, case))] = furthest(of_memory(module, case), theirs)
     print(json.dumps(found))
 
 
-def _walk(kind: type[Launches], length: int, heads: int, found: dict[str, Any], **attributes: Any) -> None:
-    """All launches of the largest case: bf16, heads 128 wide, two reads, momentum and documents."""
+def memory_of(heads: int, width: int, levels: int, momentum: bool) -> ReasoningMemoryTransformer:
+    """Alone, with random values in every parameter."""
+    size = heads * width
+    config = MemoryConfig(hidden_size=size, memory_size=size, head_dim=width, num_memory_layers=levels)
+    module = ReasoningMemoryTransformer(replace(config, momentum=momentum))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return module
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(length, 1, heads, *shape, dtype=dtype, device="meta")
 
-    starts = torch.empty(length, 1, dtype=torch.bool, device="meta")
-    state = torch.empty(1, heads, 2, 128, 128, device="meta")
-    gates = [tensor(dtype=torch.float32) for _ in range(3)]
-    call = kind(64, starts, state, tensor(128), tensor(128), *gates, tensor(128), tensor(128))
-    for name, value in (attributes | {"found": found}).items():
-        setattr(call, name, value)
-    _, final, _, updates = call.forward()
-    call.backward(updates, [tensor(128), tensor(128)], final)
+def of_memory(module: ReasoningMemoryTransformer, case: tuple) -> list[Tensor]:
+    """Results and gradients of all that comes between the projections, on the module's device and in its dtype."""
+    length, rows, heads, width, levels, momentum, documents, carried = case
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(module.taps)
+
+    projected = draw(length, rows, heads, 3 * levels * width + width + levels * module.gates).requires_grad_()
+    ids = None
+    if documents:  # a document goes on from the row before; some last one token
+        ids = (torch.rand(rows, length, generator=generator) < 0.15).cumsum(1).to(projected.device)
+    state = None
+    if carried:
+        parts = 2 if momentum else 1
+        kept = [
+            LevelState(
+                draw(rows, heads, parts, width, width).float().requires_grad_(),
+                draw(rows, heads).float().requires_grad_() if momentum else None,
+            )
+            for _ in range(levels)
+        ]
+        state = MemoryState(draw(3, rows, heads, 3 * levels * width), tuple(kept))
+    module.zero_grad()
+    read, after, sums = module._remember(projected, ids, state)
+    results = [read, after.recent, *(x for level in after.levels for x in (level.memory, level.ratio))]
+    differentiable = [x for x in results if x is not None and x.requires_grad]
+    torch.autograd.backward(differentiable, [draw(*x.shape) for x in differentiable])
+    given = [] if state is None else [x for level in state.levels for x in (level.memory, level.ratio)]
+    own = [module.taps, module.gate_bias, module.read_norm, module.level_mix]
+    grads = [x.grad for x in (projected, *given, *own) if x is not None]
+    return [x.detach() for x in (*results, *sums, *grads) if x is not None]
 
 
 def compile_for(target: int, wanted: str | None) -> None:
-    """Of the launches in `_walk`."""
+    """Of the launches in `_walk`: registers, bytes on the stack, shared memory."""
     found: dict[str, dict[str, int]] = {}
-    _walk(_Compiled, 2048, 4, found, target=target, wanted=wanted)
+    _walk(compiling(found, target, wanted), 2048, 4)
     print(json.dumps(found))
+
+
+def roofline() -> None:
+    """One level of 16 heads, 128 wide, over 32,768 tokens in bf16, and a memory of three; each tensor moved once."""
+    found: dict[str, dict[str, float]] = {}
+    _walk(counting(found), 32768, 16)
+    print(json.dumps(found))
+
+
+def _walk(visit: Callable[..., None], length: int, heads: int) -> None:
+    """All launches of the largest case: bf16, heads 128 wide, momentum and documents; two reads, three levels."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    levels, width, gates = 3, 128, 3
+    features = 3 * levels * width
+    documents, recent = tensor(1, length, dtype=torch.int64), tensor(3, 1, heads, features)
+    own = Parameters(tensor(heads, 4 * features), tensor(heads, levels * gates), tensor(heads, width), tensor(heads, 3))
+    states = [tensor(1, heads, 2, width, width, dtype=torch.float32)] * levels
+    projected = tensor(length, 1, heads, features + width + levels * gates)
+    call = Surroundings(64, 1e-6, documents, recent, projected, own, states)
+    with mock.patch.object(triton_kernels, "run_kernel", visit):
+        result, kept = call.forward(None)
+        call.backward(kept, result.read, None, [None] * levels)
+        # Alone and last, for figures by name: a level that is read twice.
+        slices, opened, starts = kept[:3]
+        assert slices is not None and opened is not None  # noqa: PT018
+        rule = Launches(64, starts, states[0], *_first_level(slices, opened))
+        _, final, _, updates = rule.forward()
+        rule.backward(updates, [result.read, result.read], final)
+
+
+def _first_level(slices: Tensor, gates: Tensor) -> list[Tensor]:
+    reads, keys, values, _, later = slices.unbind(3)[:5]
+    return [keys, values, gates[1, 0], gates[2, 0], gates[0, 0], reads, later]
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "interpret":
-        interpret()
+        interpret() if len(sys.argv) < 3 else interpret_memories()
     elif sys.argv[1] == "roofline":
         roofline()
     else:

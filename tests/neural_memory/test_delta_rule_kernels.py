@@ -31,16 +31,24 @@ def test_the_interpreter_finds_the_results_and_gradients_of_the_cpu():
     assert max(found.values()) < 1e-5, found
 
 
-def test_eight_launches_a_call_whatever_its_length():
-    """And the operations of a roofline: the sequential kernels do most of them."""
+@_needs_triton
+def test_the_interpreter_finds_a_whole_memory_s_results_and_gradients():
+    """The same with convolution, gates, mix and norm, of one to three levels."""
+    found = _run("interpret", "memories")
+    assert len(found) == 3
+    assert max(found.values()) < 1e-5, found
+
+
+def test_a_roofline_knows_every_kernel():
     found = _run("roofline")
-    assert list(found) == ["prepare", "scan", "states", "scan_back", "pairs", "vectors", "finish"]
+    rule = {"prepare", "scan", "states", "scan_back", "pairs", "vectors", "finish"}
+    assert set(found) == rule | {"enter", "leave", "leave_back", "enter_back"}
     assert all(kernel["milliseconds"] > 0 for kernel in found.values())
 
 
 def test_which_cases_kernels_take(monkeypatch):
     x = torch.empty(4, 1, 2, 128, dtype=torch.bfloat16, device="meta")
-    monkeypatch.setattr("vishwamai_mp.neural_memory.delta_rule_on_gpu.is_accelerator", lambda tensor: True)
+    monkeypatch.setattr("vishwamai_mp.runtime.triton_kernels.is_accelerator", lambda tensor: True)
     assert supports([x, x], x, x)
     assert not supports([x, x, x], x, x)
     assert not supports([x.double()], x.double(), x.double())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.neural_memory.kernel_programs import memory_of, of_memory
 from tests.neural_memory.test_delta_rule import everything, furthest, tokens
 from vishwamai_mp.neural_memory.delta_rule import momentum_delta_rule
 from vishwamai_mp.neural_memory.delta_rule_on_gpu import supports
@@ -29,3 +30,16 @@ def test_results_and_gradients_are_those_of_torch(monkeypatch, dtype, apart, wid
     monkeypatch.setenv("VISHWAMAI_TRITON", "0")
     assert not supports(inputs["reads"], inputs["keys"], inputs["values"])
     assert furthest(ours, everything(momentum_delta_rule, inputs, starts, None)) < apart
+
+
+@pytest.mark.parametrize(
+    ("levels", "momentum", "documents", "carried"), [(3, True, True, True), (1, False, False, False)]
+)
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_a_whole_memory_is_that_of_torch(monkeypatch, dtype, apart, levels, momentum, documents, carried):
+    """Torch's operators round to 16 bits between convolution, mix and norm; the kernels do not."""
+    module = memory_of(2, 64, levels, momentum).to("cuda", dtype)
+    case = (300, 2, 2, 64, levels, momentum, documents, carried)
+    ours = of_memory(module, case)
+    monkeypatch.setenv("VISHWAMAI_TRITON", "0")
+    assert furthest(ours, of_memory(module, case)) < apart

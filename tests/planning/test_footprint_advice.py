@@ -153,33 +153,33 @@ def _offloaded(layers: int) -> str:
 @pytest.mark.parametrize(
     ("ranks", "stage", "batch", "overrides", "measured"),
     [  # by tools/dry_run.py with Transformer Engine's layers, MiB
-        (1, 0, 1, _BOTH, 4445),
-        (1, 0, 1, [*_BOTH, _FULL], 3913),
-        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true"], 2241),
-        (2, 0, 1, [*_BOTH, "parallel.context_parallel_size=2"], 2875),
-        (2, 0, 2, _BOTH, 3185),
-        (4, 0, 8, [*_BOTH, *_split(1, 4)], 1656),
-        (4, 3, 8, [*_BOTH, *_split(1, 4)], 1268),
+        (1, 0, 1, _BOTH, 4440),
+        (1, 0, 1, [*_BOTH, _FULL], 3910),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true"], 2239),
+        (2, 0, 1, [*_BOTH, "parallel.context_parallel_size=2"], 2873),
+        (2, 0, 2, _BOTH, 3181),
+        (4, 0, 8, [*_BOTH, *_split(1, 4)], 1640),
+        (4, 3, 8, [*_BOTH, *_split(1, 4)], 1270),
         (4, 0, 8, [*_BOTH, *_split(1, 4, 2), _FULL], 1116),
-        (2, 1, 8, [*_BOTH, *_split(1, 2), _FULL, "training.micro_batch_size=2"], 2099),
-        (8, 0, 8, [*_BOTH, *_split(2, 2), "parallel.sequence_parallel=true", _FULL], 717),
-        (8, 1, 8, [*_BOTH, *_split(2, 2, 4), "parallel.sequence_parallel=true"], 966),
-        (4, 1, 8, [_BOTH[0], *_split(2, 2), "parallel.sequence_parallel=true"], 1111),
-        (4, 0, 8, [_BOTH[1], *_split(2, 2)], 1297),
+        (2, 1, 8, [*_BOTH, *_split(1, 2), _FULL, "training.micro_batch_size=2"], 2094),
+        (8, 0, 8, [*_BOTH, *_split(2, 2), "parallel.sequence_parallel=true", _FULL], 715),
+        (8, 1, 8, [*_BOTH, *_split(2, 2, 4), "parallel.sequence_parallel=true"], 957),
+        (4, 1, 8, [_BOTH[0], *_split(2, 2), "parallel.sequence_parallel=true"], 1109),
+        (4, 0, 8, [_BOTH[1], *_split(2, 2)], 1299),
         (8, 0, 8, ["parallel.fully_sharded=true"], 958),
         (8, 0, 16, ["parallel.fully_sharded=true"], 1050),
         (8, 0, 8, ["parallel.fully_sharded=true", _FULL], 607),
         (8, 0, 16, ["parallel.fully_sharded=true", _FULL], 653),
         (16, 0, 16, ["parallel.fully_sharded=true", _FULL, "model.num_layers=32"], 601),
-        (8, 0, 8, [*_BOTH, "parallel.fully_sharded=true", _FULL], 673),
+        (8, 0, 8, [*_BOTH, "parallel.fully_sharded=true", _FULL], 669),
         (4, 0, 4, ["parallel.fully_sharded=true", _FULL, *_LOGITS], 551),
         (1, 0, 1, _MLP, 3822),
-        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", *_MLP], 2093),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", *_MLP], 2091),
         (8, 0, 8, ["parallel.fully_sharded=true", *_MLP], 701),
         (1, 0, 2, [*_MLP, "precision=fp8_delayed"], 4185),
         (1, 0, 1, [_FULL, "training.recompute_layers=4"], 4004),
-        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", _FULL, "training.recompute_layers=6"], 2136),
-        (4, 0, 8, [*_BOTH, *_split(1, 4), _FULL, "training.recompute_layers=2"], 1427),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", _FULL, "training.recompute_layers=6"], 2135),
+        (4, 0, 8, [*_BOTH, *_split(1, 4), _FULL, "training.recompute_layers=2"], 1411),
         (4, 0, 8, [*_BOTH, *_split(1, 4, 2), _FULL, "training.recompute_layers=1"], 1402),
         (8, 0, 8, ["parallel.fully_sharded=true", _FULL, "training.recompute_layers=8"], 730),
         (8, 0, 8, ["parallel.fully_sharded=true", _FULL, "training.recompute_layers=14"], 607),
@@ -191,14 +191,14 @@ def _offloaded(layers: int) -> str:
         (8, 0, 16, ["parallel.fully_sharded=true", _BF16], 1036),
         (1, 0, 1, [_offloaded(15)], 3660),
         (1, 0, 1, [_offloaded(8)], 3874),
-        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", _offloaded(12)], 2033),
-        (4, 0, 8, [*_BOTH, *_split(1, 4), _offloaded(3)], 1305),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", _offloaded(12)], 2028),
+        (4, 0, 8, [*_BOTH, *_split(1, 4), _offloaded(3)], 1290),
         (1, 0, 1, [_NARROW], 3334),
         (1, 0, 1, [_HOST], 2550),
         (2, 0, 2, [_NARROW, _HOST], 2157),
         (1, 0, 1, [_HOST, _FULL, _BF16], 2448),
-        (4, 3, 8, [*_BOTH, *_split(1, 4), _NARROW, _HOST], 811),
-        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", _NARROW], 1821),
+        (4, 3, 8, [*_BOTH, *_split(1, 4), _NARROW, _HOST], 812),
+        (2, 0, 1, [*_BOTH, *_split(2), "parallel.sequence_parallel=true", _NARROW], 1819),
         (8, 0, 8, ["parallel.fully_sharded=true", _NARROW, _FULL], 509),
         (8, 0, 16, ["parallel.fully_sharded=true", _HOST, _FULL], 457),
         (2, 0, 1, [*_split(2), *_OVERLAP], 2175),
@@ -214,7 +214,7 @@ def _offloaded(layers: int) -> str:
         (1, 0, 1, [_LORA, "lora.targets=[linear_proj]"], 826),
         (1, 0, 1, [_LORA, _FULL], 557),
         (2, 0, 1, [_LORA, *_split(2), "parallel.sequence_parallel=true"], 589),
-        (2, 1, 4, [_LORA, *_BOTH, *_split(1, 2)], 786),
+        (2, 1, 4, [_LORA, *_BOTH, *_split(1, 2)], 784),
         (1, 0, 2, ["training.freeze=[embedding]"], 3860),
     ],
 )
@@ -229,8 +229,8 @@ def test_the_simulated_peak_with_components(ranks, stage, batch, overrides, meas
 @pytest.mark.parametrize(
     ("precision", "peaks"),
     [  # by tools/dry_run.py --all-stages with Transformer Engine's layers, MiB
-        ("bf16", [22358, 24319, 21966, 23389, 23188, 21278, 23279, 21155]),
-        ("fp8_delayed", [24795, 27155, 24403, 25768, 25948, 23692, 26028, 23584]),
+        ("bf16", [22358, 24209, 21966, 23279, 23188, 21278, 23169, 21155]),
+        ("fp8_delayed", [24795, 27046, 24403, 25659, 25948, 23692, 25918, 23584]),
     ],
 )
 def test_the_flagships_stages(precision, peaks):
@@ -243,6 +243,6 @@ def test_the_flagships_stages(precision, peaks):
 
 
 def test_a_stage_of_the_flagship_in_nvfp4():
-    """The fourth, by tools/dry_run.py: 24531 MiB."""
+    """The fourth, by tools/dry_run.py: 24422 MiB."""
     config = configure("vishwamai-120l", 4096, *_BOTH, "precision=nvfp4")
-    assert stage_memory(config, 4096, 3, on_gpu=True).total / 2**20 == pytest.approx(24531, rel=0.025)
+    assert stage_memory(config, 4096, 3, on_gpu=True).total / 2**20 == pytest.approx(24422, rel=0.025)

@@ -131,6 +131,11 @@ def test_a_component_launches_as_many_kernels_whatever_the_length(found, compone
     assert found[f"{component}, 32 tokens"]["launches"] == found[f"{component}, 2048 tokens"]["launches"]
 
 
+def test_a_memory_launches_few_kernels(found):
+    """Two forward passes of two levels: per pass 12 of torch's norm, and what is left of operators and kernels."""
+    assert found["memory, 2048 tokens"]["launches_by_part"]["ReasoningMemoryTransformer"] <= 2 * (12 + 20)
+
+
 _wait = dist.Work.wait
 
 

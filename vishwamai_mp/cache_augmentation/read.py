@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vishwamai_mp.cache_augmentation.reading_on_gpu import ReadOnGpu, supports
 from vishwamai_mp.runtime import multiplies_natively
 from vishwamai_mp.runtime.device import at_once
 
@@ -103,7 +104,8 @@ def read(q_GMQK: Tensor, latents: Latents, plan: Everything | Chosen, real_GMQ: 
         plan: who may read what.
         real_GMQ: which queries count in the mass; None: no mass is wanted.
     """
-    return Reading(*_Read.apply(q_GMQK, *latents, plan, real_GMQ))
+    way = ReadOnGpu if supports(q_GMQK, latents.keys, latents.values) else _Read
+    return Reading(*way.apply(q_GMQK, *latents, plan, real_GMQ))
 
 
 class _Read(torch.autograd.Function):

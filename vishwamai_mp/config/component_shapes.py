@@ -7,6 +7,7 @@ from vishwamai_mp.config.schema import CacheConfig, MemoryConfig
 
 CONVOLUTION_TAPS = 4  # of the memory's short convolution, in tokens
 IMPORTANCE_WIDTH = 8  # of the cache's importance net, per head
+WIDEST_CACHE_HEAD = 512  # that kernels read on GPUs: for wider ones they would spill registers
 
 
 def memory_widths(memory: MemoryConfig) -> tuple[int, int]:

@@ -35,10 +35,11 @@ _LOSS = 5e-3  # by which losses of two layouts may differ in bf16, as a share
 _RESUMED = 1e-3  # by which those of a resumed run may: GPUs add up in no fixed order
 _SPEED, _MEMORY = 0.5, 1.15  # of what is predicted: at least so fast, at most so much
 _SECONDS = 240  # that a trial may take; a GPU that hangs must not hold the rest up
-# Transformer Engine's quantizers against the emulation, and the memory's kernels against torch's operators.
+# Transformer Engine's quantizers against the emulation, and the components' kernels against torch's operators.
 _TESTS = {
     "FP8 operands": "tests/precision/test_gpu.py",
     "memory kernels": "tests/neural_memory/test_kernels_on_gpu.py",
+    "cache kernels": "tests/cache_augmentation/test_reading_on_gpu.py",
 }
 _RECIPE: dict[str, Any] = {
     "model": {

@@ -1,48 +1,30 @@
 """The momentum delta rule by the kernels of `delta_rule_kernels.py`: which cases they take, and their launches.
 
-On the simulated accelerator the same launches are noted, with their floating-point operations, and nothing runs;
-Triton is not needed there.
-
 Shapes: as in `delta_rule_kernels.py`.
 """
 
-import os
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vishwamai_mp.runtime.device import is_accelerator
-from vishwamai_mp.runtime.simulated.kernel import launch
+from vishwamai_mp.runtime import triton_kernels
+from vishwamai_mp.runtime.triton_kernels import kernels_take, power_of_two
 
 _WIDEST = 128
-WARPS = 8
-_COLUMNS = 16  # of the state, for one program that goes from chunk to chunk; with 32 it spills five times as much
+_WARPS = 8
+# Of the state, for one program that goes from chunk to chunk: with 16, `scan` needs more registers than there are. In
+# four warps two such programs fit on a multiprocessor, so that all of them run at once.
+_COLUMNS, _COLUMN_WARPS = 8, 4
 
 
 def supports(reads: Sequence[Tensor], keys: Tensor, values: Tensor) -> bool:
     """Whether the kernels compute this case; if not, torch's operators do, on any device.
 
-    They take one or two reads in fp32, bf16 or fp16 and heads up to 128 wide, on a GPU where Triton is installed. The
-    environment variable VISHWAMAI_TRITON=0 leaves them out.
+    They take one or two reads and heads up to 128 wide, where kernels run at all.
     """
-    return (
-        is_accelerator(keys)
-        and all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in (keys, values, *reads))
-        and max(keys.shape[-1], values.shape[-1]) <= _WIDEST
-        and len(reads) <= 2
-        and os.environ.get("VISHWAMAI_TRITON") != "0"
-        and (keys.device.type != "cuda" or _has_triton())
-    )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return kernels_take(keys, values, *reads) and max(keys.shape[-1], values.shape[-1]) <= _WIDEST and len(reads) <= 2
 
 
 class DeltaRuleOnGpu(torch.autograd.Function):
@@ -52,6 +34,7 @@ class DeltaRuleOnGpu(torch.autograd.Function):
     def forward(ctx: Any, chunk_size: int, starts: Tensor | None, state: Tensor, *tokens: Tensor | None) -> Any:
         call = Launches(chunk_size, starts, state.contiguous(), *tokens)
         outputs, final, surprise, updates = call.forward()
+        surprise = surprise.sum()
         ctx.chunk_size = chunk_size
         ctx.save_for_backward(starts, state, updates, *tokens)
         ctx.mark_non_differentiable(surprise)
@@ -88,19 +71,27 @@ class Launches:
         self.starts = None if starts is None else starts.contiguous().view(torch.uint8)
         self.length, self.batch, self.heads, self.width = keys.shape
         self.value_width, self.rows = values.shape[-1], self.batch * self.heads
-        self.chunk = min(32, max(16, _power_of_two(min(chunk_size, self.length))))
+        self.chunk = min(32, max(16, power_of_two(min(chunk_size, self.length))))
         self.chunks = -(-self.length // self.chunk)
         self.parts = state.shape[2]
-        self.key_block, self.value_block = _power_of_two(self.width), _power_of_two(self.value_width)
+        self.key_block, self.value_block = power_of_two(self.width), power_of_two(self.value_width)
         self.precision = "tf32x3" if values.dtype == torch.float32 else "tf32"
 
-    def forward(self) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """What was read, (T, B, H, V) each; the last state; Σ‖u‖²; U."""
+    def forward(
+        self, outputs: list[Tensor] | None = None, surprise: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """What was read, (T, B, H, V) each; the last state; numbers that add up to Σ‖u‖²; U.
+
+        Args:
+            outputs: contiguous, where to put what was read; new ones if None.
+            surprise: likewise, as many numbers as `surprise_count`.
+        """
         prepared = self._prepare()
-        outputs = [torch.empty_like(self.values, memory_format=torch.contiguous_format) for _ in self.reads]
+        if outputs is None:
+            outputs = [torch.empty_like(self.values, memory_format=torch.contiguous_format) for _ in self.reads]
         final, updates = torch.empty_like(self.state), self._new(self.chunks * self.chunk, self.value_width)
         grid = self._columns_grid()
-        surprise = self._new(grid[0])
+        surprise = self._new(grid[0]) if surprise is None else surprise
         self._launch(
             "scan",
             grid,
@@ -110,16 +101,33 @@ class Launches:
             self._constants("KP", "VB", "READS", "MOMENTUM"),
             self._state_products(1 + len(self.reads)) + self._state_products(1) + self._pair_products(1, True),
         )
-        return outputs, final, surprise.sum(), updates
+        return outputs, final, surprise, updates
 
-    def backward(self, updates: Tensor, d_outputs: list[Tensor], d_final: Tensor) -> tuple[Tensor | None, ...]:
+    @property
+    def surprise_count(self) -> int:
+        return self.rows * self._columns_grid()[0]
+
+    def backward(
+        self,
+        updates: Tensor,
+        d_outputs: list[Tensor],
+        d_final: Tensor,
+        into: Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of the state and of `tokens`.
 
         Args:
             updates: U, as `forward` gave it.
             d_outputs: of what was read, contiguous.
             d_final: of the last state, contiguous.
+            into: contiguous, where to put the gradients of `tokens`; new ones if None.
         """
+        if into is None:
+            given = (self.keys, self.values, self.log_forget, self.log_momentum, self.rate, *self.reads)
+            into = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
+        d_keys, d_values, d_log_forget, d_log_momentum, d_rate, *others = into
+        d_reads = [read for read in others if read is not None]
+        assert d_keys is not None and d_values is not None and d_log_forget is not None and d_rate is not None  # noqa: PT018
         columns, scales, inverse, scores = prepared = self._prepare()
         count = len(self.reads)
         before = self._new(self.chunks, self.parts, self.width, self.value_width)
@@ -134,7 +142,6 @@ class Launches:
             self._constants("KP", "VB", "MOMENTUM"),
             self._state_products(1),
         )
-        d_values = torch.empty_like(self.values, memory_format=torch.contiguous_format)
         self._launch(
             "scan_back",
             self._columns_grid(),
@@ -146,7 +153,7 @@ class Launches:
         )
         del inverse, scores, prepared
         d_products = self._new(self.chunks, 1 + count, self.chunk, self.chunk)
-        d_reach, d_rate = self._new(self.chunks, 2, self.chunk, self.chunk), torch.empty_like(self.rate)
+        d_reach = self._new(self.chunks, 2, self.chunk, self.chunk)
         gates = [self.log_forget, self._momentum(), self.rate, self._starts()]
         sizes = [self.length, self.rows, self.heads, self.batch, self.width]
         self._launch(
@@ -170,14 +177,17 @@ class Launches:
             self._state_products(2 + count) + self._pair_products(1 + 2 * count),
         )
         del before, after, d_products
-        d_keys, *d_reads = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.keys, *self.reads))
-        d_log_forget = torch.empty_like(self.log_forget)
-        d_log_momentum = None if self.log_momentum is None else torch.empty_like(self.log_momentum)
         self._launch(
             "finish",
             (self.chunks, self.rows),
             [*keys, *reads, *gates, columns, scales, d_units, d_columns, d_scales, d_reach],
-            [d_keys, *_pair(d_reads), d_log_forget, d_log_forget if d_log_momentum is None else d_log_momentum, d_rate],
+            [
+                d_keys,
+                *_pair(d_reads),
+                d_log_forget,
+                d_log_forget if d_log_momentum is None else d_log_momentum,
+                d_rate,
+            ],
             [*sizes, self.chunks],
             self._constants("KP", "READS", "MOMENTUM", "STARTS"),
             self._decay_products(4),
@@ -214,12 +224,10 @@ class Launches:
         constants: dict[str, Any],
         flops: int,
     ) -> None:
-        if self.keys.device.type == "simulated":
-            tensors = [x for x in (*inputs, *outputs) if isinstance(x, Tensor)]
-            launch(f"delta_rule_{name}", *tensors, flops=flops)
-            return
-        kernels = import_module("vishwamai_mp.neural_memory.delta_rule_kernels")
-        getattr(kernels, name)[grid](*inputs, *outputs, *sizes, **constants, num_warps=WARPS, num_stages=1)
+        warps = _COLUMN_WARPS if "VB" in constants else _WARPS
+        triton_kernels.run_kernel(
+            "neural_memory.delta_rule_kernels", name, grid, inputs, outputs, sizes, constants, flops, warps
+        )
 
     def _constants(self, *names: str) -> dict[str, Any]:
         values = {
@@ -262,11 +270,6 @@ class Launches:
     def _inverse_products(self) -> int:
         joins = {16: 0, 32: 1}[self.chunk]
         return 2 * joins * 2 * self.rows * self.chunks * self.chunk**3
-
-
-def _power_of_two(size: int) -> int:
-    """The next one that is at least 16, the least side of a matrix that tensor cores take."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _by_rows(x: Tensor) -> Tensor:

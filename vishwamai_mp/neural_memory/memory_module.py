@@ -5,6 +5,7 @@ rows, B rows, D width, H heads (of this tensor parallel rank; under context para
 width, L levels, G gates of a level, J taps of the convolution.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
@@ -24,7 +25,8 @@ from vishwamai_mp.config.component_shapes import memory_widths
 from vishwamai_mp.neural_memory.carried_state import CarriedState
 from vishwamai_mp.neural_memory.convolution import causal_convolution
 from vishwamai_mp.neural_memory.gates import gate_count, initial_biases
-from vishwamai_mp.neural_memory.levels import LevelReport, LevelState, run_levels
+from vishwamai_mp.neural_memory.levels import LevelState, run_levels
+from vishwamai_mp.neural_memory.memory_on_gpu import Parameters, remember, supports
 from vishwamai_mp.neural_memory.token_exchange import gather_tokens, scatter_tokens
 from vishwamai_mp.runtime.measures import Measures
 
@@ -108,7 +110,7 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
         self.gate_bias = self.of_heads(torch.tensor(initial_biases(self.levels, config.momentum)))
         self.read_norm = self.of_heads(torch.ones(self.head_dim))
         self.level_mix = self.of_heads(torch.zeros(self.levels)) if self.levels > 1 else None
-        self.measures = Measures(*self._measure_names())
+        self.measures = Measures(*self._level_measures(), "memory_read", "memory_mix_loss")
         self.carried = CarriedState(megatron) if config.carry_state else None
 
     def _initial_taps(self) -> Tensor:
@@ -123,8 +125,9 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
 
     def _own_heads(self, parameter: Tensor) -> Tensor:
         """(H, ·) of the heads whose tokens this context parallel rank works on."""
+        heads = self.heads // self.groups.cp.size()
         by_head = parameter.view(self.heads, -1)
-        return by_head.chunk(self.groups.cp.size())[self.groups.cp.rank()]
+        return by_head if heads == self.heads else by_head.narrow(0, heads * self.groups.cp.rank(), heads)
 
     def forward(
         self, hidden: Tensor, documents: Tensor | None = None, state: MemoryState | None = None
@@ -142,69 +145,93 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
             (S, B, D) and the state after these tokens.
         """
         projected, _ = self.projection(self.norm(hidden))
-        projected = projected.unflatten(-1, (self.heads, -1))
-        inputs, read_gate, logits = projected.split([self.convolved, self.head_dim, self.levels * self.gates], dim=-1)
-        inputs, logits = (gather_tokens(x, self.groups.cp) for x in (inputs, logits))
-        starts = None if documents is None else _document_starts(documents)
+        projected = gather_tokens(projected.unflatten(-1, (self.heads, -1)), self.groups.cp)
         carrying = self.carried is not None and self.training
         if self.carried is not None and carrying:
-            state = self.carried.before(inputs.shape[1])
-        read, after, reports = self._remember(inputs, logits, starts, state)
+            state = self.carried.before(projected.shape[1])
+        read, after, sums = self._remember(projected, documents, state)
         if self.carried is not None and carrying:
             self.carried.keep(after)
-        read = scatter_tokens(read, self.groups.cp)
-        weight = self.read_norm.view(self.heads, self.head_dim)
-        normed = F.rms_norm(read, (self.head_dim,), eps=self.config.layernorm_epsilon) * weight
-        gate = read_gate.sigmoid()
-        out, _ = self.output((gate * normed).flatten(-2))
+        out, _ = self.output(scatter_tokens(read, self.groups.cp).flatten(-2))
         if self.training and torch.is_grad_enabled():
-            self._measure(reports, logits.shape[:3].numel(), gate)
-            out = self._attach_loss(out, tokens=logits.shape[:2].numel())
+            tokens = projected.shape[0] * projected.shape[1]
+            counts = [tokens * projected.shape[2]] * (3 * self.levels)
+            self.measures.add_all([*self._level_measures(), "memory_read"], sums, [*counts, read.numel()])
+            out = self._attach_loss(out, tokens)
         return hidden + F.dropout(out, self.memory_config.dropout, self.training), after
 
     def _remember(
-        self, inputs: Tensor, logits: Tensor, starts: Tensor | None, state: MemoryState | None
-    ) -> tuple[Tensor, MemoryState, list[LevelReport]]:
-        """Convolve, write and read: (T, B, H, 3·L·K) and (T, B, H, L·G) → (T, B, H, K)."""
+        self, projected: Tensor, documents: Tensor | None, state: MemoryState | None
+    ) -> tuple[Tensor, MemoryState, Sequence[Tensor] | Tensor]:
+        """Convolve, write, read, mix and gate: (T, B, H, ·) → (T, B, H, K). With sums for `_level_measures` and of the
+        read gate, by whole tokens in training."""
+        mix = None if self.level_mix is None else self._own_heads(self.level_mix)
+        taps, gate_bias, read_norm = (self._own_heads(x) for x in (self.taps, self.gate_bias, self.read_norm))
+        own = Parameters(taps, gate_bias, read_norm, mix)
+        if not supports(projected, own):
+            return self._by_operators(projected, own, documents, state)
+        recent, ratios = None, None
+        if state is not None:
+            recent, memories = state.recent, [level.memory for level in state.levels]
+            held = [level.ratio for level in state.levels if level.ratio is not None]
+            ratios = torch.stack(held) if held else None
+        else:
+            parts = 2 if self.gates == 3 else 1
+            shape = (self.levels, *projected.shape[1:3], parts, self.head_dim, self.head_dim)
+            memories = list(projected.new_zeros(shape, dtype=torch.float32).unbind())
+        found = remember(
+            projected,
+            own,
+            documents,
+            recent,
+            ratios,
+            memories,
+            self.memory_config.chunk_size,
+            self.config.layernorm_epsilon,
+        )
+        after: Sequence[Tensor | None] = found.ratios.unbind() if self.gates == 3 else [None] * self.levels
+        levels = [LevelState(memory, ratio) for memory, ratio in zip(found.memories, after, strict=True)]
+        return found.read, MemoryState(found.recent, tuple(levels)), found.sums
+
+    def _by_operators(
+        self, projected: Tensor, own: Parameters, documents: Tensor | None, state: MemoryState | None
+    ) -> tuple[Tensor, MemoryState, Sequence[Tensor]]:
+        inputs, read_gate, logits = projected.split([self.convolved, self.head_dim, self.levels * self.gates], dim=-1)
+        starts = None if documents is None else _document_starts(documents)
         heads = inputs.shape[2]
         flat = inputs.flatten(2)
         before = None if state is None else state.recent.flatten(2)
-        taps = self._own_heads(self.taps).unflatten(-1, (-1, TAPS)).flatten(0, 1).t().contiguous()
-        documents = None if starts is None else F.pad(starts.cumsum(0), (0, 0, TAPS - 1, 0))
-        mixed = causal_convolution(flat, taps, before, documents)
+        taps = own.taps.unflatten(-1, (-1, TAPS)).flatten(0, 1).t().contiguous()
+        counted = None if starts is None else F.pad(starts.cumsum(0), (0, 0, TAPS - 1, 0))
+        mixed = causal_convolution(flat, taps, before, counted)
         parts = mixed.unflatten(-1, (heads, 3 * self.levels, self.head_dim)).unbind(3)
-        bias = self._own_heads(self.gate_bias)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        opened = (logits.to(wide) + bias.to(wide)).unflatten(-1, (self.levels, self.gates))
+        opened = (logits.to(wide) + own.gate_bias.to(wide)).unflatten(-1, (self.levels, self.gates))
         outputs, levels, reports = run_levels(
             parts, opened, starts, state.levels if state else None, self.memory_config.chunk_size
         )
         read = outputs[0]
-        if self.level_mix is not None:
-            mix = self._own_heads(self.level_mix).softmax(-1)[..., None].unbind(1)
+        if own.level_mix is not None:
+            mix = own.level_mix.softmax(-1)[..., None].unbind(1)
             read = outputs[0] * mix[0]
             for out, share in zip(outputs[1:], mix[1:], strict=True):
                 read = read + out * share
-        recent = _last_tokens(flat, before, documents).unflatten(-1, (heads, -1))
-        return read, MemoryState(recent, tuple(levels)), reports
+        normed = F.rms_norm(read, (self.head_dim,), eps=self.config.layernorm_epsilon) * own.read_norm
+        gate = read_gate.sigmoid()
+        sums: list[Tensor] = []
+        if self.training and torch.is_grad_enabled():
+            sums = [getattr(report, name) for name in _REPORTED for report in reports]
+            sums.append(gate.detach().sum(dtype=torch.float32))
+        recent = _last_tokens(flat, before, counted).unflatten(-1, (heads, -1))
+        return gate * normed, MemoryState(recent, tuple(levels)), sums
 
     def reset_memory(self) -> None:
         """Forget what is carried from micro-batch to micro-batch (`carry_state`)."""
         if self.carried is not None:
             self.carried.reset()
 
-    def _measure_names(self) -> list[str]:
-        each = [f"memory_{name}_{level + 1}" for name in _REPORTED for level in range(self.levels)]
-        return [*each, "memory_read", "memory_mix_loss"]
-
-    @torch.no_grad()
-    def _measure(self, reports: list[LevelReport], count: int, gate: Tensor) -> None:
-        found = [getattr(report, name) for name in _REPORTED for report in reports]
-        names = self._measure_names()[: len(found)]
-        weights = [count] * len(found)
-        self.measures.add_all(
-            [*names, "memory_read"], [*found, gate.sum(dtype=torch.float32)], [*weights, gate.numel()]
-        )
+    def _level_measures(self) -> list[str]:
+        return [f"memory_{name}_{level + 1}" for name in _REPORTED for level in range(self.levels)]
 
     def _attach_loss(self, out: Tensor, tokens: int) -> Tensor:
         """Add `loss_weight` × (ln L − entropy of the level mix), a mean over heads: least where all levels are used."""

@@ -2,11 +2,12 @@
 
 Heads are split over tensor and context parallel ranks; norm and output are as wide as the residual stream. The
 coefficients are bytes per token in 16 bits (twice that in fp32), read off the simulated accelerator for several widths,
-heads, levels, latents and segments: what autograd keeps of projections, convolution and gates has no shorter formula.
+heads, levels, latents and segments. The memory's are those of its kernels: projections, what the convolution made of
+them, gates, writes, what was read. Torch's operators, and so CPUs, keep about a quarter more of it.
 """
 
 from vishwamai_mp.config import PretrainConfig
-from vishwamai_mp.config.component_shapes import cache_heads
+from vishwamai_mp.config.component_shapes import WIDEST_CACHE_HEAD, cache_heads
 from vishwamai_mp.planning.neural_memory_costs import heads as memory_heads
 
 
@@ -28,15 +29,20 @@ def _memory(config: PretrainConfig) -> float:
     memory = config.memory
     heads, levels = memory_heads(memory), memory.num_memory_layers
     assert memory.memory_size is not None
-    per_level = 22.1 * memory.memory_size + (72 * heads if memory.momentum else 0)
-    return levels * per_level + 6.7 * memory.memory_size + 14 * heads
+    per_level = 18 * memory.memory_size + (18 if memory.momentum else 16) * heads
+    return levels * per_level + 4 * memory.memory_size
 
 
 def _cache(config: PretrainConfig) -> float:
     cache = config.cache
     assert cache.hidden_size is not None
     latents, share = cache.latents_per_segment, cache.latents_per_segment / cache.segment_length
-    return cache.hidden_size * (8.06 + 4 * share) + cache_heads(cache) * (12 + 10.4 * latents + 84 * share)
+    kept = cache.hidden_size * (8.06 + 4 * share) + cache_heads(cache) * (12 + 10.4 * latents + 84 * share)
+    if (
+        cache.hidden_size // cache_heads(cache) <= WIDEST_CACHE_HEAD
+    ):  # then kernels read: they keep what was read, and more
+        kept += 2 * cache.hidden_size + 4 * cache_heads(cache)
+    return kept
 
 
 def components_on_stage(

@@ -31,10 +31,13 @@ class Measures:
         """Count `total`, a sum over `weight` items. Call it where gradients are on: recomputed layers run twice."""
         self.add_all([name], [total], [weight])
 
-    def add_all(self, names: Sequence[str], totals: Sequence[Tensor], weights: Sequence[float | Tensor]) -> None:
+    def add_all(
+        self, names: Sequence[str], totals: Sequence[Tensor] | Tensor, weights: Sequence[float | Tensor]
+    ) -> None:
         """The same for several, which cost a device no more than one. Weights that are numbers cost it nothing."""
         assert set(names) <= set(self.names), f"{', '.join(names)} is not among {self.names}"
-        entry, counts = torch.stack([total.detach() for total in totals]).double(), list(weights)
+        together = totals if isinstance(totals, Tensor) else torch.stack(list(totals))
+        entry, counts = together.detach().double(), list(weights)
         key = tuple(names)
         if key in self._sums:
             earlier, before = self._sums[key]
