@@ -92,3 +92,15 @@ def test_what_unpacks_to_too_much_is_not_spooled(tmp_path):
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(bytes(1 << 24)))
     with pytest.raises(UserError, match=r"a\.parquet\.gz: unpacks to over 100 times its size"):
         list(read_documents([tmp_path / "a.parquet.gz"]))
+
+
+def test_a_footer_that_ends_the_process_is_refused(tmp_path, capfd):
+    """A column that may be null, by its levels, and may not, by its schema: pyarrow aborts."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
+    whole, optional = path.read_bytes(), b"\x25\x02\x18\x04text"
+    assert whole.count(optional) == 1
+    path.write_bytes(whole.replace(optional, b"\x25\x00\x18\x04text"))
+    with pytest.raises(UserError, match=r"a\.parquet: not a whole parquet file: its footer is damaged"):
+        list(read_documents([path]))
+    assert capfd.readouterr() == ("", "")

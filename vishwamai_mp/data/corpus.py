@@ -252,7 +252,7 @@ def read_records(part: Part) -> Iterator[tuple[str, Any] | Malformed]:
         try:
             record = json.loads(line.decode())
         except UnicodeDecodeError as error:
-            yield Malformed(where, _not_utf8(error))
+            yield Malformed(where, _not_utf8(error, number == 1))
         except json.JSONDecodeError as error:
             array = "; one JSON object per line is needed, not an array" if line.lstrip().startswith(b"[") else ""
             yield Malformed(where, f"not JSON: {error.msg} at column {error.colno}{array}")
@@ -286,7 +286,7 @@ def _read_texts(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malform
         text = part.data.decode()
     except UnicodeDecodeError as error:
         line = part.data.count(b"\n", 0, error.start) + part.first
-        yield Malformed(f"{part.path}:{line}", _not_utf8(error))
+        yield Malformed(f"{part.path}:{line}", _not_utf8(error, part.first == 1))
         return
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + part.first
@@ -311,7 +311,7 @@ def _read_rows(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Malforme
         try:
             texts = [value if value is None else value.decode() for value in values]
         except UnicodeDecodeError as error:
-            yield Malformed(f"{part.path}:row {row}", _not_utf8(error))
+            yield Malformed(f"{part.path}:row {row}", _not_utf8(error, begins_file=False))
             continue
         reason = next(filter(None, map(unusable, keys, texts)), None)
         yield Malformed(f"{part.path}:row {row}", reason) if reason else cast(list[str], texts)
@@ -336,8 +336,8 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "null")
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
+def _not_utf8(error: UnicodeDecodeError, begins_file: bool) -> str:
     for beginning, what in _BEGINNINGS.items():
-        if error.object.startswith(beginning):
+        if begins_file and error.object.startswith(beginning):
             return what
     return f"broken UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"

@@ -1,5 +1,8 @@
 """Texts in parquet files, in slices whose size in memory is bounded, however well a file is packed."""
 
+import faulthandler
+import os
+import resource
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +41,7 @@ def row_blocks(
             stream = spool
         try:
             metadata = pyarrow.parquet.read_metadata(stream)
+            _check_footer(path, metadata)
             _check_columns(path, metadata.schema.to_arrow_schema(), columns)
             _check_row_groups(path, metadata, columns, max_document_bytes)
             size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
@@ -128,6 +132,24 @@ def _as_bytes(batch: "pyarrow.RecordBatch") -> bytes:
     with pyarrow.ipc.new_stream(sink, decoded.schema) as writer:
         writer.write_batch(decoded)
     return sink.getvalue().to_pybytes()
+
+
+def _check_footer(path: Path, metadata: "pyarrow.parquet.FileMetaData") -> None:
+    """What is said of each column is looked at by a child first: of a damaged footer it can end the process, for
+    pyarrow does not turn that error of its C++ part into an exception."""
+    child = os.fork()
+    if not child:
+        try:
+            faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where C++ says why it ends
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                for number in range(group.num_columns):
+                    group.column(number)
+        finally:
+            os._exit(0)  # an exception is for the parent, which will meet it too
+    if os.waitpid(child, 0)[1]:
+        raise UserError(f"{path}: not a whole parquet file: its footer is damaged")
 
 
 def _check_columns(path: Path, schema: "pyarrow.Schema", keys: Sequence[str]) -> None:
