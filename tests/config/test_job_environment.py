@@ -1,9 +1,11 @@
 """A launcher's environment is read as a whole or refused."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from vishwamai_mp.config import ConfigError
-from vishwamai_mp.config.job_environment import job_size
+from vishwamai_mp.config.job_environment import check_own_gpu, job_size
 
 _WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -49,3 +51,22 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, change: dic
     with pytest.raises(ConfigError, match=said) as refused:
         read(monkeypatch, **{**_WHOLE, **change})
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "said"),
+    [
+        (_WHOLE, 8, "LOCAL_RANK is not in the environment: .* first of its 8 GPUs"),
+        ({**_WHOLE, "LOCAL_RANK": "2"}, 2, "LOCAL_RANK=2 in the environment: this process sees 2 GPUs"),
+        ({"LOCAL_RANK": "1"}, 1, "LOCAL_RANK=1 in the environment: this process sees 1 GPU;"),
+        ({**_WHOLE, "LOCAL_RANK": "1"}, 2, None),
+        (_WHOLE, 1, None),
+        ({}, 8, None),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], gpus: int, said: str | None
+) -> None:
+    read(monkeypatch, **given)
+    with pytest.raises(ConfigError, match=said) if said else nullcontext():
+        check_own_gpu(gpus)

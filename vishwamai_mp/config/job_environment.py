@@ -38,6 +38,29 @@ def job_size() -> int | None:
     return size
 
 
+def check_own_gpu(gpus: int) -> None:
+    """Refuse to share a GPU with another process of the job by oversight, or to take one that is not there.
+
+    Args:
+        gpus: of this machine, as far as this process sees them.
+
+    Raises:
+        ConfigError: LOCAL_RANK is missing, or beyond the GPUs.
+    """
+    if "LOCAL_RANK" in os.environ:
+        local = _number("LOCAL_RANK", 0)
+        if local >= gpus:
+            raise ConfigError(
+                f"LOCAL_RANK={local} in the environment: this process sees {gpus} GPU{'s' if gpus > 1 else ''}; start as"
+                " many processes on a machine as it has GPUs, and check CUDA_VISIBLE_DEVICES"
+            )
+    elif gpus > 1 and (job_size() or 1) > 1:
+        raise ConfigError(
+            f"LOCAL_RANK is not in the environment: each process of this machine would take the first of its {gpus} GPUs;"
+            " start the job with torchrun, or set it (under srun: LOCAL_RANK=$SLURM_LOCALID)"
+        )
+
+
 def _number(name: str, least: int) -> int:
     text = os.environ.get(name, "").strip()
     if not (text.isascii() and text.isdigit()) or int(text) < least:
