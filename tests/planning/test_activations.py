@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.planning.activations import layer_activations, stage_activations
+from vishwamai_mp.runtime.device import cpu_multiplies
 
 # Wide enough that what the formulae leave out (positions, masks, one number per token here and there) is little.
 SETTINGS = [
@@ -54,13 +56,15 @@ def kept_of_a_layer(workers: Any, processes: int, overrides: list[str]) -> list[
 
 _TENSOR = "parallel.tensor_model_parallel_size=2"
 _SEQUENCE = "parallel.sequence_parallel=true"
+# Where it is not multiplied, attention computes in fp32 and keeps its weights so.
+_NEEDS_BF16 = pytest.mark.skipif(not cpu_multiplies(torch.bfloat16), reason="the CPU multiplies no bf16")
 
 
 @pytest.mark.parametrize(
     ("processes", "overrides"),
     [
         (1, []),
-        (1, ["precision=bf16"]),
+        pytest.param(1, ["precision=bf16"], marks=_NEEDS_BF16),
         (1, ["model.num_key_value_heads=8"]),
         (1, ["training.recompute=selective"]),
         (1, ["training.recompute=selective", "training.recompute_modules=[core_attn,mlp]"]),

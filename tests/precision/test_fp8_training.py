@@ -12,7 +12,7 @@ import torch
 from tests.synthetic import tiny_corpus
 from tests.training import layouts
 from tests.training.runs import VOCAB, train
-from vishwamai_mp.precision.formats import E4M3
+from vishwamai_mp.precision.formats import E2M1, E4M3
 from vishwamai_mp.precision.fp8_linear import CurrentScaling
 from vishwamai_mp.precision.scaling import scaled_operand
 from vishwamai_mp.precision.statistics import OperandStatistics, named_fp8_linears
@@ -44,6 +44,9 @@ LAYOUTS = {
     "TP2 SP PP2 recomputing": (4, [_TENSOR, _SEQUENCE, _PIPELINE, "training.recompute=full"]),
 }
 _STEPS = 4
+# How far losses may be from another layout's, and from bf16's. NVFP4 rounds at random: drawn from other seeds, losses
+# of these runs are 0.013 from their mean in the square mean, and 0.02 below bf16's (eight seeds, AVX2 and AVX-512).
+_APART = {"nvfp4": (0.07, 0.08)}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def one_process(workers):
 def test_each_recipe_trains_and_is_itself(one_process, precision):
     losses = {name: [loss for loss, _ in one_process(f"precision={name}")] for name in ("bf16", *_RECIPES)}
     assert all(losses[precision] != losses[other] for other in losses if other != precision)
-    assert losses[precision] == pytest.approx(losses["bf16"], abs=0.03)
+    assert losses[precision] == pytest.approx(losses["bf16"], abs=_APART.get(precision, (0.04, 0.03))[1])
     assert losses[precision][-1] < losses[precision][0] - 0.1
 
 
@@ -78,11 +81,13 @@ def test_layouts_agree(workers, one_process, name, precision):
     assert all(rank == ranks[0] for rank in ranks)
     first, theirs = ranks[0], one_process(f"precision={precision}")
     same = name == "PP2"
+    apart = 2e-3 if same else _APART.get(precision, (0.04, 0.03))[0]
     for (loss, norm), (other, other_norm) in zip(first, theirs, strict=True):
-        assert loss == pytest.approx(other, abs=2e-3 if same else 0.04)
+        assert loss == pytest.approx(other, abs=apart)
         assert norm == pytest.approx(other_norm, rel=0.02 if same else 0.15)
     # The first loss, before anything is amplified: a mean over a step's tokens, each of which rounding moved elsewhere.
-    rounding = torch.finfo(E4M3.dtype).eps / 128
+    step = 2.0 ** -(E2M1 if precision == "nvfp4" else E4M3).mantissa_bits
+    rounding = step / 128
     assert first[0][0] == pytest.approx(theirs[0][0], rel=1e-6 if same else rounding)
 
 

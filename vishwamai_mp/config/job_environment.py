@@ -51,13 +51,13 @@ def check_own_gpu(gpus: int) -> None:
         local = _number("LOCAL_RANK", 0)
         if local >= gpus:
             raise ConfigError(
-                f"LOCAL_RANK={local} in the environment: this process sees {gpus} GPU{'s' if gpus > 1 else ''}; start as"
-                " many processes on a machine as it has GPUs, and check CUDA_VISIBLE_DEVICES"
+                f"LOCAL_RANK={local} in the environment: this process sees {gpus} GPU{'s' if gpus > 1 else ''}; start"
+                " as many processes on a machine as it has GPUs, and check CUDA_VISIBLE_DEVICES"
             )
     elif gpus > 1 and (job_size() or 1) > 1:
         raise ConfigError(
-            f"LOCAL_RANK is not in the environment: each process of this machine would take the first of its {gpus} GPUs;"
-            " start the job with torchrun, or set it (under srun: LOCAL_RANK=$SLURM_LOCALID)"
+            f"LOCAL_RANK is not in the environment: each process of this machine would take the first of its {gpus}"
+            " GPUs; start the job with torchrun, or set it (under srun: LOCAL_RANK=$SLURM_LOCALID)"
         )
 
 
