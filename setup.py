@@ -46,7 +46,7 @@ setup(
         "backports.zstd>=1.0; python_version < '3.14'",  # compression.zstd of Python 3.14
         # What was run of each: docs/support.md.
         "torch>=2.8",
-        "megatron-core>=0.16.1,<=0.19.2,!=0.17.0,!=0.18.*,!=0.19.0",
+        "megatron-core>=0.16.1,<=0.19.2,!=0.17.*,!=0.18.*,!=0.19.0",
         "jinja2>=3.1",
         "numpy>=1.26",
         "packaging>=24.2",

@@ -1,4 +1,4 @@
-"""What differs between versions of megatron-core: 0.16.1, and 0.17.1 and 0.19.2 as far as docs/support.md says.
+"""What differs between versions of megatron-core: 0.16.1 to 0.19.2; docs/support.md says which were run.
 
 Import it after `vishwamai_mp.runtime`. Where all versions can be served by one way of writing, that way is written
 where it belongs; here is only what asks for a choice.
