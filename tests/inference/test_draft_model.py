@@ -117,6 +117,31 @@ def test_where_the_draft_model_cannot_go_on_there_are_no_guesses(workers, draft,
     assert (min(lengths) == 0) == (draft != [_DYNAMIC])
 
 
+def guessed_after_want_of_room() -> tuple[list[int], list[int], int]:
+    """Runs in a worker: guesses of a model with states, asked for in vain in between; those of a text anew; what
+    was read between."""
+    first = adapted()
+    engine = drafted(first, [*_VARIANTS["memory and cache"]], kv_tokens=64)
+    ours, options, text = DraftModel(engine, first.engine.config), SamplingOptions(), list(range(5, 11))
+    state = ours.begin()
+    (found,) = ours.guess([Asked(state, text, 4, options)])
+    text += [found[0], found[1], (found[2] + 1) % 64]  # the third was wrong
+    other = KvSequence()
+    engine.pool.extend(other, 48)
+    assert ours.guess([Asked(state, text, 9, options)]) == [[]]
+    engine.release(other)
+    read = state.sequence.length
+    (again_,) = ours.guess([Asked(state, text, 6, options)])
+    (anew,) = ours.guess([Asked(ours.begin(), text, 6, options)])
+    return again_, anew, read
+
+
+def test_a_draft_model_guesses_on_where_it_had_no_room(workers):
+    after, anew, read = workers.run(guessed_after_want_of_room, 1)[0]
+    assert read == 8
+    assert after == anew
+
+
 def test_a_model_guesses_all_of_its_own_text(workers):
     result = workers.run(compared, 1, _VARIANTS["memory and cache"], [])[0]
     check(result)

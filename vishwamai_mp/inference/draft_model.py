@@ -24,7 +24,7 @@ class _Reading:
 
     Attributes:
         sequence: the text as it was when guesses were last asked for, and all but the last of these.
-        certain: tokens of that text.
+        certain: tokens of that text that were read.
         guesses: that followed.
         after: of each component, its states after that text and after each guess that was read.
     """
@@ -91,6 +91,8 @@ class DraftModel:
         if right < read:
             reading.sequence.revocable = reading.after
             self.engine.take_back(reading.sequence, read - right)
+        # No guesses may follow now, for want of room: what is read is not taken back at the next call.
+        reading.certain, reading.guesses = reading.sequence.length, []
         if self.engine.outgrows(reading.sequence, len(one.text) - reading.sequence.length):
             self.engine.release(reading.sequence)
 
