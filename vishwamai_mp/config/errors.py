@@ -59,5 +59,6 @@ def run_program(main: Callable[[], int | None]) -> None:
 def spell_what_the_terminal_cannot() -> None:
     """Characters that the output's encoding lacks (LANG=C, PYTHONIOENCODING=ascii) are written as \\u…: no program
     that has computed for hours should end at one."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and (out.errors == "strict" or out.encoding.lower() != "utf-8"):
+        out.reconfigure(errors="backslashreplace")

@@ -209,8 +209,7 @@ class Generator:
     def cancel(self, completion: Completion) -> None:
         """End a request now and free its memory."""
         if completion.finish is None:
-            if completion in self._waiting:
-                self._waiting.remove(completion)
+            self._waiting = deque(other for other in self._waiting if other is not completion)
             self._running = [other for other in self._running if other is not completion]
             self._cancel(completion)
 
