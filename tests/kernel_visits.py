@@ -1,5 +1,7 @@
-"""What to do with a launch of a Triton kernel in place of launching it: for programs that look at kernels."""
+"""Programs that look at Triton kernels: how tests run them, and what they do with a launch in place of launching."""
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -9,8 +11,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
+)
+
+
+def said_by(program: Path, *arguments: str) -> dict[str, Any]:
+    """The last line that a program prints, which is JSON."""
+    run = subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def compiling(found: dict[str, dict[str, int]], target: int, wanted: str | None) -> Callable[..., None]:

@@ -1,38 +1,25 @@
 """The cache's Triton kernels without a GPU: what they compute, and which cases they take."""
 
-import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 import torch
 
+from tests.kernel_visits import needs_triton, said_by
 from vishwamai_mp.cache_augmentation.reading_on_gpu import supports
 
 _PROGRAM = Path(__file__).with_name("cache_kernel_programs.py")
-_needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
-)
 
 
-def _run(*arguments: str) -> dict:
-    run = subprocess.run([sys.executable, str(_PROGRAM), *arguments], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-@_needs_triton
+@needs_triton
 def test_the_interpreter_finds_the_results_and_gradients_of_the_cpu():
     """fp32; segments chosen and all, ragged blocks, one latent and several, places that hold nothing, mass."""
-    found = _run("interpret")
+    found = said_by(_PROGRAM, "interpret")
     assert len(found) == 3
     assert max(found.values()) < 1e-5, found
 
 
 def test_three_launches():
-    found = _run("roofline")
+    found = said_by(_PROGRAM, "roofline")
     assert list(found) == ["attend", "queries_back", "latents_back"]
     assert all(kernel["milliseconds"] > 0 for kernel in found.values())
 

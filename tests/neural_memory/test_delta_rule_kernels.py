@@ -1,46 +1,33 @@
 """The memory's Triton kernels without a GPU: what they compute, and which cases they take."""
 
-import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 import torch
 
+from tests.kernel_visits import needs_triton, said_by
 from vishwamai_mp.neural_memory.delta_rule_on_gpu import supports
 
 _PROGRAM = Path(__file__).with_name("kernel_programs.py")
-_needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
-)
 
 
-def _run(*arguments: str) -> dict:
-    run = subprocess.run([sys.executable, str(_PROGRAM), *arguments], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-@_needs_triton
+@needs_triton
 def test_the_interpreter_finds_the_results_and_gradients_of_the_cpu():
     """fp32; widths, ragged lengths, several reads, with and without momentum, documents, carried state."""
-    found = _run("interpret")
+    found = said_by(_PROGRAM, "interpret")
     assert len(found) == 5
     assert max(found.values()) < 1e-5, found
 
 
-@_needs_triton
+@needs_triton
 def test_the_interpreter_finds_a_whole_memory_s_results_and_gradients():
     """The same with convolution, gates, mix and norm, of one to three levels."""
-    found = _run("interpret", "memories")
+    found = said_by(_PROGRAM, "interpret", "memories")
     assert len(found) == 3
     assert max(found.values()) < 1e-5, found
 
 
 def test_a_roofline_knows_every_kernel():
-    found = _run("roofline")
+    found = said_by(_PROGRAM, "roofline")
     rule = {"prepare", "scan", "states", "scan_back", "pairs", "vectors", "finish"}
     assert set(found) == rule | {"enter", "leave", "leave_back", "enter_back"}
     assert all(kernel["milliseconds"] > 0 for kernel in found.values())

@@ -117,14 +117,17 @@ def test_what_a_template_refuses_is_a_line(folder: Path) -> None:
 def test_a_message_that_a_template_passes_over_is_refused(folder: Path) -> None:
     known = (
         "{% for m in messages %}{% if m.role in ('system', 'user') %}<{{ m.content | trim }}>"
+        "{% elif m.role == 'tool' %}<{{ m.content | tojson }}>"
         "{% elif m.role == 'assistant' %}<{{ m.content.split('</think>')[-1] }}>{% endif %}{% endfor %}"
     )
     prompts = opened(folder, template=known)
     thought = {"role": "assistant", "content": "why</think>so"}
     question = {"role": "user", "content": " what\n "}
     assert prompts.render([{"role": "system", "content": "be"}, question, thought]) == "<be><what><so>"
-    with pytest.raises(UserError, match=r"messages\.0: the chat template .* leaves this message of role developer out"):
-        prompts.chat([{"role": "developer", "content": "be"}, question])
+    quoted = {"role": "tool", "content": 'a "name"'}
+    assert prompts.render([question, quoted]) == r'<what><"a \"name\"">'  # as Llama 3.1 writes what a tool says
+    with pytest.raises(UserError, match=r"messages\.1: the chat template .* leaves this message of role developer out"):
+        prompts.chat([question, {"role": "developer", "content": "what"}])  # whose text another message has too
 
 
 def test_without_a_template_chat_is_refused(folder: Path) -> None:

@@ -46,7 +46,7 @@ LAYOUTS = {
 _STEPS = 4
 # How far losses may be from another layout's, and from bf16's. NVFP4 rounds at random: over eight seeds of its bits the
 # standard deviation of a loss is up to 0.013, and their mean is 0.02 below bf16's, with AVX2 as with AVX-512.
-_APART = {"nvfp4": (0.07, 0.08)}
+_APART = dict.fromkeys(_RECIPES, (0.04, 0.03)) | {"nvfp4": (0.07, 0.08)}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def one_process(workers):
 def test_each_recipe_trains_and_is_itself(one_process, precision):
     losses = {name: [loss for loss, _ in one_process(f"precision={name}")] for name in ("bf16", *_RECIPES)}
     assert all(losses[precision] != losses[other] for other in losses if other != precision)
-    assert losses[precision] == pytest.approx(losses["bf16"], abs=_APART.get(precision, (0.04, 0.03))[1])
+    assert losses[precision] == pytest.approx(losses["bf16"], abs=_APART[precision][1])
     assert losses[precision][-1] < losses[precision][0] - 0.1
 
 
@@ -81,7 +81,7 @@ def test_layouts_agree(workers, one_process, name, precision):
     assert all(rank == ranks[0] for rank in ranks)
     first, theirs = ranks[0], one_process(f"precision={precision}")
     same = name == "PP2"
-    apart = 2e-3 if same else _APART.get(precision, (0.04, 0.03))[0]
+    apart = 2e-3 if same else _APART[precision][0]
     for (loss, norm), (other, other_norm) in zip(first, theirs, strict=True):
         assert loss == pytest.approx(other, abs=apart)
         assert norm == pytest.approx(other_norm, rel=0.02 if same else 0.15)

@@ -1,87 +1,22 @@
 """The endpoint over real HTTP: a server on a thread in a worker, and Python's own client and OpenAI's."""
 
-import contextlib
 import http.client
 import itertools
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.browser import browser_window, why_no_browser
+from tests.serving.served import PROMPT, Letters, events, in_parallel, post, send, server
 from tests.workers import WorkerPool
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-_PROMPT = "once upon a time"
-
-
-class Letters:
-    """A token is a letter; a conversation is its messages in a row."""
-
-    end_tokens: tuple[int, ...] = ()
-    template: str | None = "{{ messages }}"
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(c) for c in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(self.spell, ids))
-
-    def spell(self, token: int) -> str:
-        return chr(97 + token % 26)
-
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return self.encode("".join(f"{message['role'][0]}:{message['content']} " for message in messages))
-
-
-@contextlib.contextmanager
-def server(generator: Any = None, **limits: Any) -> Iterator[tuple[Any, int]]:
-    """Runs in a worker: the service and its port; `generator` None: of a small model."""
-    import uvicorn
-
-    from tests.model.builds import build
-    from vishwamai_mp.inference import Generator
-    from vishwamai_mp.serving import Limits, Service, build_app
-
-    prompts = Letters()
-    if generator is None:
-        settings = ["training.global_batch_size=8", "tree.enabled=true", "tree.max_thought_tokens=4"]
-        config, runtime, (model,) = build(*settings)
-        generator = Generator(config, runtime, model, decode=prompts.decode)
-    service = Service(generator, prompts, generator.engine.config.tree, {"stop_tokens": (5,)}, Limits(**limits))
-    web = uvicorn.Server(uvicorn.Config(build_app(service, "tiny"), port=0, log_level="error"))
-    thread = threading.Thread(target=web.run, daemon=True)
-    thread.start()
-    while not web.started:
-        time.sleep(0.02)
-    try:
-        yield service, web.servers[0].sockets[0].getsockname()[1]
-    finally:
-        web.should_exit = True
-        thread.join()
-        service.close()
-
-
-def post(port: int, **body: Any) -> tuple[int, str]:
-    return send(port, json.dumps(body))
-
-
-def send(port: int, text: str, address: str = "/v1/completions", method: str = "POST") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, address, text, {"content-type": "application/json"})
-    response = connection.getresponse()
-    return response.status, response.read().decode()
-
-
-def events(text: str) -> list[dict]:
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert lines.pop() == "[DONE]"
-    return [json.loads(line) for line in lines]
 
 
 def conversation() -> dict[str, Any]:
@@ -90,15 +25,15 @@ def conversation() -> dict[str, Any]:
 
     with server() as (service, port):
         generator = service.generator
-        (expected,) = generator.generate([service.prompts.encode(_PROMPT)], SamplingOptions(9, 0.8, seed=4))
-        body = {"prompt": _PROMPT, "max_tokens": 9, "temperature": 0.8, "seed": 4}
+        (expected,) = generator.generate([service.prompts.encode(PROMPT)], SamplingOptions(9, 0.8, seed=4))
+        body = {"prompt": PROMPT, "max_tokens": 9, "temperature": 0.8, "seed": 4}
         found = {
             "expected": generator.text(expected),
             "whole": post(port, **body),
             "stream": post(port, **body, stream=True),
             "stopped": post(port, **body, stop=generator.text(expected)[3:5]),
-            "tree": post(port, prompt=_PROMPT, strategy="tree", stream=True),
-            "tree whole": post(port, prompt=_PROMPT, strategy="tree"),
+            "tree": post(port, prompt=PROMPT, strategy="tree", stream=True),
+            "tree whole": post(port, prompt=PROMPT, strategy="tree"),
             "bad": [
                 post(port, prompt=""),
                 post(port, prompt="x" * 64),
@@ -141,51 +76,6 @@ def conversation() -> dict[str, Any]:
         found["blocks"] = generator.engine.pool.used_blocks
         found["left"] = [completion.finish for completion in submitted]
         return found
-
-
-def in_parallel(port: int, body: dict[str, Any]) -> list[str]:
-    texts = [""] * 4
-
-    def ask(i: int) -> None:
-        texts[i] = json.loads(post(port, **body)[1])["choices"][0]["text"]
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return texts
-
-
-def served_adapters() -> tuple[list[str], list[int], list[int]]:
-    """Runs in a worker: what a model with adapters answers over HTTP, and what its full passes say, and the base's."""
-    import torch
-
-    from tests.inference.test_one_pass import adapted, full_pass
-    from vishwamai_mp.model.lora import Adapter
-
-    ours = adapted("lora.enabled=true", "lora.rank=4")
-    prompt = list(_PROMPT.encode())
-
-    def greedy() -> list[int]:
-        text = list(prompt)
-        for _ in range(9):
-            text.append(int(full_pass(ours, text)[-1].argmax()))
-        return text[len(prompt) :]
-
-    expected = greedy()
-    with server(ours) as (_, port):
-        answers = [json.loads(post(port, prompt=_PROMPT, max_tokens=9, temperature=0)[1]) for _ in range(2)]
-    for part in ours.engine.model.modules():
-        if isinstance(part, Adapter):
-            torch.nn.init.zeros_(part.b)
-    return [answer["choices"][0]["text"] for answer in answers], expected, greedy()
-
-
-def test_adapters_are_served(workers: WorkerPool) -> None:
-    (answers, expected, base) = workers.run(served_adapters, 1)[0]
-    assert answers == ["".join(chr(97 + token % 26) for token in expected)] * 2
-    assert expected != base
 
 
 def test_the_endpoint(workers: WorkerPool) -> None:
@@ -234,79 +124,13 @@ def test_the_endpoint(workers: WorkerPool) -> None:
     assert found["blocks"] == 0
 
 
-def cached_tokens(answer: str) -> int:
-    return json.loads(answer)["usage"]["prompt_tokens_details"]["cached_tokens"]
-
-
-def asked_again() -> dict[str, Any]:
-    """Runs in a worker: requests that begin as earlier ones did, over HTTP."""
-    from tests.inference.test_one_pass import adapted
-    from vishwamai_mp.inference import Generator
-
-    first = adapted("lora.enabled=true", "lora.rank=4")
-    engine = first.engine
-    ours = Generator(engine.config, engine.runtime, engine.model, decode=first.decode, reuse_tokens=None)
-    long = "x".join(_PROMPT)  # 31 tokens, of which one block of 16 can be begun with
-    body: dict[str, Any] = {"prompt": long, "max_tokens": 9, "temperature": 0, "logprobs": 1}
-    talk: dict[str, Any] = {"messages": [{"role": "user", "content": long}], "max_tokens": 4, "n": 2, "seed": 5}
-    with server(ours) as (_, port):
-        found: dict[str, Any] = {
-            "texts": [post(port, **body)[1] for _ in range(2)],
-            "streamed": events(post(port, **body, stream=True, stream_options={"include_usage": True})[1])[-1]["usage"],
-            "two prompts": post(port, prompt=[long, "a" * 40], n=2, max_tokens=2)[1],
-            "best": post(port, prompt="b" * 40, best_of=3, max_tokens=2)[1],
-            "chats": [send(port, json.dumps(talk), "/v1/chat/completions")[1] for _ in range(2)],
-        }
-    with server(first) as (_, port):  # keeps nothing
-        found["read"] = [post(port, **body)[1] for _ in range(2)]
-    return found
-
-
-def test_usage_tells_what_was_not_read_again(workers: WorkerPool) -> None:
-    found = workers.run(asked_again, 1)[0]
-    assert [cached_tokens(answer) for answer in found["texts"]] == [0, 16]
-    assert found["streamed"]["prompt_tokens_details"] == {"cached_tokens": 16}
-    assert cached_tokens(found["two prompts"]) == 16  # the second was new to the first of its texts
-    assert cached_tokens(found["best"]) == 0
-    assert [cached_tokens(answer) for answer in found["chats"]] == [0, 32]
-    assert [cached_tokens(answer) for answer in found["read"]] == [0, 0]
-    choices = [json.loads(answer)["choices"][0] for answer in (*found["texts"], *found["read"])]
-    assert len({choice["text"] for choice in choices}) == 1
-    scores = [choice["logprobs"]["token_logprobs"] for choice in choices]
-    assert all(each == pytest.approx(scores[0], abs=1e-5) for each in scores)
-    chats = [[choice["message"]["content"] for choice in json.loads(answer)["choices"]] for answer in found["chats"]]
-    assert chats[0] == chats[1]
-
-
-def served_with_a_draft_model() -> tuple[list[str], int]:
-    """Runs in a worker: four clients' sampled answers without and with a draft model, and what it read."""
-    from tests.inference.test_draft_model import again, drafted
-    from tests.inference.test_one_pass import adapted
-
-    first = adapted()
-    engine = drafted(first, ["model.num_layers=2"])
-    body: dict[str, Any] = {"max_tokens": 9, "temperature": 0.8, "seed": 4}
-    answers = []
-    for ours in (first, again(first, speculate=4, draft=engine, reuse_tokens=None)):
-        with server(ours) as (_, port):
-            answers += in_parallel(port, {**body, "prompt": "x".join(_PROMPT)})
-    assert engine.pool.used_blocks == 0
-    return answers, engine.computed_tokens
-
-
-def test_a_draft_model_guesses_for_all_clients(workers: WorkerPool) -> None:
-    answers, guessed = workers.run(served_with_a_draft_model, 1)[0]
-    assert len(set(answers)) == 1
-    assert guessed > 4 * 31
-
-
 def by_openais_client() -> dict[str, Any]:
     """Runs in a worker: what the official client makes of the server."""
     import openai
 
     with server() as (service, port):
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        base: dict[str, Any] = {"model": "tiny", "prompt": _PROMPT, "max_tokens": 6, "seed": 4}
+        base: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "seed": 4}
         chat: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "seed": 3}
 
         def text(**more: Any) -> Any:
@@ -325,9 +149,9 @@ def by_openais_client() -> dict[str, Any]:
         plain = text().choices[0].text
         return {
             "plain": text(),
-            "again": text(prompt=service.prompts.encode(_PROMPT)),
-            "several": text(prompt=[_PROMPT, "other"], n=2),
-            "lists": text(prompt=[service.prompts.encode(_PROMPT), service.prompts.encode("other")]),
+            "again": text(prompt=service.prompts.encode(PROMPT)),
+            "several": text(prompt=[PROMPT, "other"], n=2),
+            "lists": text(prompt=[service.prompts.encode(PROMPT), service.prompts.encode("other")]),
             "stream": streamed(client.completions.create, **base, n=2),
             "best": text(best_of=4, logprobs=0),
             "all four": text(n=4, logprobs=0),
@@ -339,7 +163,7 @@ def by_openais_client() -> dict[str, Any]:
             "chat stream": streamed(client.chat.completions.create, **chat, max_completion_tokens=5, n=2),
             "models": [model.id for model in client.models.list()],
             "model": client.models.retrieve("tiny").id,
-            "expected": service.generator.score([service.prompts.encode(_PROMPT)])[0],
+            "expected": service.generator.score([service.prompts.encode(PROMPT)])[0],
             "refused": [
                 refused(lambda: text(model="other")),
                 refused(lambda: client.models.retrieve("other")),
@@ -364,13 +188,13 @@ def by_langchain() -> dict[str, Any]:
         texts = OpenAI(**common, max_tokens=6)
         talk = ChatOpenAI(**common, max_tokens=5, stream_usage=True, logprobs=True, top_logprobs=2)  # type: ignore
         messages = [SystemMessage("be brief"), HumanMessage("hi")]
-        plain = texts.invoke(_PROMPT)
+        plain = texts.invoke(PROMPT)
         return {
             "text": plain,
-            "stream": "".join(texts.stream(_PROMPT)),
-            "stopped": texts.invoke(_PROMPT, stop=[plain[2:4]]),
-            "several": texts.generate([_PROMPT, "other"]),
-            "two": OpenAI(**common, max_tokens=6, n=2, best_of=3).generate([_PROMPT]),
+            "stream": "".join(texts.stream(PROMPT)),
+            "stopped": texts.invoke(PROMPT, stop=[plain[2:4]]),
+            "several": texts.generate([PROMPT, "other"]),
+            "two": OpenAI(**common, max_tokens=6, n=2, best_of=3).generate([PROMPT]),
             "answer": talk.invoke(messages),
             "answer stream": list(talk.stream(messages)),
             "answers": talk.batch([messages, "hi"]),
@@ -414,7 +238,7 @@ def test_openais_own_client(workers: WorkerPool) -> None:
     several = found["several"]
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert several.choices[0].text == plain != several.choices[1].text
-    assert several.usage.prompt_tokens == len(_PROMPT) + len("other")
+    assert several.usage.prompt_tokens == len(PROMPT) + len("other")
     assert several.usage.completion_tokens == 24
     assert [choice.text for choice in found["lists"].choices] == [several.choices[0].text, several.choices[2].text]
     for name, of_one in (("stream", lambda c: c.text), ("chat stream", lambda c: c.delta.content)):
@@ -437,15 +261,15 @@ def test_openais_own_client(workers: WorkerPool) -> None:
         assert top[token] == pytest.approx(log_prob, abs=1e-6)
         assert len(top) <= 2
     letters = Letters()
-    prompt = letters.decode(letters.encode(_PROMPT))
+    prompt = letters.decode(letters.encode(PROMPT))
     echo = found["echo"].choices[0]
-    assert echo.text[: len(_PROMPT)] == _PROMPT
-    assert "".join(echo.logprobs.tokens) == prompt + echo.text[len(_PROMPT) :]
+    assert echo.text[: len(PROMPT)] == PROMPT
+    assert "".join(echo.logprobs.tokens) == prompt + echo.text[len(PROMPT) :]
     assert echo.logprobs.token_logprobs[0] is None
     assert echo.logprobs.token_logprobs[1:16] == pytest.approx(found["expected"], abs=1e-5)
     assert echo.logprobs.text_offset == list(range(18))
     scored = found["scored"].choices[0]
-    assert scored.text == _PROMPT
+    assert scored.text == PROMPT
     assert scored.logprobs.token_logprobs[1:] == pytest.approx(found["expected"], abs=1e-5)
     assert found["scored"].usage.completion_tokens == 0
 
@@ -581,13 +405,13 @@ def seen_in_a_browser() -> dict[str, Any]:
         def free() -> bool:
             return not (generator.busy or generator.engine.pool.used_blocks)
 
-        browser.type("#prompt", _PROMPT)
+        browser.type("#prompt", PROMPT)
         found: dict[str, Any] = {"texts": watch(lambda: browser.text("#answer"), "button[value=sample]")}
         found["tree"] = watch(lambda: browser.count("#tree .node"), "button[value=tree]")
         found["state"] = browser.text("#state")
         browser.hover("#tree .node")
         found["tip"] = browser.text("#tip")
-        found["prompt"] = generator.decode(service.prompts.encode(_PROMPT))
+        found["prompt"] = generator.decode(service.prompts.encode(PROMPT))
         # A reader who stops, and one who goes away.
         for leave in (lambda: browser.click("#stop"), lambda: browser.open("about:blank")):
             browser.type("#prompt", "a")

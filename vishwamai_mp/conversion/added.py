@@ -33,7 +33,7 @@ def write_components(config: PretrainConfig, output: Path) -> dict[str, Entry]:
     """
     output.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Entry] = {}
-    classes = spec_provider(PrecisionPolicy.of(config.precision, config.fp8))
+    classes = spec_provider(PrecisionPolicy.of_run(config))
     with distributed_session(config) as runtime:
         for layer in range(config.model.num_layers):
             for name, make in layer_spec(classes, config, layer).params["components"].items():

@@ -104,7 +104,7 @@ def pack_weights(model: VishwamAIModel, config: PretrainConfig, runtime: Runtime
     """
     if is_accelerator(runtime.device):
         raise UserError(f"weights={kind} is for decoding on CPUs; leave it out on {runtime.device.type}")
-    if PrecisionPolicy.of(config.precision).compute != torch.bfloat16:
+    if PrecisionPolicy.of_run(config).compute != torch.bfloat16:
         raise UserError(
             f"weights={kind} multiplies in bf16, and the model computes in {config.precision}; add precision=bf16"
         )

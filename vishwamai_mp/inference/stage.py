@@ -23,7 +23,7 @@ class Stage:
 
     def __init__(self, config: PretrainConfig, runtime: Runtime, model: VishwamAIModel) -> None:
         self.model, self.settings, self.runtime = model, config.model, runtime
-        self.dtype = PrecisionPolicy.of(config.precision).compute
+        self.dtype = PrecisionPolicy.of_run(config).compute
         self.layers = list(model.decoder.layers)
         self.direct = [
             DirectLayer(layer, runtime.groups.tp) if DirectLayer.supports(layer) else None for layer in self.layers

@@ -60,7 +60,7 @@ class ParameterSharding:
     @classmethod
     def of(cls, config: PretrainConfig, groups: ProcessGroupCollection) -> "ParameterSharding | None":
         """What the configuration asks for; None: parameters stay whole."""
-        compute = PrecisionPolicy.of(config.precision, config.fp8).compute
+        compute = PrecisionPolicy.of_run(config).compute
         reduced = torch.float32 if config.parallel.reduce_grads_in == "fp32" else torch.bfloat16
         return cls(compute, groups.dp_cp, reduced) if fully_shards(config, groups) else None
 

@@ -127,7 +127,7 @@ def add_adapters(model: Any, config: PretrainConfig) -> None:
 
     They are called `<target>_adapter` and stand beside their linear layers.
     """
-    wide = computes_in_fp32(PrecisionPolicy.of(config.precision))
+    wide = computes_in_fp32(PrecisionPolicy.of_run(config))
     for layer in model.decoder.layers if config.lora.enabled else ():
         for target in config.lora.targets:
             parent = layer.self_attention if target in _OF_ATTENTION else layer.mlp

@@ -49,7 +49,7 @@ class VishwamAIModel(GPTModel):
     def __init__(self, config: PretrainConfig, groups: ProcessGroupCollection, chunk: int | None = None) -> None:
         stage, stages = groups.pp.rank(), groups.pp.size()
         chunks = config.parallel.virtual_pipeline_model_parallel_size
-        megatron, policy = transformer_config(config), PrecisionPolicy.of(config.precision, config.fp8)
+        megatron, policy = transformer_config(config), PrecisionPolicy.of_run(config)
         sharding = ParameterSharding.of(config, groups)
         if sharding:
             megatron.params_dtype = torch.float32  # of what a rank keeps; gathered, parameters are of the compute type

@@ -16,7 +16,7 @@ from vishwamai_mp.runtime import device, is_accelerator
 def transformer_config(config: PretrainConfig) -> TransformerConfig:
     """megatron-core's view of a resolved configuration."""
     model, parallel = config.model, config.parallel
-    policy = PrecisionPolicy.of(config.precision, config.fp8)
+    policy = PrecisionPolicy.of_run(config)
     check_fp8_hardware(policy)
     fused = use_transformer_engine(policy)
     if fused and model.attention_softcap:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.data.chat_template import template_beside
+from vishwamai_mp.data.chat_template import ChatTemplate, template_beside
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
 from vishwamai_mp.data.spelled_tokens import SpelledTokens
 from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, Tokenizer
@@ -92,23 +92,35 @@ class PromptTokenizer:
                 f"the model has no chat template ({CHAT_TEMPLATE_FILE} or chat_template in {SETTINGS_FILE}, beside"
                 f" {self.tokenizer.path.name}); put one there, or send a prompt"
             )
-        variables = self._spelled.variables()
-        text = self.template.render(messages, tools=None, documents=None, add_generation_prompt=True, **variables)
-        self._check_nothing_is_lost(messages, "".join(text.split()), self.template.name)
+        text = self._written(self.template, messages)
+        self._check_nothing_is_lost(self.template, messages)
         return text
 
-    @staticmethod
-    def _check_nothing_is_lost(messages: Sequence[Mapping[str, Any]], written: str, name: str) -> None:
-        """Many templates pass over roles that they do not know (`developer`) without a word. Answers may be shortened:
-        templates leave out what was thought before them."""
-        for number, message in enumerate(messages):
-            content = message.get("content")
-            if message.get("role") == "assistant" or not isinstance(content, str):
-                continue
-            if "".join(content.split()) not in written:
+    def _written(self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> str:
+        variables = self._spelled.variables()
+        return template.render(messages, tools=None, documents=None, add_generation_prompt=True, **variables)
+
+    def _check_nothing_is_lost(self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Many templates pass over roles that they do not know (`developer`) without a word. Here each message says a
+        word of its own instead of its text, which may be trimmed, or written as JSON: every word has to be written.
+
+        Not those of answers, of which templates leave out what was thought before them.
+        """
+        words = {
+            number: f"message{number}text"
+            for number, message in enumerate(messages)
+            if message.get("role") != "assistant" and isinstance(message.get("content"), str)
+        }
+        said = [
+            {**message, "content": words[number]} if number in words else message
+            for number, message in enumerate(messages)
+        ]
+        written = self._written(template, said)
+        for number, word in words.items():
+            if word not in written:
                 raise UserError(
-                    f"messages.{number}: the chat template of {name} leaves this message of role {message.get('role')}"
-                    " out, or changes its text; give it another role"
+                    f"messages.{number}: the chat template of {template.name} leaves this message of role"
+                    f" {messages[number].get('role')} out; give it another role"
                 )
 
     def _adds_bos(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vishwamai_mp.config import ConfigError, Fp8Config
+from vishwamai_mp.config import ConfigError, Fp8Config, PretrainConfig
 from vishwamai_mp.config.resolve_fp8 import MULTIPLE
 from vishwamai_mp.runtime import device, has_transformer_engine, is_accelerator
 
@@ -108,6 +108,11 @@ class PrecisionPolicy:
             MULTIPLE[precision],
         )
         return cls(precision, torch.bfloat16, fp8)
+
+    @classmethod
+    def of_run(cls, config: PretrainConfig) -> "PrecisionPolicy":
+        """The policy of a resolved configuration."""
+        return cls.of(config.precision, config.fp8)
 
     @property
     def scales_loss(self) -> bool:

@@ -16,7 +16,7 @@ def check_device(config: PretrainConfig) -> None:
         ConfigError: names the key, the value and the mend.
     """
     parallel, training = config.parallel, config.training
-    fused = use_transformer_engine(PrecisionPolicy.of(config.precision, config.fp8))
+    fused = use_transformer_engine(PrecisionPolicy.of_run(config))
     for name in ("fuse_grad_accumulation", "overlap_tensor_parallel"):
         if getattr(parallel, name) and not fused:
             raise ConfigError(f"parallel.{name}=true: only Transformer Engine's layers on GPUs do so; set it to false")

@@ -98,7 +98,7 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
         device: as `simulated_job` has it.
     """
     began, notes = time.perf_counter(), []
-    policy = PrecisionPolicy.of(config.precision, config.fp8)
+    policy = PrecisionPolicy.of_run(config)
     if device != "cpu" and policy.fp8 and not is_doubled():
         notes.append(f"precision={config.precision} is simulated as bf16: fewer bits are Transformer Engine's")
         config = replace(config, precision="bf16")

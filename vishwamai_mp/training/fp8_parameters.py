@@ -24,7 +24,7 @@ def keep_in_fp8(config: PretrainConfig, models: Sequence[Any]) -> None:
         config: resolved.
         models: chunks of this rank, of Transformer Engine's layers, before gradients have buffers.
     """
-    policy = PrecisionPolicy.of(config.precision, config.fp8)
+    policy = PrecisionPolicy.of_run(config)
     for model in models:
         recipe = get_fp8_recipe(model.config)
         for linear in fp8_linears(model, policy).values():

@@ -79,7 +79,7 @@ class Trainer:
         self.goes_on_later = False  # whether it stops for a while only: on a signal, or when its time is up
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
         self._flops_per_token = training_flops_per_token(config)
-        peak = peak_flops(PrecisionPolicy.of(config.precision).compute, config.logging.hardware_peak_tflops)
+        peak = peak_flops(PrecisionPolicy.of_run(config).compute, config.logging.hardware_peak_tflops)
         self._peak_flops = peak * runtime.world_size
 
     def train(self) -> TrainerState:

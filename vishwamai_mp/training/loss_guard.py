@@ -80,7 +80,7 @@ def explain(result: StepResult, limit: float, steps: TrainStep, batches: Sequenc
         return f"{reason}; {_blame(steps, batches, step)}"
     if math.isfinite(result.grad_norm):
         return f"{reason}; the loss is above training.spike_factor's limit of {limit:.4g}"
-    if PrecisionPolicy.of(steps.config.precision).scales_loss:  # an overflow is how fp16 finds its loss scale
+    if PrecisionPolicy.of_run(steps.config).scales_loss:  # an overflow is how fp16 finds its loss scale
         return f"{reason}; the loss scale is lowered to {float(steps.optimizer.get_loss_scale()):.6g}"
     return f"{reason}; {_blame(steps, batches, step)}"
 

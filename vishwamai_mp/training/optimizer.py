@@ -95,7 +95,7 @@ def build_optimizer(
     Raises:
         UserError: the host has no room for `optimizer.moments_on_host`.
     """
-    policy, options = PrecisionPolicy.of(config.precision), config.optimizer
+    policy, options = PrecisionPolicy.of_run(config), config.optimizer
     own = is_own(options.name)
     wanted = OptimizerConfig(
         optimizer="sgd" if own else "adam",  # a user's optimizer takes the place of megatron-core's SGD

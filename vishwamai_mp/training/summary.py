@@ -185,7 +185,7 @@ def _compute(config: PretrainConfig, runtime: Runtime) -> str:
         name = torch.cuda.get_device_name()
         known = config.logging.hardware_peak_tflops or not math.isnan(peak_flops(torch.bfloat16))
         hint = "" if known else "; its peak is not known, so there is no MFU: set logging.hardware_peak_tflops"
-        lacking = lacking_hardware(PrecisionPolicy.of(config.precision, config.fp8))
+        lacking = lacking_hardware(PrecisionPolicy.of_run(config))
         how = f", emulated by torch's operators and slower than bf16 ({lacking})" if lacking else ""
         return f"{config.precision} on {name}{how}{hint}"
     threads, why = cpu_threads(config.training.threads)

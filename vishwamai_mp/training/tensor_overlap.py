@@ -23,7 +23,7 @@ def overlap_exchanges(config: PretrainConfig, models: Sequence[Any]) -> None:
         config: resolved.
         models: chunks of this rank, of Transformer Engine's layers; what is frozen in them is.
     """
-    policy, tensor = PrecisionPolicy.of(config.precision, config.fp8), config.parallel.tensor_model_parallel_size
+    policy, tensor = PrecisionPolicy.of_run(config), config.parallel.tensor_model_parallel_size
     shape = (exchanged_tokens(config), config.model.hidden_size)
     open_exchange_buffers(shape, tensor, policy.compute, in_fp8=policy.fp8 is not None)
     for model in models:

@@ -31,7 +31,7 @@ class Fp8Report(Callback):
         self.file: JsonLines | None = None
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        if use_transformer_engine(PrecisionPolicy.of(trainer.config.precision, trainer.config.fp8)):
+        if use_transformer_engine(PrecisionPolicy.of_run(trainer.config)):
             raise ConfigError(
                 f"fp8.report_every={self.every}: Transformer Engine's layers do not show their operands;"
                 f" {leave_out('fp8.report_every')}"
