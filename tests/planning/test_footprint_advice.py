@@ -124,7 +124,7 @@ def test_components_count_where_they_stand():
         assert len(layers) == 15
         for layer in layers:
             stage = layer // 15
-            expected[stage] += (8 - stage) * 32768 * component_activations(both, section)
+            expected[stage] += (8 - stage) * 32768 * component_activations(both, section, on_gpu=True)
     assert extra == pytest.approx(expected)
 
 

@@ -168,7 +168,7 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
         options = getattr(config, section)
         here = components_on_stage(config, options.layers, per_stage, stage) if options.enabled else 0
         if here:
-            one = tokens * component_activations(config, section)
+            one = tokens * component_activations(config, section, on_gpu)
             # What fully sharded ranks gather of components is not counted apart: both stand for it, as if in one layer.
             carried.update({0: one} if config.parallel.fully_sharded else dict.fromkeys(options.layers, one))
             if config.training.recompute == "full":

@@ -1,9 +1,9 @@
 """What memory and cache keep of a forward pass, and on which stages they stand. Measured against the simulated peak.
 
 Heads are split over tensor and context parallel ranks; norm and output are as wide as the residual stream. The
-coefficients are bytes per token in 16 bits (twice that in fp32), read off the simulated accelerator for several widths,
-heads, levels, latents and segments. The memory's are those of its kernels: projections, what the convolution made of
-them, gates, writes, what was read. Torch's operators, and so CPUs, keep about a quarter more of it.
+coefficients are bytes per token in 16 bits (twice that in fp32), read off simulated steps of several widths, heads,
+levels, latents and segments, with kernels and with torch's operators. The memory's kernels keep projections, what the
+convolution made of them, gates, writes and what was read; the cache's what was read, which the operators do not.
 """
 
 from vishwamai_mp.config import PretrainConfig
@@ -11,38 +11,41 @@ from vishwamai_mp.config.component_shapes import WIDEST_CACHE_HEAD, cache_heads
 from vishwamai_mp.planning.neural_memory_costs import heads as memory_heads
 
 
-def component_activations(config: PretrainConfig, section: str) -> float:
+def component_activations(config: PretrainConfig, section: str, on_gpu: bool) -> float:
     """Bytes per token of this rank that one memory or one cache keeps.
 
     Args:
         config: resolved.
         section: "memory" or "cache".
+        on_gpu: kernels compute what they can; on CPUs torch's operators do.
     """
     parallel = config.parallel
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    kept = 4 * config.model.hidden_size / shards  # the norm's input and what is added
-    split = _memory(config) if section == "memory" else _cache(config)
+    # The norm's input and what is added; on CPUs what the norm made, too.
+    kept = (4 if on_gpu else 6) * config.model.hidden_size / shards
+    split = _memory(config, on_gpu) if section == "memory" else _cache(config, on_gpu)
     return (kept + split / parallel.tensor_model_parallel_size) * (2 if config.precision == "fp32" else 1)
 
 
-def _memory(config: PretrainConfig) -> float:
+def _memory(config: PretrainConfig, on_gpu: bool) -> float:
     memory = config.memory
     heads, levels = memory_heads(memory), memory.num_memory_layers
     assert memory.memory_size is not None
-    per_level = 18 * memory.memory_size + (18 if memory.momentum else 16) * heads
-    return levels * per_level + 4 * memory.memory_size
+    if on_gpu:
+        per_level: float = 18 * memory.memory_size + (18 if memory.momentum else 16) * heads
+        return levels * per_level + 4 * memory.memory_size
+    per_level = 22.1 * memory.memory_size + (72 * heads if memory.momentum else 0)
+    return levels * per_level + 6.7 * memory.memory_size + 14 * heads
 
 
-def _cache(config: PretrainConfig) -> float:
+def _cache(config: PretrainConfig, on_gpu: bool) -> float:
     cache = config.cache
     assert cache.hidden_size is not None
     latents, share = cache.latents_per_segment, cache.latents_per_segment / cache.segment_length
-    kept = cache.hidden_size * (8.06 + 4 * share) + cache_heads(cache) * (12 + 10.4 * latents + 84 * share)
-    if (
-        cache.hidden_size // cache_heads(cache) <= WIDEST_CACHE_HEAD
-    ):  # then kernels read: they keep what was read, and more
-        kept += 2 * cache.hidden_size + 4 * cache_heads(cache)
-    return kept
+    heads = cache_heads(cache)
+    kept = cache.hidden_size * (8.06 + 4 * share) + heads * (12 + 10.4 * latents + 84 * share)
+    by_kernels = on_gpu and cache.hidden_size // heads <= WIDEST_CACHE_HEAD
+    return kept + (2 * cache.hidden_size + 4 * heads if by_kernels else 0)
 
 
 def components_on_stage(
