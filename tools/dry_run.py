@@ -89,7 +89,7 @@ def check_all_ranks(config: PretrainConfig, gpus: int, as_json: bool) -> None:
     else:
         print(f"{found.tensors:,} tensors, {found.numbers:,} numbers, on {found.ranks:,} ranks that differ of {gpus:,}")
     if found.faults:
-        raise UserError("the shards do not make up the model:\n  " + "\n  ".join(found.faults))
+        raise UserError("the shards do not make up the model:", *(f"  {fault}" for fault in found.faults))
     if not as_json:
         print("every number is on one of them, and on one only")
 

@@ -83,7 +83,9 @@ def seconds(command: list[str], rounds: int) -> float:
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
                 output.seek(0)
-                raise UserError(f"{' '.join(command)} failed:\n{output.read().decode(errors='replace')[-2000:]}")
+                raise UserError(
+                    f"{' '.join(command)} failed:", *output.read().decode(errors="replace")[-2000:].split("\n")
+                )
         found.append(usage.ru_utime + usage.ru_stime)
     return min(found)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vishwamai_mp.config import UserError
+
 _PROGRAM = """
 import sys
 from vishwamai_mp.config.errors import run_program
@@ -44,3 +46,7 @@ def test_output_to_a_full_disk_is_one_line(size: int) -> None:
 def test_a_closed_output_is_no_fault() -> None:
     done = run("x", ">&-")
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_what_ends_a_line_in_a_message_is_spelled() -> None:
+    assert str(UserError("a\nb\x1b[2J\u2028ü\ud800")) == "a\\nb\\x1b[2J\\u2028ü\\ud800"

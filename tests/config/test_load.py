@@ -24,7 +24,8 @@ _GUIDE = {
         "max_position_embeddings": 32768,
     }
 }
-_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # no lone surrogates: UTF-8 has none
+# No lone surrogates: UTF-8 has none. No NUL: names of files have none.
+_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
 _WEIGHT = st.floats(0, 1e6)
 
 
@@ -139,6 +140,10 @@ def test_the_presets_are_those_announced():
         ("=3", "override '=3': write section.key=value"),
         ("model.=3", "override 'model.=3': write section.key=value"),
         ("model.num_layers=[1", "override 'model.num_layers=[1': the value is not valid YAML"),
+        ("logging.report_to=wandb", "logging.report_to=wandb: it needs a list; write [wandb]"),
+        ("optimizer.options=&a {x: *a}", "not valid YAML (an alias stands within what it stands for)"),
+        ("training.output_dir=runs/l\udce4uf", r"training.output_dir=runs/l\udce4uf: is not UTF-8"),
+        ('data.train=[1, "a\\0b"]', "data.train.1=a\\x00b: has a NUL character"),
     ],
 )
 def test_a_bad_override_is_named(override, message):
@@ -163,20 +168,48 @@ def test_a_bad_override_is_named(override, message):
         ("r.yaml", "training: {output_dir:}", "training.output_dir=null: it needs a text"),
         ("r.yaml", "training: {output_dir: [a]}", "training.output_dir=['a']: input should be a valid string"),
         ("r.yaml", "training: {max_steps: 1:30}", "training.max_steps=1:30: use a decimal number"),
+        ("r.yaml", "training: {max_steps: ~}", "training.max_steps=null: it needs a value; take the key out"),
+        (
+            "r.yaml",
+            "training.max_steps: 3",
+            "unknown key 'training.max_steps'; a recipe has max_steps: under training:",
+        ),
+        ("r.yaml", 'training: {output_dir: "a\\0b"}', "training.output_dir=a\\x00b: has a NUL character"),
+        ("r.json", '{"logging": {"project": "\\ud800"}}', "logging.project=\\ud800: is not UTF-8"),
+        ("r\n.yaml", "- a\n", "--config r\\n.yaml: expected sections"),
         ("r.yaml", "training: {max_steps: !!int 010}", "not valid yaml (could not determine a constructor for the tag"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    assert message in _message(tmp_path / name)
+    assert message in _message(tmp_path / name).replace(f"{tmp_path}/", "")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     assert "cannot be read (No such file or directory)" in _message(tmp_path / "missing.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"precision: \xff")
-    assert "cannot be read" in _message(tmp_path / "latin.yaml")
+    assert "is not UTF-8 (invalid start byte at byte 11)" in _message(tmp_path / "latin.yaml")
     assert "neither a .yaml/.json file nor a preset (125m, 1b, " in _message("huge")
     assert "neither a .yaml/.json file nor a preset" in _message("../presets/tiny")
+
+
+def test_aliases_that_make_gigabytes_of_a_few_lines_are_refused():
+    lists = ", ".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]" for i in range(9))
+    assert "make more than 100000 values of it" in _message({}, f"optimizer.options={{a: &a [x], {lists}}}")
+    assert load_config({}, ["optimizer.options={a: &a [x], b: [*a, *a]}"]).optimizer.options["b"] == [["x"], ["x"]]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    for name, text in (("r.yaml", "training: {seed: 3}"), ("r.json", '{"training": {"seed": 3}}')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_config(tmp_path / name).training.seed == 3
+
+
+@pytest.mark.parametrize("key", ["training.output_dir", "data.train", "data.tokenizer", "checkpoint.load"])
+def test_a_home_folder_is_not_made_here(key):
+    with pytest.raises(ConfigError, match=f"{key}=~/runs: ~ is taken to the letter here; write the whole path"):
+        resolve(load_config("tiny", [f"{key}=~/runs"]))
+    resolve(load_config("tiny", [f"{key}=./~/runs"]))
 
 
 # --- properties
@@ -303,7 +336,11 @@ def test_a_value_is_read_as_its_key_needs_it(tmp_path, in_recipe, key, text, val
 
 def test_null_undoes_what_a_recipe_says():
     undone = [
-        f"{key}=null" for key in ("training.evaluate_every", "training.max_steps", "schedule", "logging.log_every")
+        f"{key}={null}"
+        for null, key in (
+            *(("null", "training.evaluate_every"), ("~", "training.max_steps")),
+            *((" Null\t", "schedule"), ("NULL", "logging.log_every")),
+        )
     ]
     config, default = load_config("tiny", undone), PretrainConfig()
     assert (config.training.evaluate_every, config.training.max_steps) == (None, default.training.max_steps)

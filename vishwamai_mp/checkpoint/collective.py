@@ -34,7 +34,8 @@ class Failure:
 
     def throw(self, doing: str, advice: str = "") -> NoReturn:
         """Raise it: UserError, or RuntimeError for a defect of ours."""
-        raise (UserError if self.mendable else RuntimeError)(f"{doing}: {self.message}{advice}")
+        message = f"{doing}: {self.message}{advice}"
+        raise UserError(*message.split("\n")) if self.mendable else RuntimeError(message)
 
 
 def attempt(function: Callable[[], T]) -> T | Failure:

@@ -12,11 +12,29 @@ HUNG_STATUS = 79  # of a worker that the watchdog ended because the job hung; tr
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The message is one line: what, which value, what to do."""
+    """A mistake the user can mend.
+
+    Args:
+        message: one line: what, which value, what to do. Names and values that it quotes may hold what ends a line or
+            acts on a terminal; that is spelled, as \\n or \\x1b.
+        beneath: further lines, such as a table of what to change.
+    """
+
+    def __init__(self, message: str = "", *beneath: str) -> None:
+        super().__init__(message, *beneath)
+
+    def __str__(self) -> str:
+        return "\n".join(map(_spelled, self.args))
 
 
 class ConfigError(UserError):
     """A setting that cannot work. The message names the key, the value and the mend."""
+
+
+def _spelled(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def leave_out(key: str) -> str:

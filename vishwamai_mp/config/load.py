@@ -15,6 +15,7 @@ from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.config.resolve_schedule import shortened_schedule
 from vishwamai_mp.config.schema import Blend, PretrainConfig
+from vishwamai_mp.config.texts import check_texts
 from vishwamai_mp.config.yaml_text import read_yaml
 
 # The guide's and Hugging Face's names for our keys.
@@ -49,6 +50,7 @@ def load_config(
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
+    check_texts(config)
     config, said = shortened_schedule(config, changed)
     if notes is not None:
         notes += said
@@ -74,8 +76,12 @@ def _read(name: str) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml", ".json"):
         try:
             refuse_pointer(path)
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte order mark
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"--config {name}: is not UTF-8 ({error.reason} at byte {error.start}); save it so"
+            ) from None
+        except OSError as error:
             raise ConfigError(f"--config {name}: cannot be read ({_reason(error)})") from None
     elif path.name == name and preset.is_file():
         text = preset.read_text(encoding="utf-8")
@@ -157,15 +163,17 @@ def _set(tree: dict[str, Any], override: str) -> tuple[str, ...]:
     if not text.strip():
         default = "" if hint is str else f", or {key}=null for the default"
         raise ConfigError(f"override {override!r}: the value is empty; write one{default}")
-    if text.strip() == "null" and hint not in (None, str):
-        tree.pop(last, None)
-    elif hint in (str, str | None) or (hint == Blend and not text.lstrip().startswith("[")):
-        tree[last] = text
+    if hint in (str, str | None) or (hint == Blend and not text.lstrip().startswith("[")):
+        value = None if text.strip() == "null" and hint is not str else text
     else:
         try:
-            tree[last] = read_yaml(text)
+            value = read_yaml(text.strip())
         except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML ({_reason(error)})") from None
+    if value is None and hint is not None:
+        tree.pop(last, None)
+    else:
+        tree[last] = value
     return path
 
 
@@ -205,8 +213,12 @@ def _one_line(error: ValidationError) -> str:
     shown = _shown(first["input"])
     if first["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key}={shown}: expected keys under it, such as {_example(path)}"
+    if first["type"] == "list_type" and isinstance(first["input"], str):
+        return f"{key}={shown}: it needs a list; write [{shown}]"
     if first["input"] is None and first["type"] == "string_type":
         return f"{key}=null: it needs a text; put quotes around a text that is 'null', or take the key out"
+    if first["input"] is None and field_type(tuple(map(str, path))) is not None:
+        return f"{key}=null: it needs a value; take the key out for its default"
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}={shown}: {message}"
 
@@ -222,6 +234,9 @@ def _unknown(path: tuple[Any, ...]) -> str:
     cls = _section_type(path)
     known = _field_names(cls) if cls else []
     where = "".join(f"{part}." for part in path[:-1])
+    dotted = str(path[0]).split(".")
+    if len(path) == 1 < len(dotted) and field_type(tuple(dotted)) is not None:
+        return f"unknown key {path[0]!r}; a recipe has {dotted[-1]}: under {'.'.join(dotted[:-1])}:"
     near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean '{where}{near[0]}'?" if near else f"known: {', '.join(known)}"
     return f"unknown key {where + str(path[-1])!r}{f' in section {where[:-1]!r}' if where else ''}; {hint}"

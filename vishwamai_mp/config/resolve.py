@@ -20,6 +20,7 @@ from vishwamai_mp.config.resolve_rotary import check_rotary, resolve_scaling, tu
 from vishwamai_mp.config.resolve_schedule import resolve_schedule
 from vishwamai_mp.config.resolve_tree import resolve_tree
 from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig
+from vishwamai_mp.config.texts import check_paths
 
 
 def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainConfig:
@@ -32,6 +33,7 @@ def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainCo
     Raises:
         ConfigError: names the key, the value and the mend.
     """
+    check_paths(config)
     minimum = _default(config.optimizer.min_learning_rate, config.optimizer.learning_rate / 10)
     config = replace(
         config,

@@ -11,6 +11,7 @@ from yaml.composer import ComposerError
 
 _TAG = "tag:yaml.org,2002:"
 _RESOLVED = {f"{_TAG}{kind}" for kind in ("null", "merge")}
+_MOST_VALUES = 100_000
 _CONSTRUCTED = {f"{_TAG}{kind}" for kind in ("null", "str", "seq", "map")}
 
 
@@ -43,6 +44,26 @@ def read_yaml(text: str) -> Any:
     """The document in `text`: mappings, lists, strings and None.
 
     Raises:
-        yaml.YAMLError: not valid, a key that stands twice in one mapping, or an explicit tag.
+        yaml.YAMLError: not valid, a key that stands twice in one mapping, or an explicit tag; aliases that contain
+            themselves, or by which a few lines become more than a configuration ever has.
     """
-    return yaml.load(text, Loader=_TextLoader)
+    document = yaml.load(text, Loader=_TextLoader)
+    _size(document, {})
+    return document
+
+
+def _size(value: Any, known: dict[int, int | None]) -> int:
+    """How many values there are with each alias written out. `known`: of lists and mappings; None: begun."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = None
+        known[id(value)] = 1 + sum(
+            _size(item, known) for item in (value.values() if isinstance(value, dict) else value)
+        )
+    size = known[id(value)]
+    if size is None:
+        raise yaml.YAMLError("an alias stands within what it stands for")
+    if size > _MOST_VALUES:
+        raise yaml.YAMLError(f"its aliases make more than {_MOST_VALUES} values of it")
+    return size

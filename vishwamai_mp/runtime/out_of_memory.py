@@ -39,8 +39,8 @@ def advice_when_out_of_memory(config: PretrainConfig) -> Iterator[None]:
             raise
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         where = f" on rank {os.environ['RANK']}" if world_size > 1 else ""
-        help_ = advice(config, world_size, is_accelerator(device()))
-        raise UserError(f"out of memory{where} ({_words(error)}); {help_}") from error
+        first, *changes = advice(config, world_size, is_accelerator(device())).split("\n")
+        raise UserError(f"out of memory{where} ({_words(error)}); {first}", *changes) from error
 
 
 def _words(error: BaseException) -> str:

@@ -232,7 +232,7 @@ def memory_verdict(config: PretrainConfig, runs: list[DryRun], gpu: Gpu) -> str:
     if need <= gpu.memory:
         return f"fits {gpu.title}: {told}"
     lacking = f"does not fit {gpu.title}: {told}, {size_text(need - gpu.memory)} more than there is"
-    raise UserError(f"{lacking}\n{advice(config, runs[0].world_size, on_gpu=True)}")
+    raise UserError(lacking, *advice(config, runs[0].world_size, on_gpu=True).split("\n"))
 
 
 def render_stages(found: list[DryRun]) -> str:
