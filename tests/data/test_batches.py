@@ -1,6 +1,8 @@
 """The stream: each sample exactly once at any layout and after any resume; document boundaries; context parallelism."""
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
-from vishwamai_mp.config import UserError
-from vishwamai_mp.data.batches import BatchStream, DocumentRules, context_shard, context_unshard, make_batch
+from tests.training.layouts import SMALL, RandomSamples
+from vishwamai_mp.config import UserError, load_config, resolve
+from vishwamai_mp.data.batches import (
+    BatchStream,
+    DocumentRules,
+    context_shard,
+    context_unshard,
+    make_batch,
+    train_stream,
+)
+from vishwamai_mp.model.masks import document_bounds
 
 # isort: split
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
@@ -167,6 +178,19 @@ def test_a_stream_knows_where_documents_end():
     assert batch.bounds.places.tolist() == [0, 2, 3, 4]
     assert batch.bounds.longest == 2
     assert next(_stream()).bounds is None
+
+
+def test_a_runs_stream_knows_the_parts_of_its_context_parallel_rank():
+    context = ["data.reset_attention_mask=true", "parallel.context_parallel_size=2"]
+    config = resolve(load_config(SMALL, context), 2)
+    cp = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    place = {"data_rank": 0, "data_parallel_size": 1, "device": torch.device("cpu")}
+    runtime: Any = SimpleNamespace(groups=SimpleNamespace(cp=cp), **place)
+    datasets: Any = SimpleNamespace(train=RandomSamples(250, 32), eod_id=0)
+    batch: Any = next(train_stream(config, datasets, runtime))
+    expected: Any = document_bounds(batch.document_ids, 1, 2)
+    assert torch.equal(batch.bounds.keys, expected.keys)
+    assert batch.bounds.longest_keys == expected.longest_keys
 
 
 def test_batches_have_the_documented_types():

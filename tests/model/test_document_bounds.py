@@ -1,13 +1,19 @@
-"""Packed documents as Transformer Engine takes them: lengths in place of a mask, rows laid end to end."""
+"""Packed documents as Transformer Engine takes them: lengths in place of a mask, rows laid end to end.
 
+Under context parallelism keys are gathered, and each part of a document has its own.
+"""
+
+import contextlib
 import itertools
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,7 +21,13 @@ from tests.model.builds import small_config
 from tests.training.layouts import train
 from vishwamai_mp.config import ConfigError
 from vishwamai_mp.model.core_attention import CoreAttention
-from vishwamai_mp.model.masks import check_packing, document_bounds, packed_documents
+from vishwamai_mp.model.document_attention import DocumentAttention, DocumentParts
+from vishwamai_mp.model.masks import attention_mask, check_packing, document_bounds, packed_documents
+from vishwamai_mp.runtime.zigzag import local_positions
+
+# isort: split
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=9, max_size=9), min_size=1, max_size=4))
@@ -31,6 +43,39 @@ def test_bounds_are_those_of_a_loop(steps):
     assert packed.max_seqlen_q == packed.max_seqlen_kv == longest
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(2, 3),
+    st.lists(st.lists(st.integers(0, 1), min_size=36, max_size=36), min_size=1, max_size=3),
+)
+def test_parts_and_their_keys_are_those_of_a_loop(chunk, ranks, steps):
+    """Each token that a rank has is in one part; the part's keys end at it and begin with its document."""
+    length = 2 * ranks * chunk
+    ids = torch.tensor(steps).cumsum(1)[:, :length]
+    order = [place for rank in range(ranks) for place in local_positions(length, rank, ranks).tolist()]
+    for rank in range(ranks):
+        own = local_positions(length, rank, ranks).tolist()
+        bounds = document_bounds(ids, rank, ranks)
+        packed = packed_documents(bounds)
+        assert bounds.keys is not None
+        keys = [(index % len(ids), order[index // len(ids)]) for index in bounds.keys.tolist()]  # row, place
+        parts = list(itertools.pairwise(packed.cu_seqlens_q.tolist()))
+        for (first, end), (first_key, end_key) in zip(
+            parts, itertools.pairwise(packed.cu_seqlens_kv.tolist()), strict=True
+        ):
+            queries = [(index // len(own), own[index % len(own)]) for index in range(first, end)]
+            row, last = queries[-1]
+            document = [place for place in range(last + 1) if ids[row, place] == ids[row, last]]
+            assert keys[first_key:end_key] == [(row, place) for place in document]
+            assert queries == keys[end_key - len(queries) : end_key]
+        assert parts[-1][1] == len(own) * len(ids)
+        assert packed.cu_seqlens_kv[-1] == len(keys)
+        assert packed.max_seqlen_q == packed.cu_seqlens_q.diff().max()
+        assert packed.max_seqlen_kv == packed.cu_seqlens_kv.diff().max()
+        assert packed.cu_seqlens_q.dtype == packed.cu_seqlens_kv.dtype == torch.int32
+
+
 def thd_attention(
     self: Any,
     query: Tensor,
@@ -43,20 +88,34 @@ def thd_attention(
 ) -> Tensor:
     """What Transformer Engine's attention computes from packed parameters, one document after the other.
 
-    query (N, H, K), key and value (N, G, K) → (N, H·K), N tokens of all rows.
+    query (N, H, K), key and value (S, G, K) → (N, H·K), N tokens of all rows.
     """
     assert attention_mask is None
-    assert attn_mask_type.name == "causal"
-    bounds = packed_seq_params.cu_seqlens_q.tolist()
-    assert bounds[-1] == query.shape[0]
+    bounds, key_bounds = packed_seq_params.cu_seqlens_q.tolist(), packed_seq_params.cu_seqlens_kv.tolist()
+    assert attn_mask_type.name == ("causal" if bounds == key_bounds else "padding_causal_bottom_right")
+    assert [bounds[-1], key_bounds[-1]] == [query.shape[0], key.shape[0]]
     window = self.config.window_size
     out = []
-    for start, end in itertools.pairwise(bounds):
-        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        allowed = (distance >= 0) & (distance <= (window[0] if window else end))
+    for own, keys in zip(itertools.pairwise(bounds), itertools.pairwise(key_bounds), strict=True):
+        q, k, v = (x[slice(*at)].transpose(0, 1) for x, at in ((query, own), (key, keys), (value, keys)))
+        distance = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
+        allowed = (distance >= 0) & (distance <= (window[0] if window else k.shape[1]))
         out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=self.scale, enable_gqa=True))
     return torch.cat(out, 1).transpose(0, 1).flatten(1)
+
+
+class ThdAttention(torch.nn.Module):
+    """In the place of megatron-core's `TEDotProductAttention`, told of no context parallelism."""
+
+    def __init__(self, *, config: Any, attention_type: str, cp_comm_type: Any, **options: Any) -> None:
+        super().__init__()
+        assert [config.context_parallel_size, attention_type, cp_comm_type] == [1, "cross", None]
+        self.config, self.scale = config, options["softmax_scale"] or config.kv_channels**-0.5
+
+    forward = thd_attention
+
+
+_KERNEL = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
 
 
 def train_packed(overrides: list[str], steps: int) -> list[tuple[float, float]]:
@@ -64,12 +123,18 @@ def train_packed(overrides: list[str], steps: int) -> list[tuple[float, float]]:
     with (
         mock.patch("vishwamai_mp.model.model.use_transformer_engine", return_value=True),
         mock.patch.object(CoreAttention, "forward", thd_attention),
+        mock.patch(_KERNEL, ThdAttention),
+        contextlib.ExitStack() as stack,
     ):
+        if _CONTEXT in overrides:
+            stack.enter_context(mock.patch("vishwamai_mp.model.specs._core_attention", return_value=DocumentAttention))
         return train(overrides, steps)
 
 
 _DOCUMENTS = ["data.reset_attention_mask=true", "training.micro_batch_size=2"]
-_TENSOR, _PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+_TENSOR, _PIPELINE, _CONTEXT = (
+    f"parallel.{name}_parallel_size=2" for name in ("tensor_model", "pipeline_model", "context")
+)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +148,18 @@ _TENSOR, _PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline
 )
 @pytest.mark.parametrize(
     "layout",
-    [[], [_TENSOR, "parallel.sequence_parallel=true"], [_PIPELINE, "training.recompute=full"]],
-    ids=["one process", "TP2 SP", "PP2 recompute"],
+    [
+        [],
+        [_TENSOR, "parallel.sequence_parallel=true"],
+        [_PIPELINE, "training.recompute=full"],
+        [_CONTEXT],
+        [_CONTEXT, _TENSOR, "parallel.sequence_parallel=true", "training.recompute=full"],
+    ],
+    ids=["one process", "TP2 SP", "PP2 recompute", "CP2", "CP2 TP2 SP recompute"],
 )
 def test_training_is_that_of_the_mask(workers, layout, settings):
-    curves = workers.run(train_packed, 2 if layout else 1, [*_DOCUMENTS, *settings, *layout], 3)
+    ranks = 2 ** sum(option in layout for option in (_TENSOR, _PIPELINE, _CONTEXT))
+    curves = workers.run(train_packed, ranks, [*_DOCUMENTS, *settings, *layout], 3)
     masked = workers.run(train, 1, [*_DOCUMENTS, *settings], 3)[0]
     for curve in curves:
         for ours, theirs in zip(curve, masked, strict=True):
@@ -114,9 +186,62 @@ def test_logits_come_in_the_usual_shape(workers):
     torch.testing.assert_close(packed, masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
 
 
-def test_context_parallelism_is_refused():
-    config = small_config("data.reset_attention_mask=true", "parallel.context_parallel_size=2")
-    with pytest.raises(ConfigError, match=r"reset_attention_mask=true with parallel\.context_parallel_size=2.*use "):
-        check_packing(config)
-    check_packing(small_config("parallel.context_parallel_size=2"))
-    check_packing(small_config("data.reset_attention_mask=true"))
+def attention_both_ways(document_ids: Tensor, window: int | None) -> list[float]:
+    """On one of the ranks that share rows: how far output and gradients are apart, by the largest number."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=4,
+        context_parallel_size=ranks,
+        attention_dropout=0.0,
+        window_size=window and (window - 1, 0),
+    )
+    places = [local_positions(document_ids.shape[1], other, ranks) for other in range(ranks)]
+    own, everywhere = places[rank], torch.cat(places)
+    random = torch.Generator().manual_seed(rank)
+    shape = (len(own), len(document_ids))
+    inputs = [torch.randn((*shape, heads, 8), generator=random).requires_grad_() for heads in (8, 4, 4)]
+    upstream = torch.randn((*shape, 64), generator=random)
+    options = {
+        "config": config,
+        "layer_number": 1,
+        "attn_mask_type": AttnMaskType.causal,
+        "attention_type": "self",
+        "softmax_scale": None,
+        "pg_collection": SimpleNamespace(cp=dist.group.WORLD),
+    }
+    with mock.patch(_KERNEL, ThdAttention):
+        parts = DocumentAttention(**options)
+    masked = CoreAttention(**options)
+    outs = [
+        parts(*inputs, None, packed_seq_params=DocumentParts(bounds=document_bounds(document_ids, rank, ranks))),
+        masked(*inputs, attention_mask(own, everywhere, window, document_ids)),
+    ]
+    found = [[out.detach(), *torch.autograd.grad(out, inputs, upstream)] for out in outs]
+    return [float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parts_of_documents_attend_as_with_the_mask(workers, ranks, window):
+    """Three rows of 48 tokens: many short documents, some that all ranks have a part of, and one alone."""
+    ids = torch.stack([torch.arange(48) // size for size in (5, 22, 48)])
+    for differences in workers.run(attention_both_ways, ranks, ids, window):
+        assert len(differences) == 4
+        assert max(differences) < 1e-6
+
+
+def test_what_context_parallelism_refuses():
+    packed, context = "data.reset_attention_mask=true", "parallel.context_parallel_size=2"
+    dropout, carry = "model.attention_dropout=0.1", ["memory.enabled=true", "memory.carry_state=true"]
+    with pytest.raises(ConfigError, match=r"model\.attention_dropout=0\.1 with data.*context_parallel_size=2.*; set "):
+        check_packing(small_config(packed, context, dropout))
+    check_packing(small_config(packed, context))
+    check_packing(small_config(context, dropout))
+    check_packing(small_config(packed, dropout))
+    carried = ["data.consecutive=true", packed, "memory.memory_size=128", "memory.head_dim=16", *carry]
+    with pytest.raises(ConfigError, match=r"memory\.carry_state=true on Transformer Engine"):
+        check_packing(small_config(*carried))
+    check_packing(small_config(*carried, context))  # rows stay rows

@@ -67,7 +67,8 @@ _CASES: dict[Any, list[Any]] = {
     "window": [2, "model.sliding_window=7", _CONTEXT],
     "documents": [1, _DOCUMENTS, "data.reset_position_ids=true"],
     "own positions": [1, "data.reset_position_ids=true"],
-    "documents in context parallelism": [2, _DOCUMENTS, _CONTEXT],
+    "documents in context parallelism": [2, _DOCUMENTS, _CONTEXT, "model.sliding_window=7", *_COMPONENTS],
+    "documents, dropout and context parallelism": [2, _DOCUMENTS, _CONTEXT, "model.attention_dropout=0.1"],
 }
 
 
@@ -159,5 +160,17 @@ def test_documents(built):
     """Packed documents turn each from its start in the fused kernel; rows with positions of their own do not fit it."""
     assert built["documents"]["rope_fusion"]
     assert not built["own positions"]["rope_fusion"]
-    refused = built["documents in context parallelism"]["refused"]
-    assert "data.reset_attention_mask=true with parallel.context_parallel_size=2" in refused
+
+
+def test_parts_of_documents(built):
+    """Its own context parallelism is off, and windows count back from the last key."""
+    case = built["documents in context parallelism"]
+    assert case["kernel"] == [None, "cross"]
+    assert case["window"] == [6, 0]
+    assert case["rope_fusion"]
+    assert case["tracker_stays"]
+    theirs, ours = case["entries"]
+    assert theirs == ours
+    assert "kernel" not in built["window"]
+    refused = built["documents, dropout and context parallelism"]["refused"]
+    assert "model.attention_dropout=0.1 with data.reset_attention_mask=true" in refused

@@ -142,7 +142,10 @@ def _compared(fused: Any, plain: Any) -> dict[str, Any]:
 
     theirs, here = fused.sharded_state_dict(), plain.sharded_state_dict()
     layer = fused.decoder.layers[0]
-    return {
+    attention, kernel = _attention(fused), {}
+    if attention is not layer.self_attention.core_attention:
+        kernel = {"kernel": [attention.cp_group, attention.attention_type]}
+    return kernel | {
         "classes": sorted({type(m).__name__ for m in layer.modules() if type(m).__name__.startswith("TE")}),
         "final_norm": type(fused.decoder.final_layernorm).__module__.split(".")[0],
         "entries": [sorted(entry.key for entry in entries.values()) for entries in (theirs, here)],
@@ -152,8 +155,8 @@ def _compared(fused: Any, plain: Any) -> dict[str, Any]:
         "tracker_stays": _tracker_stays(fused),
         "marks": [sorted(_marks(model.sharded_state_dict())) for model in (fused, plain)],
         "gate": layer.mlp.activation_func.__name__,
-        "scale": layer.self_attention.core_attention.softmax_scale,
-        "window": layer.self_attention.core_attention.window_size,
+        "scale": attention.softmax_scale,
+        "window": attention.window_size,
         "rope_fusion": fused.config.apply_rope_fusion,
         "cp_comm_type": fused.config.cp_comm_type,
         "without_mask": [fused.attends_without_mask, plain.attends_without_mask],
@@ -171,7 +174,13 @@ def _tracker_stays(model: Any) -> bool:
 
     seed_step(7, 3, model.pg_collection)
     expected = None if model.config.sequence_parallel else get_cuda_rng_tracker()
-    return model.decoder.layers[0].self_attention.core_attention.rng_states_tracker is expected
+    return _attention(model).rng_states_tracker is expected
+
+
+def _attention(model: Any) -> Any:
+    """Transformer Engine's, of the first layer."""
+    attention = model.decoder.layers[0].self_attention.core_attention
+    return getattr(attention, "kernel", attention)
 
 
 def _resumed(config: Any, runtime: Any, fused: Any, plain: Any, fresh: Any) -> dict[str, Any]:

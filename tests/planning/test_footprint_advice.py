@@ -136,6 +136,8 @@ _NARROW, _HOST = "optimizer.moments_in=bf16", "optimizer.moments_on_host=true"
 _IN_FP8 = ["precision=fp8_current", "fp8.params=true"]
 _OVERLAP = ["parallel.sequence_parallel=true", "parallel.overlap_tensor_parallel=true"]
 _MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
+_PARTS = ["parallel.context_parallel_size=2", "data.reset_attention_mask=true"]
+_LONG = ["training.sequence_length=8192", "model.max_position_embeddings=8192"]
 # Long rows of a narrow model, whose peak is at the gradient of the logits.
 _LOGITS = ["model.hidden_size=512", "training.sequence_length=4096", "model.max_position_embeddings=4096"]
 
@@ -216,6 +218,14 @@ def _offloaded(layers: int) -> str:
         (2, 0, 1, [_LORA, *_split(2), "parallel.sequence_parallel=true"], 589),
         (2, 1, 4, [_LORA, *_BOTH, *_split(1, 2)], 784),
         (1, 0, 2, ["training.freeze=[embedding]"], 3860),
+        (2, 0, 2, ["training.recompute=selective"], 2989),
+        (2, 0, 1, [*_PARTS], 2687),
+        (4, 0, 1, [*_PARTS, "parallel.context_parallel_size=4", *_LONG], 3135),
+        (2, 0, 1, [*_PARTS, *_LONG, "training.recompute=selective"], 4803),
+        (2, 0, 1, [*_PARTS, *_LONG, _FULL], 2787),
+        (4, 0, 4, [*_BOTH, *_PARTS, *_split(1, 2)], 1617),
+        (2, 0, 1, [*_BOTH, *_PARTS, "model.sliding_window=256", "precision=fp8_current"], 3234),
+        (2, 0, 1, [_LORA, *_PARTS], 810),
     ],
 )
 def test_the_simulated_peak_with_components(ranks, stage, batch, overrides, measured):

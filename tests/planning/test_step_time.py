@@ -146,3 +146,14 @@ def test_what_is_exchanged_beside_products_is_hidden_more():
     )
     stack = find_stack("megatron")
     assert overlapped / plain == pytest.approx((1 - stack.tensor_overlap_asynchronous) / (1 - stack.tensor_overlap))
+
+
+def test_keys_that_are_gathered_for_parts_of_documents_are_not_hidden():
+    """In a ring a fifth is not, in three passes of keys and values; gathered and scattered, all of two."""
+    context = ["parallel.context_parallel_size=4", "precision=bf16", "training.recompute=none"]
+    ring, gathered = (
+        step_time(resolve(load_config("7b", [*context, *more]), 64), 64, machine()).parts["context parallel traffic"]
+        for more in ([], ["data.reset_attention_mask=true"])
+    )
+    stack = find_stack("megatron")
+    assert gathered / ring == pytest.approx(2 / 3 / (1 - stack.context_overlap), rel=0.2)

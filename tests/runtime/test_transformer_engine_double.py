@@ -109,6 +109,27 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "context, cache, bf16": (2, 1, [*_CONTEXT, *CACHE, "precision=bf16"]),
     "context, delayed": (2, 0, [*_CONTEXT, "precision=fp8_delayed"]),
     "context, window, mx": (2, 0, [*_CONTEXT, "model.sliding_window=16", "precision=fp8_mx"]),
+    "context, packed, window, memory, cache and values, delayed": (
+        2,
+        1,
+        [*_CONTEXT, *PACKED, *MEMORY, *CACHE, *VALUES, "model.sliding_window=16", "precision=fp8_delayed"],
+    ),
+    "context, stages, tensor, packed, adapters, recomputed, mx": (
+        8,
+        3,
+        [*_CONTEXT, *_STAGES, *_TENSOR, *PACKED, *LORA, *RECOMPUTE, "precision=fp8_mx"],
+    ),
+    "context, replicas, packed, cache, nvfp4": (4, 2, [*_CONTEXT, *_REPLICAS, *PACKED, *CACHE, "precision=nvfp4"]),
+    "context, packed, attention recomputed, current": (
+        2,
+        0,
+        [*_CONTEXT, *PACKED, "training.recompute=selective", "precision=fp8_current"],
+    ),
+    "context, packed, cache, activations on the host, deterministic": (
+        2,
+        0,
+        [*_CONTEXT, *PACKED, *CACHE, "training.offload_layers=1", "training.deterministic=true", "precision=bf16"],
+    ),
     "replicas, packed, cache, blockwise": (2, 1, [*_REPLICAS, *PACKED, *CACHE, "precision=fp8_blockwise"]),
     "replicas, adapters, recomputed, delayed": (2, 0, [*_REPLICAS, *LORA, *RECOMPUTE, "precision=fp8_delayed"]),
     "replicas, memory, cache, one layer recomputed, blockwise": (
@@ -228,6 +249,17 @@ def test_overlapped_exchanges_are_the_same(found, name):
     if plain is not None:
         assert _exchanged(overlapped) == _exchanged(plain)
         assert overlapped["flops"] == plain["flops"]
+
+
+def test_parts_of_documents_have_keys_gathered_and_their_gradients_scattered(found):
+    """Keys and values, 256 wide, of two rows of 128 tokens, in two layers and micro-batches; recomputed, once more."""
+    step = found["context, packed, attention recomputed, current"]
+    exchanged = {key: size for key, size in _exchanged(step).items() if key[1] == "context_parallel"}
+    scattered = 2 * 2 * 2 * (2 * 128 * 256) * 2
+    assert exchanged == {
+        ("all_gather", "context_parallel"): 2 * scattered,
+        ("reduce_scatter", "context_parallel"): scattered,
+    }
 
 
 def test_weights_in_fp8_are_rounded_once_a_step(found):

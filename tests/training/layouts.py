@@ -73,6 +73,8 @@ def train(overrides: list[str], steps: int = 4) -> list[tuple[float, float]]:
         global_batch_size=training.global_batch_size,
         data_rank=runtime.data_rank,
         data_parallel_size=runtime.data_parallel_size,
+        context_rank=runtime.groups.cp.rank(),
+        context_parallel_size=runtime.groups.cp.size(),
         rules=DocumentRules(
             0, data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss, marked=data.prepared_rows
         ),

@@ -9,6 +9,7 @@ from vishwamai_mp.config.resolve import (
     micro_batches_per_step,
     model_parallel_ranks,
     padded_vocab_size,
+    parts_documents,
     resolve,
 )
 from vishwamai_mp.config.schema import (
@@ -56,6 +57,7 @@ __all__ = [
     "micro_batches_per_step",
     "model_parallel_ranks",
     "padded_vocab_size",
+    "parts_documents",
     "preset_names",
     "resolve",
     "run_program",

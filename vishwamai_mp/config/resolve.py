@@ -91,6 +91,11 @@ def model_parallel_ranks(parallel: ParallelConfig) -> int:
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
+def parts_documents(config: PretrainConfig) -> bool:
+    """Whether documents do not see each other, and context parallel ranks have parts of them."""
+    return config.data.reset_attention_mask and config.parallel.context_parallel_size > 1
+
+
 def micro_batches_per_step(config: PretrainConfig, world_size: int) -> int:
     """Forward-backward passes that each rank runs per optimizer step.
 

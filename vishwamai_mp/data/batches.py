@@ -34,7 +34,8 @@ class Batch:
             to tokens of its own. None: rows are one document.
         verdicts: float32 [B, T], whether the text up to a token leads to a solution: 1, 0, or NaN where that is not
             known. None: known of no token.
-        bounds: of the documents, rows laid end to end, found by the host. None: not looked for.
+        bounds: of the documents, rows laid end to end, found by the host; under context parallelism of this rank's
+            parts. None: not looked for.
     """
 
     tokens: torch.Tensor
@@ -138,6 +139,8 @@ class BatchStream:
         global_batch_size: int,
         data_rank: int = 0,
         data_parallel_size: int = 1,
+        context_rank: int = 0,
+        context_parallel_size: int = 1,
         consumed_samples: int = 0,
         stop_samples: int | None = None,
         num_workers: int = 0,
@@ -152,6 +155,7 @@ class BatchStream:
             samples: in their final order, endless or with at least `stop_samples`.
             micro_batch_size: B.
             global_batch_size: G, a multiple of B × `data_parallel_size`.
+            context_rank: whose part of documents attention is told of, of `context_parallel_size`.
             consumed_samples: where to start: samples that all ranks together have seen. Restores a position exactly,
                 also one reached with other sizes.
             stop_samples: end before the global batch that would pass this sample; None: never.
@@ -168,6 +172,7 @@ class BatchStream:
         self._global_batch_size = global_batch_size
         self._start = consumed_samples
         self._given = 0  # micro-batches handed out
+        self._context = context_rank, context_parallel_size
         self._rules = rules or DocumentRules()
         self._vocab_size = vocab_size
         self._device = device or torch.device("cpu")
@@ -204,8 +209,7 @@ class BatchStream:
             return batch
         on_host = batch if self._device.type == "cpu" else make_batch(text, self._rules)
         assert on_host.document_ids is not None
-        places, longest = document_bounds(on_host.document_ids)
-        return replace(batch, bounds=DocumentBounds(places.to(self._device, non_blocking=True), longest))
+        return replace(batch, bounds=document_bounds(on_host.document_ids, *self._context).to(self._device))
 
 
 def _micro_batches(
@@ -277,6 +281,8 @@ def _stream(
         global_batch_size=training.global_batch_size,
         data_rank=runtime.data_rank,
         data_parallel_size=runtime.data_parallel_size,
+        context_rank=runtime.groups.cp.rank(),
+        context_parallel_size=runtime.groups.cp.size(),
         consumed_samples=consumed_samples,
         stop_samples=stop_samples,
         num_workers=num_workers,

@@ -2,7 +2,8 @@
 
 Transformer Engine's attention takes the documents' lengths and reads no boolean mask. There the rows of a micro-batch
 are laid end to end, one sequence of documents ("thd" in Transformer Engine's words).
-Shapes: B rows, T tokens of a whole row, Q queries (this rank's tokens), S keys, N documents of the micro-batch.
+Shapes: B rows, T tokens of a whole row, Q queries (this rank's tokens of a row), S keys, N documents of the
+micro-batch, under context parallelism the parts of documents that are this rank's.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from vishwamai_mp.config import ConfigError, PretrainConfig
+from vishwamai_mp.config import ConfigError, PretrainConfig, parts_documents
+from vishwamai_mp.runtime.host_copies import sent
+from vishwamai_mp.runtime.zigzag import local_positions
 
 
 def attention_mask(
@@ -45,18 +48,18 @@ def check_packing(config: PretrainConfig) -> None:
     """Refuse what Transformer Engine's packed attention cannot do.
 
     Raises:
-        ConfigError: packed documents under context parallelism; rows that are to go on in the next micro-batch.
+        ConfigError: rows that are to go on in the next micro-batch; dropout of attention under context parallelism.
     """
-    context = config.parallel.context_parallel_size
-    if config.data.reset_attention_mask and context > 1:
+    context, dropout = config.parallel.context_parallel_size, config.model.attention_dropout
+    if parts_documents(config) and dropout:
         raise ConfigError(
-            f"data.reset_attention_mask=true with parallel.context_parallel_size={context}: on Transformer Engine a"
-            " document would have to be a multiple of 2 × context_parallel_size long; use context_parallel_size=1"
-            " or data.reset_attention_mask=false"
+            f"model.attention_dropout={dropout} with data.reset_attention_mask=true and parallel.context_parallel_size="
+            f"{context}: on Transformer Engine, cuDNN's attention of parts of documents knows no dropout; set"
+            " model.attention_dropout=0 or parallel.context_parallel_size=1"
         )
     for section in ("memory", "cache"):
         options = getattr(config, section)
-        if options.enabled and options.carry_state:
+        if options.enabled and options.carry_state and context == 1:
             raise ConfigError(
                 f"{section}.carry_state=true on Transformer Engine: packed attention lays the rows of a micro-batch end"
                 f" to end, so none goes on in its place; set {section}.carry_state=false"
@@ -69,29 +72,76 @@ class DocumentBounds(NamedTuple):
     Attributes:
         places: (N + 1,) int32, the first token of each document and the end.
         longest: tokens of the longest document: a number, which the kernels ask for.
+        key_places: the same of the keys that each is given: on one context parallel rank of several, a part of a
+            document is given the document's keys from its beginning to the part's end. None: the keys are its own.
+        longest_keys: keys of the longest.
+        keys: (S,) int32, where those keys, one part's after the other's, lie among all ranks' keys as they are gathered
+            (ranks, Q, B). None without `key_places`.
     """
 
     places: Tensor
     longest: int
+    key_places: Tensor | None = None
+    longest_keys: int = 0
+    keys: Tensor | None = None
+
+    def to(self, device: torch.device) -> "DocumentBounds":
+        """On the device, without waiting for it."""
+        key_places, keys = (part if part is None else sent(part, device) for part in (self.key_places, self.keys))
+        return DocumentBounds(sent(self.places, device), self.longest, key_places, self.longest_keys, keys)
 
 
-def document_bounds(document_ids_BT: Tensor) -> DocumentBounds:
+def document_bounds(document_ids_BT: Tensor, rank: int = 0, ranks: int = 1) -> DocumentBounds:
     """Bounds from document ids, of which neighbours in a row are of one document where theirs are equal.
 
     The host reads how many documents there are: on a GPU it waits, so that the data loader asks for tensors of its own.
+
+    Args:
+        document_ids_BT: of whole rows.
+        rank: in context parallelism.
+        ranks: that share a row.
     """
     starts = torch.ones_like(document_ids_BT, dtype=torch.bool)
     starts[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
-    bounds = torch.nn.functional.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).int()
+    if ranks > 1:
+        return _bounds_of_rank(starts, rank, ranks)
+    bounds = _places(starts)
     return DocumentBounds(bounds, int(bounds.diff().max()))
+
+
+def _bounds_of_rank(starts_BT: Tensor, rank: int, ranks: int) -> DocumentBounds:
+    """`document_bounds` of parts of documents, which also end where the rank's share of a row has a gap."""
+    (rows, length), device = starts_BT.shape, starts_BT.device
+    shares = [local_positions(length, other, ranks, device) for other in range(ranks)]
+    own_Q = shares[rank]
+    begins_BQ = starts_BT[:, own_Q]
+    begins_BQ[:, 0] = True
+    begins_BQ[:, 1:] |= own_Q.diff() != 1
+    places = _places(begins_BQ)
+    first, last = places[:-1].long(), places[1:].long() - 1
+    document_starts_BT = torch.where(starts_BT, torch.arange(length, device=device), 0).cummax(1).values
+    start = document_starts_BT[:, own_Q].flatten()[first]  # of a part's document, in its row
+    sizes = own_Q[last % len(own_Q)] + 1 - start
+    key_places = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    part = torch.repeat_interleave(sizes)  # of each key
+    place = torch.arange(len(part), device=device) - (key_places[:-1] - start)[part]  # in its row
+    gathered_T = torch.cat(shares).argsort()
+    keys = gathered_T[place] * rows + (first // len(own_Q))[part]
+    return DocumentBounds(places, int(places.diff().max()), key_places.int(), int(sizes.max()), keys.int())
+
+
+def _places(begins: Tensor) -> Tensor:
+    """Where something begins, rows laid end to end, and the end: int32."""
+    return torch.nn.functional.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=begins.numel()).int()
 
 
 def packed_documents(bounds: DocumentBounds) -> PackedSeqParams:
     """megatron-core's parameters for attention within the documents."""
+    keys = bounds.places if bounds.key_places is None else bounds.key_places
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds.places,
-        cu_seqlens_kv=bounds.places,
+        cu_seqlens_kv=keys,
         max_seqlen_q=bounds.longest,
-        max_seqlen_kv=bounds.longest,
+        max_seqlen_kv=bounds.longest_keys or bounds.longest,
     )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vishwamai_mp.config import PretrainConfig, padded_vocab_size
 from vishwamai_mp.config.extensions import find_extension, is_own
+from vishwamai_mp.model.document_attention import DocumentParts
 from vishwamai_mp.model.freezing import freeze_parts
 from vishwamai_mp.model.fully_sharded import ParameterSharding, own_rows, whole_parameters
 from vishwamai_mp.model.lora import add_adapters
@@ -107,10 +108,14 @@ class VishwamAIModel(GPTModel):
         Returns:
             on the last stage, losses (B, Q) fp32 with labels and logits (Q, B, V) without; else hidden states.
         """
-        if document_ids is not None and self.attends_without_mask:
-            packed = packed_documents(document_bounds(document_ids) if bounds is None else bounds)
-            return self._forward_packed(tokens, labels, document_ids, verdicts, packed)
         whole, cp, device = tokens, self.pg_collection.cp, tokens.device
+        parts = None
+        if document_ids is not None and self.attends_without_mask:
+            bounds = bounds or document_bounds(document_ids, cp.rank(), cp.size())
+            if cp.size() == 1:
+                return self._forward_packed(tokens, labels, document_ids, verdicts, packed_documents(bounds))
+            # Rows stay rows, all turned alike: attention sees differences of positions only.
+            parts, position_ids = DocumentParts(bounds=bounds), None
         keys = [local_positions(tokens.shape[1], rank, cp.size(), device) for rank in range(cp.size())]
         local = keys[cp.rank()]
         if cp.size() > 1:
@@ -120,6 +125,7 @@ class VishwamAIModel(GPTModel):
             hidden_states=self.embed(tokens) if self.pre_process else None,
             attention_mask=self._mask(local, torch.cat(keys), document_ids),
             rotary_pos_emb=self.rotary(local if position_ids is None else position_ids[:, local], whole.shape[1]),
+            packed_seq_params=parts,
             context=document_ids,
         )
         return self._head(hidden, labels, whole, document_ids, verdicts) if self.post_process else hidden

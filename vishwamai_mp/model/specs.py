@@ -16,11 +16,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from vishwamai_mp.components.head_sharded import Linears
-from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config import PretrainConfig, parts_documents
 from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.config.layer_windows import layer_window
 from vishwamai_mp.config.resolve_rotary import layer_is_turned
 from vishwamai_mp.model.core_attention import CoreAttention
+from vishwamai_mp.model.document_attention import DocumentAttention
 from vishwamai_mp.model.gated_units import GATED_UNITS
 from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.layer import VishwamAILayer
@@ -87,7 +88,7 @@ def layer_spec(
                 },
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear_in,
-                    core_attention=_core_attention(backend, model.attention_softcap),
+                    core_attention=_core_attention(backend, config),
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=query_key_norm,
                     k_layernorm=query_key_norm,
@@ -133,10 +134,12 @@ def layer_components(config: PretrainConfig, layer: int, linears: Linears) -> di
     return dict(reversed(made.items())) if config.cache.before_memory else made
 
 
-def _core_attention(backend: BackendSpecProvider, softcap: float | None) -> ModuleSpec | type:
-    if softcap is None:
-        return backend.core_attention()
-    return ModuleSpec(module=CoreAttention, params={"softcap": softcap})
+def _core_attention(backend: BackendSpecProvider, config: PretrainConfig) -> ModuleSpec | type:
+    if config.model.attention_softcap is not None:
+        return ModuleSpec(module=CoreAttention, params={"softcap": config.model.attention_softcap})
+    if backend.fuse_layernorm_and_linear() and parts_documents(config):
+        return DocumentAttention
+    return backend.core_attention()
 
 
 def _attention(name: str) -> type[KvSelfAttention]:

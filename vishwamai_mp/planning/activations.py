@@ -8,7 +8,14 @@ heads or as the MLP is divided over tensor parallel ranks; the residual stream i
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from vishwamai_mp.config import ConfigError, PretrainConfig, frozen_parts, layers_per_stage, padded_vocab_size
+from vishwamai_mp.config import (
+    ConfigError,
+    PretrainConfig,
+    frozen_parts,
+    layers_per_stage,
+    padded_vocab_size,
+    parts_documents,
+)
 from vishwamai_mp.config.resolve_fp8 import rounds_operands
 from vishwamai_mp.config.resolve_rotary import layer_is_turned
 from vishwamai_mp.planning.component_activations import component_activations, components_on_stage
@@ -62,7 +69,8 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
             return LayerActivations(linears + output + _attention(config, on_gpu), working)
         case "selective":
             modules = config.training.recompute_modules or ["core_attn"]
-            attention = _inputs(config, on_gpu) if "core_attn" in modules else _attention(config, on_gpu)
+            # Nobody has copied the values: on GPUs too the projection stays.
+            attention = _inputs(config, on_gpu=False) if "core_attn" in modules else _attention(config, on_gpu)
             attention_again = _attention(config, on_gpu) if "core_attn" in modules else 0.0
             mlp = 0.0
             if "mlp" in modules:  # its input stays; on GPUs a norm before is a part of it
@@ -273,13 +281,17 @@ def _inputs(config: PretrainConfig, on_gpu: bool) -> float:
 
 
 def _attention(config: PretrainConfig, on_gpu: bool) -> float:
-    """What attention keeps beside its output. Keys and values are those of all context parallel ranks."""
+    """What attention keeps beside its output. Keys and values are those of all context parallel ranks.
+
+    Of rows that are one document a GPU's rank has two parts, whose keys together are half a share more (`masks.py`).
+    """
     model, length, context = config.model, config.training.sequence_length, config.parallel.context_parallel_size
     queries, keys, tokens = query_width(config), key_width(config), tokens_of_micro_batch(config)
     share = number_bytes(config) / config.parallel.tensor_model_parallel_size
     is_long = length // context > _LONGEST and not model.attention_softcap
     if on_gpu or is_long or model.attention_dropout:
-        inputs = _inputs(config, on_gpu) if context == 1 else tokens * (queries + 2 * keys * context) * share
+        shares = context + (0.5 if on_gpu and parts_documents(config) else 0)
+        inputs = _inputs(config, on_gpu) if context == 1 else tokens * (queries + 2 * keys * shares) * share
         sums = 4 * tokens * model.num_attention_heads / config.parallel.tensor_model_parallel_size  # fp32, per query
         if on_gpu or not model.attention_dropout:
             return inputs + sums

@@ -17,6 +17,7 @@ from vishwamai_mp.config import (
     frozen_parts,
     micro_batches_per_step,
     padded_vocab_size,
+    parts_documents,
 )
 from vishwamai_mp.config.layer_windows import layer_windows
 from vishwamai_mp.planning.activations import key_width, query_width, recomputed_layers, stage_layers
@@ -152,7 +153,7 @@ def _layer(config: PretrainConfig, machine: Machine) -> tuple[_Pass, _Pass]:
     windows = layer_windows(model)
     seen = sum(mean_keys(config.training.sequence_length, window) for window in windows) / len(windows)
     scores = 4 * tokens * seen * queries / tensor / reached(stack, machine.gpu, "attention")
-    if parallel.context_parallel_size > 1:
+    if parallel.context_parallel_size > 1 and not parts_documents(config):
         scores *= stack.context_attention
     elementwise = _elementwise(config, kind, machine)
     traffic = _tensor_traffic(config, machine)
@@ -166,7 +167,7 @@ def _layer(config: PretrainConfig, machine: Machine) -> tuple[_Pass, _Pass]:
         2.5 * scores,
         (1.5 if frozen else 2) * elementwise,
         4 * traffic,
-        2 * _context_traffic(config, machine, 1.25 * scores),
+        (1 if parts_documents(config) else 2) * _context_traffic(config, machine, 1.25 * scores),
     )
     match config.training.recompute:
         case "full":
@@ -246,13 +247,19 @@ def _tensor_traffic(config: PretrainConfig, machine: Machine) -> float:
 
 
 def _context_traffic(config: PretrainConfig, machine: Machine, attention: float) -> float:
-    """What is not hidden behind a layer's attention of keys and values that come from the other ranks."""
+    """What is not hidden behind a layer's attention of keys and values that come from the other ranks.
+
+    Parts of documents have them gathered before attention, and their gradients scattered after it: nothing is hidden,
+    and a backward pass sends them once, where those that go round in a ring come by again with their gradients.
+    """
     parallel, stack = config.parallel, machine.stack
     context = parallel.context_parallel_size
     if context == 1:
         return 0.0
     size = 2 * _tokens(config) * (context - 1) * 2 * key_width(config) / parallel.tensor_model_parallel_size
     rate = _rate(config, machine, context, parallel.tensor_model_parallel_size)
+    if parts_documents(config):
+        return size / rate + 2 * stack.latency
     time = size / rate + (context - 1) * stack.latency
     return max(time - stack.context_overlap * attention, (1 - stack.context_overlap) * time)
 

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device that nobody waits for. A GPU fetches it from pinned memory; from other memory the host
+    would have to hand it over, when the GPU has done what was asked before.
+    """
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
 class HostCopies:
     """A stream of its own for copies of one accelerator.
 

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from vishwamai_mp.config import PretrainConfig, UserError, micro_batches_per_step
 from vishwamai_mp.data.batches import Batch, DocumentRules, make_batch
 from vishwamai_mp.model import build_model
 from vishwamai_mp.model.fully_sharded import FullySharded
 from vishwamai_mp.model.layer import VishwamAILayer
-from vishwamai_mp.model.masks import DocumentBounds
+from vishwamai_mp.model.masks import DocumentBounds, document_bounds
 from vishwamai_mp.planning.flops import stage_flops
 from vishwamai_mp.planning.footprint import stage_footprint
 from vishwamai_mp.planning.footprint_advice import advice, size_text, stage_memory
@@ -186,9 +187,15 @@ def empty_batches(config: PretrainConfig, job: SimulatedJob) -> list[Batch]:
     text = torch.zeros((rows, *marks, length + 1), dtype=torch.int64)
     batch = make_batch(text.to(device, non_blocking=True), rules)
     if data.reset_attention_mask:
-        places = torch.arange(rows + 1, dtype=torch.int32) * length
-        batch = replace(batch, bounds=DocumentBounds(places.to(device, non_blocking=True), length))
+        context = job.runtime.groups.cp
+        with unset_fake_temporarily():  # sizes depend on these values
+            bounds = document_bounds(torch.zeros((rows, length), dtype=torch.int32), context.rank(), context.size())
+        batch = replace(batch, bounds=DocumentBounds(*(_empty(part, device) for part in bounds)))
     return [batch] * micro_batches_per_step(config, job.runtime.world_size)
+
+
+def _empty(part: Any, device: torch.device) -> Any:
+    return torch.empty(part.shape, dtype=part.dtype, device=device) if isinstance(part, torch.Tensor) else part
 
 
 def _local(parameter: Any) -> torch.Tensor:
