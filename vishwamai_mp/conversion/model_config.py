@@ -19,7 +19,7 @@ from vishwamai_mp.conversion.value_kinds import NUMBER, check_kinds
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Read of every family, beside the keys that families name.
 _READ = {
-    "architectures", "auto_map", "layer_types", "model_type", "original_max_position_embeddings",
+    "architectures", "auto_map", "is_causal", "layer_types", "model_type", "original_max_position_embeddings",
     "partial_rotary_factor", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
     *_TOKEN_IDS,
 }  # fmt: skip
@@ -152,6 +152,8 @@ def _check_supported(config: Mapping[str, Any], path: Path, family: type[Family]
             f"it is a {family.architecture}",
         ),
         "auto_map": (config.get("auto_map") or code, code, "the model is computed by Python code of its own"),
+        # The one switch of all families that null or false turns on: see `without_effect`.
+        "is_causal": (config.get("is_causal", True), True, "tokens here see none behind them"),
     }
     for key, (value, wanted, why) in refused.items():
         if value != wanted:

@@ -80,8 +80,19 @@ def parameters(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 
 def rotary_fraction(config: Mapping[str, Any], path: Path) -> float:
-    """Share of a head's width that is turned."""
-    return float(config.get("partial_rotary_factor") or parameters(config, path).get("partial_rotary_factor") or 1)
+    """Share of a head's width that is turned.
+
+    Raises:
+        UserError: the two places for it do not agree.
+    """
+    check_kinds(config, {"partial_rotary_factor": NUMBER}, path)
+    places = (config.get("partial_rotary_factor"), parameters(config, path).get("partial_rotary_factor"))
+    said = {float(share) for share in places if share is not None}
+    if len(said) > 1:
+        raise UserError(
+            f"{path}: partial_rotary_factor is {places[0]}, and {places[1]} with the scaling; keep one of them"
+        )
+    return said.pop() if said else 1.0
 
 
 def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any] | None:

@@ -72,7 +72,9 @@ class Family:
         neutral: keys of `config.json` that change nothing where the others are as they are accepted.
         default_pattern: `model.layer_pattern` where `layer_types` is not said, of a family whose layers may differ in
             their window; None: they are all alike.
-        rotary_by_type: such a family's layers with a window may turn by a base of their own.
+        rotary_by_type: of such a family whose layers with a window may turn by a base of their own: for each type of
+            layer the key of `config.json` with its base, where `rope_parameters` has none, and the default.
+        rotary_rules: the values of `model.rope_scaling.rope_type` that transformers takes; None: all.
         written: keys of `config.json` that an export writes as they stand here.
         weights: what its folders call their tensors.
     """
@@ -86,7 +88,8 @@ class Family:
     only: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     neutral: ClassVar[frozenset[str]] = frozenset()
     default_pattern: ClassVar[str | None] = None
-    rotary_by_type: ClassVar[bool] = False
+    rotary_by_type: ClassVar[Mapping[str, tuple[str, float]]] = {}
+    rotary_rules: ClassVar[frozenset[str] | None] = None
     written: ClassVar[Mapping[str, Any]] = {}
     weights: ClassVar[WeightNames] = WeightNames()
 
@@ -123,14 +126,23 @@ class Family:
         windows: dict[str, Any] = {}
         if cls.default_pattern:
             windows = layer_types.from_hf(config, path, cls.default_pattern)
-            config = layer_types.with_one_rotary(config, path, windows) if cls.rotary_by_type else config
+            if cls.rotary_by_type:
+                config = layer_types.with_one_rotary(config, path, windows, cls.rotary_by_type)
         cls._check(config, path)
         model = dict(cls.has)
         for key in cls.all_keys():
             if key.theirs not in config:
                 raise UserError(f"{path} lacks {key.theirs}")
             model[key.ours] = key.read(config[key.theirs])
-        return model | windows | rope_scaling.from_hf(config, path)
+        rotary = rope_scaling.from_hf(config, path)
+        if unread := cls._unread_rule(rotary["rope_scaling"] and rotary["rope_scaling"]["rope_type"]):
+            raise UserError(f"{path}: rotary scaling {unread!r} is not supported (no {cls.architecture} has it)")
+        return model | windows | rotary
+
+    @classmethod
+    def _unread_rule(cls, kind: str | None) -> str | None:
+        """A rotary rule, if transformers does not take it."""
+        return kind if kind and cls.rotary_rules is not None and kind not in cls.rotary_rules else None
 
     @classmethod
     def _check(cls, config: Mapping[str, Any], path: Path) -> None:
@@ -165,4 +177,9 @@ class Family:
             value = getattr(model, field.name)
             if field.name not in said and value != cls.has.get(field.name, field.default):
                 found.append(f"model.{field.name}={value}")
+        if scaling := model.rope_scaling:
+            if cls._unread_rule(scaling.rope_type):
+                found.append(f"model.rope_scaling of rope_type={scaling.rope_type}")
+            if cls.rotary_by_type and not scaling.truncate:
+                found.append("model.rope_scaling.truncate=False")
         return found

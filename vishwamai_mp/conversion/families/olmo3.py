@@ -11,8 +11,8 @@ class Olmo3(Family):
     model_type = "olmo3"
     title = "OLMo 3"
     has = Olmo2.has
-    defaults = {**Olmo2.defaults, "sliding_window": 4096, "rope_theta": 500000.0}
+    defaults = {**Olmo2.defaults, "sliding_window": 4096}
     default_pattern = "SSSF"
-    rotary_by_type = True
+    rotary_by_type = dict.fromkeys(("full_attention", "sliding_attention"), ("rope_theta", 500000.0))
     written = Olmo2.written
     weights = Olmo2.weights

@@ -17,7 +17,9 @@ class Phi3(Family):
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
+        "original_max_position_embeddings": 4096,  # comes before the one within the scaling
         "partial_rotary_factor": None,  # it may stand with the scaling: rope_scaling.py reads both places
     }
+    rotary_rules = frozenset({"longrope"})
     neutral = frozenset({"embd_pdrop", "resid_pdrop"})  # of training
     weights = WeightNames(queries=_PROJECTIONS, keys=_PROJECTIONS, values=_PROJECTIONS, gate=_GATED, up=_GATED)

@@ -43,7 +43,7 @@ class SmolLM3(Family):
             turned = [int(number % interval != 0) for number in range(1, layers + 1)]
         if not isinstance(turned, list) or any(one not in (0, 1) for one in turned) or len(turned) < layers:
             raise UserError(f"{path}: no_rope_layers={turned} is not a list of {layers} numbers 0 or 1, one a layer")
-        found = {**config, "no_rope_layers": [int(one) for one in turned[:layers]]}
+        found = {"sliding_window": None, **config, "no_rope_layers": [int(one) for one in turned[:layers]]}
         if config.get("rope_theta") is None:
             rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
             found["rope_theta"] = rope.get("rope_theta", _BASE)
