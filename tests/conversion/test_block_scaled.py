@@ -1,17 +1,22 @@
-"""FP8 weights in blocks, by transformers' own reading of them."""
+"""FP8 weights in blocks, out and in, by transformers' own reading of them; other quantized weights are refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conversion import models
+from tests.conversion.test_third_party import assert_same_model, change_config, write_folder
 from tests.workers import WorkerPool
+from vishwamai_mp.config import UserError
+from vishwamai_mp.conversion import rows
 from vishwamai_mp.conversion.block_scaled import quantized
-from vishwamai_mp.conversion.dtypes import FP8
+from vishwamai_mp.conversion.dtypes import FP8, FP32
 
 WIDE = ["model.hidden_size=256", "model.intermediate_size=384", "model.num_layers=1", "precision=bf16"]
 
@@ -75,3 +80,128 @@ def test_transformers_computes_with_them(workers: WorkerPool, tmp_path: Path) ->
     models.export(tmp_path / "run", tmp_path / "fp8", dtype=FP8)
     (result,) = workers.run(models.compare_both, 1, tmp_path / "run", tmp_path / "fp8", [], 16)
     assert result.is_equal, result.describe()
+
+
+def write_scaled(folder: Path, block: tuple[int, int], kind: torch.dtype) -> dict[str, torch.Tensor]:
+    """A folder whose layers' matrices are FP8 in blocks, with any scales; returns what they mean, in bf16."""
+    write_folder(folder, shard="1GB", hidden_size=192, intermediate_size=320, num_key_value_heads=2)
+    meant = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    stored = dict(meant)
+    for name, tensor in meant.items():
+        if name.endswith("_proj.weight"):
+            high, wide = (-(-length // size) for length, size in zip(tensor.shape, block, strict=True))
+            scales = torch.rand(high, wide, generator=torch.Generator().manual_seed(high)).add(0.5).mul(1e-3).to(kind)
+            each = scales.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            each = each[: tensor.shape[0], : tensor.shape[1]]
+            stored[name] = (tensor.float() / each).clamp(-448, 448).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scales
+            meant[name] = (stored[name].float() * each).bfloat16()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    change_config(folder, {"quantization_config": quantization, "dtype": "bfloat16"})
+    return meant
+
+
+@pytest.mark.parametrize(
+    ("block", "kind"),
+    [((64, 32), torch.float32), ((64, 64), torch.bfloat16), ((128, 128), torch.float32)],  # the last reach beyond edges
+)
+def test_a_folder_is_imported_as_the_numbers_that_it_means(
+    tmp_path: Path, block: tuple[int, int], kind: torch.dtype
+) -> None:
+    meant = write_scaled(tmp_path / "hf", block, kind)
+    assert "21 matrices are FP8 in blocks" in models.import_(tmp_path / "hf", tmp_path / "run")[-1]
+    models.export(tmp_path / "run", tmp_path / "again")
+    models.assert_equal(load_file(tmp_path / "again/model.safetensors"), meant)
+
+
+def test_a_row_is_scaled_by_its_own_block_wherever_it_is_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few rows at a time, which begin and end within blocks."""
+    meant = write_scaled(tmp_path / "hf", (64, 64), torch.float32)
+    monkeypatch.setattr(rows, "_PIECE_BYTES", 7 * 192 * 2)
+    models.import_(tmp_path / "hf", tmp_path / "run")
+    models.export(tmp_path / "run", tmp_path / "again")
+    models.assert_equal(load_file(tmp_path / "again/model.safetensors"), meant)
+
+
+def test_transformers_reads_the_same_numbers(workers: WorkerPool, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers loads quantized weights with it")
+    write_scaled(tmp_path / "hf", (64, 64), torch.float32)
+    models.import_(tmp_path / "hf", tmp_path / "run", FP32)
+    assert_same_model(workers, tmp_path / "run", tmp_path / "hf")
+
+
+def _change_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+_Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(f"{_Q}_scale_inv"), f"{_Q} is FP8 and lacks its scales, {_Q}_scale_inv"),
+        (lambda t: t.update({f"{_Q}_scale_inv": torch.ones(2, 3)}), "has the shape [2, 3] and the type F32;"),
+        (lambda t: t.update({f"{_Q}_scale_inv": torch.ones(3, 3).to(torch.uint8)}), "the type U8;"),
+        (lambda t: t.update({_Q: t[_Q].float()}), f"has {_Q}_scale_inv, but no FP8 numbers {_Q}"),
+    ],
+)
+def test_scales_that_are_not_those_of_the_numbers_are_refused(
+    tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    write_scaled(tmp_path / "hf", (64, 64), torch.float32)
+    _change_tensors(tmp_path / "hf", edit)
+    with pytest.raises(UserError) as caught:
+        models.import_(tmp_path / "hf", tmp_path / "run")
+    assert message in str(caught.value)
+
+
+_FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantized (awq)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "(bitsandbytes, 4bit)"),
+        ({"quantization_config": {"load_in_8bit": True}}, "quantized (bitsandbytes, 8bit)"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "x"}}, "(compressed-tensors)"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantized (compressed-tensors)"),
+        ({"quantization_config": "fp8"}, "quantization_config='fp8' is not an object"),
+        ({"quantization_config": {**_FP8, "weight_block_size": None}}, "with weight_block_size=None"),
+        ({"quantization_config": {**_FP8, "weight_block_size": [64]}}, "with weight_block_size=[64]"),
+        ({"quantization_config": {**_FP8, "activation_scheme": "static"}}, "with activation_scheme='static'"),
+        ({"quantization_config": {**_FP8, "fmt": "e5m2"}}, "with fmt='e5m2'"),
+        ({"quantization_config": {**_FP8, "hadamard": True}}, "quantization_config with hadamard=True is unknown"),
+    ],
+)
+def test_other_quantized_weights_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_folder(tmp_path / "hf", num_hidden_layers=1)
+    change_config(tmp_path / "hf", change)
+    with pytest.raises(UserError) as caught:
+        models.import_(tmp_path / "hf", tmp_path / "run")
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.0.mlp.up_proj.qweight", "GPTQ or AWQ"),
+        ("model.layers.0.mlp.up_proj.SCB", "bitsandbytes, 8 bits"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes, 4 bits"),
+        ("model.layers.0.mlp.up_proj.weight_packed", "compressed-tensors"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "FP8 in blocks, of which config.json has no quantization"),
+    ],
+)
+def test_quantized_weights_that_the_configuration_is_silent_of_are_named(tmp_path: Path, name: str, kind: str) -> None:
+    write_folder(tmp_path / "hf", shard="1GB", num_hidden_layers=1)
+    _change_tensors(tmp_path / "hf", lambda tensors: tensors.update({name: torch.ones(4)}))
+    with pytest.raises(UserError) as caught:
+        models.import_(tmp_path / "hf", tmp_path / "run")
+    assert f"has {name}: its weights are quantized ({kind}" in str(caught.value)

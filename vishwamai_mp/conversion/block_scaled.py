@@ -31,6 +31,17 @@ def quantized(matrix_MN: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(numbers), torch.cat(scales)
 
 
-def dequantized(numbers_MN: Tensor, scales: Tensor) -> Tensor:
-    """The matrix that they mean, fp32 (M, N)."""
-    return numbers_MN.float() * scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+def dequantized(
+    numbers_MN: Tensor, scales: Tensor, block: tuple[int, int] = (BLOCK, BLOCK), skipped: int = 0
+) -> Tensor:
+    """The matrix that they mean, fp32 (M, N).
+
+    Args:
+        numbers_MN: E4M3.
+        scales: of every block that a number lies in, in rows and columns; the last ones may reach beyond the numbers.
+        block: rows and columns of one.
+        skipped: rows of the first block that lie before the numbers.
+    """
+    rows, columns = numbers_MN.shape
+    each = scales.float().repeat_interleave(block[0], 0)[skipped : skipped + rows]
+    return numbers_MN.float() * each.repeat_interleave(block[1], 1)[:, :columns]

@@ -11,7 +11,7 @@ from typing import Any
 
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve, to_dict
 from vishwamai_mp.config.pointers import refuse_pointer
-from vishwamai_mp.conversion import components, model_config, safetensors_files
+from vishwamai_mp.conversion import components, model_config, quantized_weights, safetensors_files
 from vishwamai_mp.conversion.families import Family, family_of
 from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
 from vishwamai_mp.conversion.model_config import without_effect
@@ -61,6 +61,7 @@ def open_folder(path: Path, additions: Sequence[str] = (), own: type[Family] | N
     _refuse_pointers(path)
     tensors = safetensors_files.read_folder(path)  # before what is said of the model: pickles are refused as such
     family = family_of(described, path / "config.json", own)
+    tensors = quantized_weights.with_scales(tensors, quantized_weights.block_of(described, path / "config.json"), path)
     original = model_config.from_hf(described, path / "config.json", family)
     unknown = without_effect(described, family)
     notes = [f"{key} of config.json, which is unknown here and switched off" for key in unknown]
@@ -70,6 +71,8 @@ def open_folder(path: Path, additions: Sequence[str] = (), own: type[Family] | N
     files = {entry.path for entry in entries.values()}
     notes += _unread(path, files)
     notes = [f"left behind: {'; '.join(notes)}"] if notes else []
+    if scaled := sum(entry.scales is not None for entry in entries.values()):
+        notes.append(f"{scaled} matrices are FP8 in blocks, and are imported as the numbers that these mean")
     head, embedding = f"{family.weights.head}.weight", f"{family.weights.embedding}.weight"
     if original.model.tie_word_embeddings and head in entries and embedding in entries:
         if safetensors_files.are_equal(entries[head], entries[embedding]):

@@ -12,7 +12,7 @@ from vishwamai_mp.config import ConfigError, ModelConfig, PretrainConfig, UserEr
 from vishwamai_mp.config.errors import one_line
 from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
-from vishwamai_mp.conversion import components
+from vishwamai_mp.conversion import components, quantized_weights
 from vishwamai_mp.conversion.families import Family, family_holding
 from vishwamai_mp.conversion.value_kinds import NUMBER, check_kinds
 
@@ -25,7 +25,7 @@ _READ = {
 }  # fmt: skip
 _KINDS: dict[str, tuple[type, ...]] = {  # of values
     **dict.fromkeys(("architectures", "layer_types"), (list,)),
-    **dict.fromkeys(("quantization_config", "rope_parameters", "rope_scaling", "memory", "cache"), (dict,)),
+    **dict.fromkeys(("rope_parameters", "rope_scaling", "memory", "cache"), (dict,)),
     **dict.fromkeys(("partial_rotary_factor", "rope_theta"), NUMBER),
 }
 _NEUTRAL = {
@@ -141,9 +141,7 @@ def is_read(key: str, family: type[Family]) -> bool:
 def _check_supported(config: Mapping[str, Any], path: Path, family: type[Family]) -> None:
     """What is refused of any family."""
     check_kinds(config, _KINDS, path)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"{path}: its weights are quantized ({method}); give the folder with the original weights")
+    quantized_weights.block_of(config, path)
     code = components.AUTO_MAP if family.architecture == components.ARCHITECTURE else {}
     refused = {
         "model_type": (

@@ -12,6 +12,7 @@ from torch import Tensor
 from vishwamai_mp.checkpoint.pieces import bytes_of
 from vishwamai_mp.config import UserError
 from vishwamai_mp.conversion import dtypes
+from vishwamai_mp.conversion.block_scaled import dequantized
 from vishwamai_mp.conversion.dtypes import FP8, FP32, DType
 from vishwamai_mp.conversion.folder import Folder
 from vishwamai_mp.conversion.mapping import Mapped, padded_rows
@@ -43,9 +44,13 @@ class Piece:
 
 
 def stored_type(folder: Folder, mapped: Mapped) -> DType:
-    """The type of a tensor's parts, fp32 where they differ; that of the embedding for what the folder lacks."""
-    names = [part.name for part in mapped.parts if part.name in folder.entries]
-    names = names or [folder.mapping[0].parts[0].name]
+    """The type of a tensor's parts, fp32 where they differ.
+
+    What the folder lacks, and what is quantized there, has that of the embedding.
+    """
+    embedding = folder.mapping[0].parts[0].name
+    found = [folder.entries[part.name] for part in mapped.parts if part.name in folder.entries]
+    names = [embedding if entry.scales else entry.name for entry in found] or [embedding]
     kinds = [dtypes.of_safetensors(folder.entries[name].tag, name) for name in names]
     if FP8 in kinds:
         raise UserError(f"{mapped.parts[0].name} is quantized; give the folder with the original weights")
@@ -86,15 +91,25 @@ class RowReader:
     def _fill(self, target: Tensor, entry: Entry, row: int, dtype: DType) -> None:
         stored = dtypes.of_safetensors(entry.tag, entry.name)
         place = target if stored == dtype else torch.empty(target.shape, dtype=stored.torch)
-        start = entry.start + row * math.prod(entry.shape[1:]) * stored.size
+        self._read(place, entry, row * math.prod(entry.shape[1:]) * stored.size)
+        if scales := entry.scales:
+            size = entry.block[0]
+            first, last = row // size, -(-(row + len(place)) // size)
+            each = torch.empty((last - first, scales.shape[1]), dtype=torch.float32)
+            self._fill(each, scales, first, FP32)
+            place = dequantized(place, each, entry.block, row % size)
+        if place is not target:
+            target.copy_(dtypes.cast(place, dtype, entry.name))
+
+    def _read(self, place: Tensor, entry: Entry, offset: int) -> None:
+        """Fill a tensor from a place in another's bytes."""
+        start = entry.start + offset
         view, done = bytes_of(place), 0
         while done < len(view):
             count = os.preadv(self._descriptor(entry.path), [view[done:]], start + done)
             if count == 0:
                 raise UserError(f"{entry.path} is truncated within {entry.name}; copy it again")
             done += count
-        if place is not target:
-            target.copy_(dtypes.cast(place, dtype, entry.name))
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._files:

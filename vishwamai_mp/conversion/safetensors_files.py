@@ -31,13 +31,18 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: `start` counts bytes from the file's beginning."""
+    """A tensor of a file: `start` counts bytes from the file's beginning.
+
+    Numbers that are quantized in blocks of so many rows and columns have `scales`, one for each block.
+    """
 
     name: str
     tag: str
     shape: tuple[int, ...]
     path: Path
     start: int
+    scales: "Entry | None" = None
+    block: tuple[int, int] = (1, 1)
 
     @property
     def size(self) -> int:
