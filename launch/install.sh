@@ -14,6 +14,14 @@ bootstrap_python() {
     return 1
 }
 
+# Python compiles what is imported, and keeps it: a fraction of the files, and half of the time that pip would need for
+# all. Where Python is told to keep nothing, pip has to.
+pip_install() { # the interpreter, arguments
+    local python="$1" compile=--no-compile
+    [[ -n "${PYTHONDONTWRITEBYTECODE:-}" ]] && compile=--compile
+    "$python" -m pip install --quiet --disable-pip-version-check "$compile" "${@:2}"
+}
+
 # install_environment NAME TARGET: once, and again when what is to be installed has changed.
 install_environment() {
     local stamp=".venv/installed-$1" target="$2" wanted python
@@ -22,7 +30,7 @@ install_environment() {
     python="$(bootstrap_python)"
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
     echo "installing into .venv (some minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "$target"
+    pip_install .venv/bin/python -c constraints.txt -e "$target"
     echo "$wanted" >"$stamp"
 }
 
@@ -32,6 +40,5 @@ install_transformer_engine() { # the environment's folder
     version="$(sed -n 's/^transformer-engine==//p' constraints.txt)"
     [[ -d "$folder/transformer_engine-$version.dist-info" ]] && return 0
     rm -rf "$folder"
-    "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" \
-        "transformer-engine==$version"
+    pip_install "$1/bin/python" --no-deps --target "$folder" "transformer-engine==$version"
 }

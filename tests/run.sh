@@ -6,6 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/install.sh
 source launch/install.sh
+# Tests start hundreds of processes, each of which would compile the same files.
+unset PYTHONDONTWRITEBYTECODE
 
 install_environment dev '.[dev]'
 install_transformer_engine .venv || echo "Transformer Engine's Python cannot be installed: its tests will skip" >&2
@@ -13,7 +15,5 @@ if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi
 PYTHON=.venv/bin/python bash tests/checks.sh
-# Tests start hundreds of processes, each of which would compile the same files.
-unset PYTHONDONTWRITEBYTECODE
 # Two at a time: one alone leaves a second core idle for almost half of the time. A file's tests share what it sets up.
 exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
