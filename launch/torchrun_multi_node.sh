@@ -50,6 +50,7 @@ read_environment() {
     [[ -n "$NODE_RANK" ]] || fail "NODE_RANK is not set; give this machine's number, 0 to NNODES-1"
     check_number NNODES "$NNODES" 1 100000
     check_number NODE_RANK "$NODE_RANK" 0 $((10#$NNODES - 1))
+    export NODE_RANK # a launcher that waits names the machines that are missing
     check_number MASTER_PORT "$MASTER_PORT" 1024 65535
     [[ -n "$MASTER_ADDR" ]] || fail "MASTER_ADDR is not set; give machine 0's address"
 }

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from torch.distributed import HashStore
 
 from vishwamai_mp.data.indexed import IndexedWriter
+from vishwamai_mp.launch import attempt
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _RECIPE = """\
@@ -208,6 +210,19 @@ def test_a_killed_machine_comes_back(launches, tmp_path):
     machines[0].wait_for(lambda: all(path.exists() for path in ready))
     (tmp_path / "end").touch()
     assert [launch.wait() for launch in machines] == [0, 0]
+
+
+def test_machines_that_have_not_come_are_named_while_one_waits(monkeypatch, capfd):
+    monkeypatch.setattr(attempt, "_PATIENT_SECONDS", 0.05)
+    store = HashStore()
+    for number in (2, 0):
+        meeting = attempt.Meeting(number)
+        meeting.store = store
+        with meeting.telling_who_is_missing(4):
+            time.sleep(0.2)
+    assert "waiting for machines 1, 3 of 4: NODE_RANK=1 has not come" in capfd.readouterr().err
+    time.sleep(0.2)
+    assert not capfd.readouterr().err  # no word once they have met
 
 
 @pytest.fixture

@@ -23,3 +23,5 @@ Three layers of processes, each ended by the kernel when the one above is gone, 
 FAILED = 1  # workers ran, and one failed or a machine dropped out
 NEVER_MET = 75  # no worker ran: the machines did not come together (EX_TEMPFAIL of sysexits.h)
 STOPPED = 76  # workers were ended by the signal before they had begun to listen for it
+
+WORKERS_LOG_LEVEL = "VISHWAMAI_WORKERS_LOG_LEVEL"  # an attempt's variable: what workers get as TORCH_CPP_LOG_LEVEL

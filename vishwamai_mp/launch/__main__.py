@@ -12,7 +12,7 @@ from types import FrameType
 import psutil
 
 from vishwamai_mp.config.errors import HUNG_STATUS, USER_ERROR_STATUS
-from vishwamai_mp.launch import NEVER_MET, STOPPED
+from vishwamai_mp.launch import NEVER_MET, STOPPED, WORKERS_LOG_LEVEL
 
 _PATIENCE_SECONDS = 900.0  # for machines that do not come together, as torchrun's join_timeout
 _BREATH_SECONDS = 2.0  # between attempts
@@ -28,8 +28,10 @@ class Launcher:
 
     def __init__(self, arguments: list[str], restarts: int) -> None:
         self._command = [sys.executable, "-m", "vishwamai_mp.launch.attempt", *arguments]
-        # torch shows a stack of C++ frames for each lost connection; the attempt says it in a line.
-        self._environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
+        # torch shows a page of C++ frames for each lost connection. The attempt says it in a line, and its workers get
+        # the level that they would have had.
+        level = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
+        self._environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "FATAL", WORKERS_LOG_LEVEL: level}
         self._restarts = restarts
         self._wish: signal.Signals | None = None
         self._attempt: subprocess.Popen | None = None

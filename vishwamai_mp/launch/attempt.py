@@ -5,10 +5,13 @@ Usage: python -m vishwamai_mp.launch.attempt <torchrun's options>; see `vishwama
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -21,20 +24,27 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from torch.distributed.launcher.api import launch_agent
 
 from vishwamai_mp.config.errors import HUNG_STATUS, USER_ERROR_STATUS
-from vishwamai_mp.launch import FAILED, NEVER_MET, STOPPED
+from vishwamai_mp.launch import FAILED, NEVER_MET, STOPPED, WORKERS_LOG_LEVEL
 from vishwamai_mp.runtime.failure import die_with_parent
 
 _BACKEND = "fixed-machines"
 _FINAL, _HEARD = "vishwamai_mp/final", "vishwamai_mp/heard"  # keys in the rendezvous' store
+_HERE = "vishwamai_mp/here"  # and in one per machine its name
+_PATIENT_SECONDS = 30.0  # between words about machines that have not come
 _LISTEN_SECONDS = 5.0  # for another machine's word that a failure is final
 _LINGER_SECONDS = 20.0  # at most: the machine with the store stays until all others have heard
 _ENDED_BY_SIGNAL = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 130}
 
 
 class Meeting:
-    """torchrun's c10d rendezvous for machines whose number is fixed, and its store."""
+    """torchrun's c10d rendezvous for machines whose number is fixed, and its store.
 
-    def __init__(self) -> None:
+    Args:
+        number: this machine's, where the launcher knows it.
+    """
+
+    def __init__(self, number: int | None) -> None:
+        self.number = number
         self.store: Store | None = None
         self.complete = False
 
@@ -45,7 +55,8 @@ class Meeting:
         meet, waiting = handler.next_rendezvous, handler.num_nodes_waiting
 
         def next_rendezvous() -> Any:
-            found = meet()
+            with self.telling_who_is_missing(parameters.min_nodes):
+                found = meet()
             self.complete = True
             return found
 
@@ -58,6 +69,35 @@ class Meeting:
             setattr(handler, method.__name__, method)
         handler.get_backend = lambda: _BACKEND  # type: ignore[method-assign]
         return handler
+
+    @contextlib.contextmanager
+    def telling_who_is_missing(self, machines: int) -> Iterator[None]:
+        """While machine 0, which has the store, waits: every half minute say which machines have not come."""
+        met = threading.Event()
+
+        def tell() -> None:
+            while not met.wait(_PATIENT_SECONDS):
+                _say(self.missing(machines))
+
+        if machines > 1 and self.number is not None:
+            assert self.store is not None
+            self.store.set(f"{_HERE}/{self.number}", socket.gethostname())
+            if self.number == 0:
+                threading.Thread(target=tell, daemon=True).start()
+        try:
+            yield
+        finally:
+            met.set()
+
+    def missing(self, machines: int) -> str:
+        """A line that names the machines which have never come."""
+        assert self.store is not None
+        with contextlib.suppress(DistError, RuntimeError):
+            absent = [str(number) for number in range(machines) if not self.store.check([f"{_HERE}/{number}"])]
+            if absent:
+                these = f"machine{'s' * (len(absent) > 1)} {', '.join(absent[:16])}{' …' * (len(absent) > 16)}"
+                return f"waiting for {these} of {machines}: NODE_RANK={absent[0]} has not come to this rendezvous"
+        return "waiting for a machine that dropped out"
 
     def tell_final(self, machines: int, hosts: bool) -> None:
         """Tell the other machines that this job's failure is final. They need not be there any more."""
@@ -90,9 +130,10 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _ignore)  # the process above passes them to the workers
     logging.disable(logging.ERROR)  # the agent's own account of a failure, a page of it
+    os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.pop(WORKERS_LOG_LEVEL, "ERROR")
     options = run.parse_args(arguments)
     config, entrypoint, entrypoint_arguments = run.config_from_args(options)
-    meeting = Meeting()
+    meeting = Meeting(int(os.environ["NODE_RANK"]) if os.environ.get("NODE_RANK", "").isdecimal() else None)
     handlers.register(_BACKEND, meeting.handler)
     config.rdzv_backend = _BACKEND
     config.max_restarts = 0
@@ -116,6 +157,8 @@ def main(arguments: list[str]) -> int:
     except (RendezvousError, DistError) as error:
         lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]
         why, outcome = f"the machines lost touch ({lines[0][:160]})", FAILED if meeting.complete else NEVER_MET
+        if meeting.store is None:
+            why = f"machine 0 cannot be reached at {config.rdzv_endpoint} ({lines[0][:160]})"
     machine = meeting.hears_final(config.max_nodes)
     if machine is not None:
         _say(f"{machine} has failed by a mistake that only its user can mend; see its output")
