@@ -9,6 +9,7 @@ import pytest
 from tests.synthetic import tiny_corpus
 from tests.training.runs import VOCAB, Outcome, train
 from tests.workers import WorkerPool
+from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.model import core_attention  # noqa: F401  (makes its choices known)
 from vishwamai_mp.runtime.choices import _choices
 
@@ -182,10 +183,37 @@ def test_fine_tuning_starts_from_weights_or_from_everything(workers: WorkerPool,
     # Sample 0 again, but seen by the trained model: the loss is lower than the untrained one's.
     assert fresh.samples == source.samples[: len(fresh.samples)]
     assert fresh.losses[0] < source.losses[0] - 0.1
+    with pytest.raises(Exception, match=r"training\.max_steps=4 counts from the beginning and .* is at step 4: raise"):
+        workers.run(train, 1, tmp_path / "beyond", corpus, [*load, "training.max_steps=4"])
+    assert list((tmp_path / "beyond").iterdir()) == []
     # A run folder's own checkpoint comes before checkpoint.load.
     [again] = workers.run(train, 1, tmp_path / "weights", corpus, weights_only, stop_after=2)
     assert "resumed from step_00000001" in again.said
     assert "starts from" not in again.said
+
+
+def test_a_run_keeps_the_tokenizer_that_its_weights_know(workers: WorkerPool, corpus, tmp_path):
+    first, other = (
+        train_tokenizer([text] * 9, 365, tmp_path / text[:3]).path for text in ("one two three", "two six seven")
+    )
+    run, begun, steps = tmp_path / "run", f"data.tokenizer={first}", "training.max_steps=2"
+    workers.run(train, 1, run, corpus, [begun, steps], stop_after=1)
+    with pytest.raises(
+        Exception, match=r"data\.tokenizer=.* is not the one that this run began with: token \d+ is '.*"
+    ):
+        workers.run(train, 1, run, corpus, [f"data.tokenizer={other}", steps])
+    assert (run / "tokenizer.model").read_bytes() == first.read_bytes()
+    load = [f"checkpoint.load={run}/checkpoints/step_00000001", steps]
+    [elsewhere] = workers.run(train, 1, tmp_path / "elsewhere", corpus, [f"data.tokenizer={other}", *load])
+    assert "data.tokenizer is not the one that" in elsewhere.said
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/tokenizer.model").write_bytes(first.read_bytes())
+    [same] = workers.run(train, 1, run, corpus, [f"data.tokenizer={tmp_path / 'copy'}", steps])
+    assert same.state["step"] == 2
+    description = (run / "config.yaml").read_text()
+    [finished] = workers.run(train, 1, run, corpus, [begun, "training.max_steps=1"])
+    assert "has finished step 2, beyond training.max_steps=1; raise" in finished.said
+    assert (run / "config.yaml").read_text() == description
 
 
 @pytest.mark.parametrize("name", ["DP2 sharded optimizer, overlap", "TP2 SP"])

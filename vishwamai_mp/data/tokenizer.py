@@ -199,6 +199,22 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (MODEL_FILE, JSON_FILE))
 
 
+def token_difference(folder: Path, path: str | os.PathLike[str] | None) -> str | None:
+    """Where a tokenizer means other texts by its ids than the one that a run folder keeps; None where there is no such
+    id, or no two tokenizers."""
+    if path is None or not has_tokenizer(folder):
+        return None
+    kept, given = tokenizer_file(folder), tokenizer_file(path)
+    if _read_model_file(kept) == _read_model_file(given):
+        return None
+    before, now = Tokenizer(kept), Tokenizer(given)
+    for token in range(min(before.vocab_size, now.vocab_size)):
+        spelled = [one.content_of(token).decode(errors="backslashreplace") for one in (before, now)]
+        if spelled[0] != spelled[1]:
+            return f"token {token} is {spelled[0]!r} in {kept} and {spelled[1]!r} in {given}"
+    return None
+
+
 def kept_files(path: str | os.PathLike[str]) -> dict[str, Path]:
     """What a run keeps of its tokenizer, by the names that it is found by there: its file and `companions`."""
     file = tokenizer_file(path)

@@ -15,6 +15,7 @@ from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.data.batches import BatchStream, evaluation_stream, train_stream
 from vishwamai_mp.data.datasets import Datasets
 from vishwamai_mp.data.position import DataPosition
+from vishwamai_mp.data.tokenizer import token_difference
 from vishwamai_mp.diagnosis.shared import Phase
 from vishwamai_mp.model import build_model
 from vishwamai_mp.planning import training_flops_per_token
@@ -75,6 +76,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", config, runtime, self.lock)
         self.guard = LossGuard(config.training)
         self.state = TrainerState()
+        self._began_elsewhere = False  # from a step of another run's
         self.stop_reason: str | None = None
         self.goes_on_later = False  # whether it stops for a while only: on a signal, or when its time is up
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
@@ -99,6 +101,7 @@ class Trainer:
 
     def _train(self, collect_garbage: Callable[[int], None]) -> TrainerState:
         self.resume()
+        self._check_there_are_steps()
         self._settle_ways()
         parallel, first = self.config.parallel, self.state.step
         batches = train_stream(self.config, self.datasets, self.runtime, self.state.consumed_samples)
@@ -118,6 +121,16 @@ class Trainer:
         if self.stop_reason:
             self.say(f"stopped after step {self.state.step}: {self.stop_reason}")
         return self.state
+
+    def _check_there_are_steps(self) -> None:
+        """Refuse to go on from another run's checkpoint that is beyond the last step. This run's own is finished."""
+        step, training, load = self.state.step, self.config.training, self.config.checkpoint.load
+        if self._began_elsewhere and step >= training.max_steps:
+            raise UserError(
+                f"training.max_steps={training.max_steps} counts from the beginning and checkpoint.load={load} is at"
+                f" step {step}: raise the former above that, or begin at step 0 from these weights with"
+                " checkpoint.load_optimizer=false"
+            )
 
     def _settle_ways(self) -> None:
         """On CPUs, compute on every rank and after every restart by the ways that the run began with."""
@@ -182,6 +195,7 @@ class Trainer:
         for reason in found.skipped:
             self.say(reason)
         if found.path is not None:
+            self._refuse_other_tokenizer()
             self._load_state_dict(self.checkpoints.load(found.path, self.chunks, self.optimizer))
             self.say(f"resumed from {found.path.name}, {self.state.consumed_samples:,} samples in")
             for section in (self.config.memory, self.config.cache):
@@ -191,11 +205,26 @@ class Trainer:
         elif self.config.checkpoint.load:
             self._start_from(Path(self.config.checkpoint.load))
 
+    def _refuse_other_tokenizer(self) -> None:
+        """A run's tokenizer takes the place of the one in its folder, and its weights know the latter's ids alone."""
+        other = on_first_rank(lambda: token_difference(self.folder, self.config.data.tokenizer))
+        if isinstance(other, Failure):
+            other.throw("training not started")
+        if other:
+            raise UserError(
+                f"data.tokenizer={self.config.data.tokenizer} is not the one that this run began with: {other}; name"
+                " that one, or begin a new training.output_dir from these weights with checkpoint.load"
+            )
+
     def _start_from(self, path: Path) -> None:
         weights_only = not self.config.checkpoint.load_optimizer
         state = self.checkpoints.load(path, self.chunks, self.optimizer, weights_only=weights_only)
         if not weights_only:
             self._load_state_dict(state)
+            self._began_elsewhere = True
+        other = on_first_rank(lambda: token_difference(path.absolute().parent.parent, self.config.data.tokenizer))
+        if isinstance(other, str):
+            self.say(f"data.tokenizer is not the one that {path} was trained with: {other}")
         self.say(f"starts from {'the weights of ' if weights_only else ''}{path}, at step {self.state.step}")
 
     def _state_dict(self) -> dict[str, Any]:

@@ -24,7 +24,9 @@ class Metrics(Callback):
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         if trainer.runtime.reports:
-            write_run_description(trainer.folder, trainer.config, trainer.runtime)
+            begins = trainer.state.step < trainer.config.training.max_steps
+            if begins or not (trainer.folder / "config.yaml").exists():  # else it would describe steps it did not do
+                write_run_description(trainer.folder, trainer.config, trainer.runtime)
             self.writers = open_writers(trainer.folder, trainer.config, trainer.state.step)
 
     def on_step_end(self, trainer: "Trainer", record: dict[str, float]) -> None:

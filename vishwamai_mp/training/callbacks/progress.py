@@ -24,8 +24,9 @@ class Progress(Callback):
         self.record: dict[str, float] = {}
         self.bar = None
         if self.first >= self.total:
+            of = " of" if self.first == self.total else ", beyond"
             trainer.say(
-                f"nothing to do: the run in {trainer.config.training.output_dir} has finished step {self.first} of"
+                f"nothing to do: the run in {trainer.config.training.output_dir} has finished step {self.first}{of}"
                 f" training.max_steps={self.total}; raise training.max_steps to train on, or name another"
                 " training.output_dir"
             )
