@@ -130,6 +130,20 @@ def test_sampled_frequencies_follow_softmax():
     assert chi_square_p_value(seen[others], joint[others]) > 1e-3
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 5e-324])
+def test_the_smallest_temperatures_take_the_likeliest(temperature):
+    """Where fp32 has no reciprocal of them."""
+    values = torch.tensor([[1.0, 3.0, 2.0, -4.0] + [0.0] * 124, [-3.0, -2.0, -1.0, -1.001] + [0.0] * 124])
+    shard = Shard.of(values, 4, alone())
+    for ids in (
+        sample(shard, temperature, names(2)),
+        sample_among(shard, temperature, names(2), top_k=3),
+        sample_among(shard, temperature, names(2), top_p=0.9),
+        sample_among(shard, temperature, names(2), min_p=0.1),
+    ):
+        assert ids.tolist() == [1, 2]
+
+
 def test_names_do_not_collide():
     draws = [
         NoiseNames.of([(seed, stream, position)], torch.device("cpu")).over_range(0, 64)

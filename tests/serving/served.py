@@ -26,6 +26,9 @@ class Letters:
     def spell(self, token: int) -> str:
         return chr(97 + token % 26)
 
+    def content_of(self, token: int) -> bytes:
+        return self.spell(token).encode()
+
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return self.encode("".join(f"{message['role'][0]}:{message['content']} " for message in messages))
 

@@ -72,6 +72,9 @@ def test_neutral_fields_of_chats_are_taken() -> None:
         ({"max_tokens": 5.5}, "max_tokens"),
         ({"logprobs": True}, "logprobs"),
         ({"top_k": False}, "top_k"),
+        ({"top_p": 7, "temperature": 0}, "top_p"),  # greedy texts have no use for it, but it is no share
+        ({"top_k": -5, "temperature": 0}, "top_k"),
+        ({"min_p": 2, "temperature": 0}, "min_p"),
         ({"stream": "false"}, "stream"),
         ({"echo": 1}, "echo"),
         ({"seed": -1}, "seed"),

@@ -121,7 +121,9 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
-                raise UserError(f"token id {i} is outside the vocabulary of {self.path}: 0 to {self.vocab_size - 1}")
+                raise UserError(
+                    f"token id {i} is outside the vocabulary of {self.path.name}: 0 to {self.vocab_size - 1}"
+                )
         return self.vocabulary.decode(ids)
 
     def id_to_token(self, token_id: int) -> str:

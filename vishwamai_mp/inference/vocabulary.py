@@ -142,7 +142,7 @@ def sample_among(
     Returns:
         ids, (B,).
     """
-    scaled = shard.like(shard.values / temperature)
+    scaled = shard.like(_divided(shard.values, temperature))
     if top_k is None and top_p is None:
         assert min_p is not None
         least = scaled.highest + torch.tensor(min_p, device=scaled.values.device).log()
@@ -194,7 +194,12 @@ def _nucleus(scaled: Shard, top_k: int | None, top_p: float | None) -> tuple[Ten
 def _perturbed(shard: Shard, temperature: float, names: NoiseNames) -> Shard:
     noise = names.over_range(shard.first, shard.values.shape[1])
     # Not fused into one multiply-add, which kernels round differently at the end of a row.
-    return shard.like(noise.add_(shard.values if temperature == 1 else shard.values / temperature))
+    return shard.like(noise.add_(shard.values if temperature == 1 else _divided(shard.values, temperature)))
+
+
+def _divided(values: Tensor, temperature: float) -> Tensor:
+    """Logits at a temperature. At 1e-30 the likeliest has all there is already; below, fp32 would have infinities."""
+    return values / max(temperature, 1e-30)
 
 
 def _integer_mass(values: Tensor, highest: Tensor) -> Tensor:

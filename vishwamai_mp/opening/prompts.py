@@ -69,9 +69,13 @@ class PromptTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
+    def content_of(self, token: int) -> bytes:
+        """What one token stands for in UTF-8, which may be a part of a character."""
+        return self.tokenizer.content_of(token)
+
     def spell(self, token: int) -> str:
         """One token as a text of its own; a byte of a longer character as OpenAI writes it, `bytes:\\xe2`."""
-        content = self.tokenizer.content_of(token)
+        content = self.content_of(token)
         try:
             return content.decode()
         except UnicodeDecodeError:

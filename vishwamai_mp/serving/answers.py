@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vishwamai_mp.config import UserError
 from vishwamai_mp.inference.added_text import AddedText
-from vishwamai_mp.serving.limits import Limits
+from vishwamai_mp.serving.limits import Limits, Refusal
 from vishwamai_mp.serving.requests import ChatRequest, CompletionRequest, messages_of, prompts_of
 from vishwamai_mp.serving.service import Job, Piece, Prompts, Service, TokenScore
 from vishwamai_mp.tree_of_thoughts import SearchResult
@@ -112,11 +113,19 @@ def completion_jobs(request: CompletionRequest, prompts: Prompts, limits: Limits
     texts, jobs = [], []
     for prompt in prompts_of(request, limits):
         ids = prompts.encode(prompt) if isinstance(prompt, str) else prompt
-        texts.append(prompt if isinstance(prompt, str) else prompts.decode(prompt) if request.echo else "")
+        texts.append(prompt if isinstance(prompt, str) else _decoded(prompt, prompts))
         scores = wanted if request.echo else None
         samples = [replace(options, sample=sample) if count else None for sample in range(best_of)]
         jobs += [Job(ids, sample, scores) for sample in samples]
     return texts, jobs
+
+
+def _decoded(prompt: list[int], prompts: Prompts) -> str:
+    """A prompt of token ids as text. Raises `Refusal` for ids that the tokenizer lacks, be there rows of the model."""
+    try:
+        return prompts.decode(prompt)
+    except UserError as error:
+        raise Refusal(f"prompt: {error}", "prompt") from None
 
 
 async def completion_chunks(
@@ -211,8 +220,7 @@ async def chat_chunks(request: ChatRequest, service: Service, model: str, job: J
 
 def _chat_log_probs(prompts: Prompts, piece: Piece) -> list[Chunk]:
     def entry(token: int, log_prob: float) -> Chunk:
-        spelled = prompts.spell(token)
-        return {"token": spelled, "logprob": log_prob, "bytes": list(spelled.encode("utf-8", "replace"))}
+        return {"token": prompts.spell(token), "logprob": log_prob, "bytes": list(prompts.content_of(token))}
 
     return [
         {**entry(token, log_prob), "top_logprobs": [entry(*likely) for likely in top]}

@@ -172,6 +172,6 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = Refusal(f"{request.method} {request.url.path}: {error.detail.lower()}", status=error.status_code)
     refusal = refusal_of(error)
-    if refusal.parameter == "prompt" and request.url.path.endswith("/chat/completions"):
+    if str(refusal).startswith("the prompt") and request.url.path.endswith("/chat/completions"):
         refusal.parameter = "messages"  # what the prompt was made of
     return JSONResponse(refusal.body(), refusal.status)

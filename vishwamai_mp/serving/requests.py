@@ -55,14 +55,14 @@ class Common(BaseModel):
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     n: Count = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: str | list[str] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    top_k: int | None = None
-    min_p: float | None = None
+    top_k: Count | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: float = 1.0
 
     def options(self, seed: int, max_tokens: int, end_tokens: tuple[int, ...]) -> SamplingOptions:
@@ -135,7 +135,8 @@ def parse(kind: type[T], raw: bytes, limits: Limits) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]"))  # no names of types
-        raise Refusal(f"{place}: {first['msg'].lower()}", str(first["loc"][0])) from None
+        problem = "is not known here; leave it out" if first["type"] == "extra_forbidden" else first["msg"].lower()
+        raise Refusal(f"{place}: {problem}", str(first["loc"][0])) from None
     _check(request, limits)
     return request
 

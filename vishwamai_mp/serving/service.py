@@ -43,6 +43,8 @@ class Prompts(Protocol):
 
     def spell(self, token: int) -> str: ...
 
+    def content_of(self, token: int) -> bytes: ...
+
 
 @dataclass(frozen=True)
 class Job:
