@@ -90,6 +90,8 @@ def test_peft_loads_the_adapters(workers: WorkerPool, adapted: Path, tmp_path: P
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["base_model_name_or_path"] == "theirs"
     with pytest.raises(UserError, match="is not empty"):
         export_adapters(open_source(adapted / "run"), tmp_path / "a", "")
+    with pytest.raises(UserError, match=r"--output .*adapter_config\.json is a file; name a new folder"):
+        export_adapters(open_source(adapted / "run"), tmp_path / "a/adapter_config.json", "")
     model = PeftModel.from_pretrained(load(adapted / "base-hf"), tmp_path / "a").eval()
     rows = models.random_rows(2, 40, 250)
     (ours,) = workers.run(models.our_logits, 1, adapted / "run", rows)

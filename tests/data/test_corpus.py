@@ -187,12 +187,22 @@ def test_line_numbers_count_across_blocks(tmp_path):
     assert found == [f"{path}:100"]
 
 
+def test_paragraphs_between_carriage_returns_alone_are_named(tmp_path):
+    """They would be one document."""
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\r\ntwo\rlines\n\nthree\r \rfour\r")
+    (block,) = CorpusReader([tmp_path / "a.txt"], ["text"], paragraphs=True)
+    first, second, third = read_block(block, ["text"])
+    assert (first, second) == (["one"], ["two\rlines"])
+    assert str(third).startswith(f"{tmp_path}/a.txt:5: carriage returns alone end its lines")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"fine\n\xff\xfea\0", ":2: broken UTF-8: byte 0xff at 5"),
         (b"fine\nfine\nx\0y", ":3: a NUL character: binary, or text in UTF-16"),
         ("fine\n".encode("utf-16"), ":1: text in UTF-16: convert it, with iconv -f utf-16 -t utf-8"),
+        ("fine\n".encode("utf-32"), ":1: text in UTF-32: convert it, with iconv -f utf-32 -t utf-8"),
         (gzip.compress(b"fine"), ":1: gzip data: name it .gz"),
     ],
 )

@@ -121,6 +121,8 @@ def test_components_are_added(run: Path, tmp_path: Path) -> None:
         (["to-hf", "--load", "nowhere", "--output", "out"], "neither a checkpoint nor a folder that has one"),
         (["from-hf", "--load", "nowhere", "--output", "out"], "config.json is missing"),
         (["to-hf", "--load", "RUN", "--output", "RUN"], "is not empty"),
+        (["to-hf", "--load", "RUN", "--output", "FILE"], "is a file; name a new folder"),
+        (["to-hf", "--load", "RUN", "--output=~/mine"], "--output ~/mine: ~ is taken to the letter here; write"),
         (["to-hf", "--load", "RUN", "--output", "out", "--tokenizer", "no.model"], "no tokenizer file no.model"),
         (["to-hf", "--load", "RUN", "--output", "out", "--chat-template", "no.jinja"], "no.jinja cannot be read"),
         (["verify", "--load", "RUN", "--output", "RUN"], "config.json is missing"),
@@ -135,7 +137,7 @@ def test_mistakes_are_one_line(
     arguments: list[str],
     message: str,
 ) -> None:
-    places = {"RUN": str(run), "out": str(tmp_path / "out")}
+    places = {"RUN": str(run), "FILE": str(run / "config.yaml"), "out": str(tmp_path / "out")}
     line = str(ending(*(places.get(argument, argument) for argument in arguments)).code)
     assert line.startswith("error: ")
     assert message in line

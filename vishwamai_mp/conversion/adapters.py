@@ -20,7 +20,7 @@ from vishwamai_mp.config import LoraConfig, UserError
 from vishwamai_mp.config.files import write_whole, written_whole
 from vishwamai_mp.conversion import dtypes
 from vishwamai_mp.conversion.folder import open_folder
-from vishwamai_mp.conversion.journal import disk_errors
+from vishwamai_mp.conversion.journal import disk_errors, refuse_used
 from vishwamai_mp.conversion.mapping import Mapped
 from vishwamai_mp.conversion.rows import RowReader, pieces_of, stored_type
 from vishwamai_mp.conversion.source import Source, adapter_names
@@ -72,8 +72,8 @@ def export_adapters(source: Source, output: Path, base: str) -> list[str]:
             f"{source.path} has a memory, cache or value head, which a PEFT folder has no place for; to-hf writes it"
             " whole, adapters merged"
         )
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"--output {output} is not empty; name a new folder")
+    with disk_errors(output):
+        refuse_used(output)
     tensors: dict[str, Tensor] = {}
     with PieceReader(source.path, source.manifest) as reader:
         if Path(base).is_dir() and base:

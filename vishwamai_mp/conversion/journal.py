@@ -37,8 +37,7 @@ class Journal:
         if self.resumes:
             self._state = self._read(job)
             return
-        if folder.exists() and not _is_empty(folder):
-            raise UserError(f"--output {folder} is not empty; name a new folder or empty it")
+        refuse_used(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._state = {"job": job, "finished": {}}
         self._write()
@@ -75,9 +74,17 @@ class Journal:
         write_whole(self._path, json.dumps(self._state))
 
 
-def _is_empty(folder: Path) -> bool:
-    """Whether there is nothing in it but what a conversion left that was killed at its very beginning."""
-    return folder.is_dir() and set(folder.iterdir()) == set(leftovers(folder, _NAME))
+def refuse_used(folder: Path) -> None:
+    """Raise `UserError` unless `folder` is a new one or has nothing but what a conversion left that was killed at its
+    very beginning."""
+    if str(folder).startswith("~"):  # no shell expands --output=~/mine
+        raise UserError(f"--output {folder}: ~ is taken to the letter here; write the whole path, or ./{folder}")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; name a new folder")
+    if set(folder.iterdir()) != set(leftovers(folder, _NAME)):
+        raise UserError(f"--output {folder} is not empty; name a new folder or empty it")
 
 
 class Files:

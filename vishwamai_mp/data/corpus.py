@@ -36,12 +36,14 @@ MAX_DOCUMENT_BYTES = 1 << 28  # a longer line or text file is a mistake, and wou
 _MAX_MIB = MAX_DOCUMENT_BYTES >> 20
 _LINE_SPACE = b" \t\r"  # of which a blank line consists; bytes.isspace() takes form feeds and others for space too
 _BLANK_LINES = re.compile(rb"(?m)(?:^[ \t\r]*(?:\n|\Z))+")
+_BLANK_MAC_LINES = re.compile(rb"\r[ \t]*\r(?!\n)")  # where lines end with carriage returns alone
 _UTF8_MARK = b"\xef\xbb\xbf"
 _BEGINNINGS = {  # of files that go by a wrong name
     b"\x1f\x8b": "gzip data: name it .gz",
     b"\x28\xb5\x2f\xfd": "Zstandard data: name it .zst",
     b"BZh": "bzip2 data: unpack it",
     b"\xfd7zXZ": "xz data: unpack it",
+    b"\xff\xfe\0\0": "text in UTF-32: convert it, with iconv -f utf-32 -t utf-8",
     b"\xff\xfe": "text in UTF-16: convert it, with iconv -f utf-16 -t utf-8",
     b"\xfe\xff": "text in UTF-16: convert it, with iconv -f utf-16 -t utf-8",
 }
@@ -299,7 +301,11 @@ def _read_paragraphs(part: Part, keys: Sequence[str]) -> Iterator[list[str] | Ma
     first, start = part.first, 0
     for blank in (*_BLANK_LINES.finditer(part.data), None):
         text = part.data[start : blank.start() if blank else None]
-        if text:
+        if text and (found := _BLANK_MAC_LINES.search(text)):
+            line = first + text.count(b"\n", 0, found.start())
+            problem = "carriage returns alone end its lines, blank ones too: convert them, with tr '\\r' '\\n'"
+            yield Malformed(f"{part.path}:{line}", problem)
+        elif text:
             yield from _read_texts(Part(part.path, first, text.removesuffix(b"\n").removesuffix(b"\r")), keys)
         if blank:
             first += part.data.count(b"\n", start, blank.end())
