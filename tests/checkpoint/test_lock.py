@@ -1,5 +1,6 @@
 """One job per run folder; who is dead is recognised."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -76,20 +78,34 @@ def test_another_process_of_the_same_number_is_not_the_owner(tmp_path, holder):
     RunLock(tmp_path).acquire()
 
 
-def test_a_sign_of_life_from_another_machine(tmp_path, quick):
-    write(tmp_path, elsewhere())
+@contextlib.contextmanager
+def beating(folder: Path) -> Iterator[None]:
+    """The lock's owner, wherever it is, touches it; its clock is far from ours."""
     ended = threading.Event()
 
     def beat() -> None:
         while not ended.wait(0.3):
-            os.utime(tmp_path / LOCK, (1000, 1000 + time.monotonic()))  # its clock is far from ours
+            os.utime(folder / LOCK, (1000, 1000 + time.monotonic()))
 
     thread = threading.Thread(target=beat)
     thread.start()
-    with pytest.raises(UserError, match=r"in use by process 1234 on node7, job 77"):
-        RunLock(tmp_path).acquire()
+    yield
     ended.set()
     thread.join()
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        {"host": "node7", "pid": 1234, "job": "77"},
+        {"machine": "of another container, which has our names and numbers"},
+    ],
+)
+def test_a_sign_of_life_from_another_machine(tmp_path, quick, owner):
+    other = replace(Owner.this_process(), **owner)
+    write(tmp_path, other)
+    with beating(tmp_path), pytest.raises(UserError, match=f"in use by process {other.pid} on {other.host}, job "):
+        RunLock(tmp_path).acquire()
 
 
 @pytest.mark.parametrize("age", [-86400.0, 0.0, 86400.0])
@@ -101,6 +117,19 @@ def test_silence_from_another_machine_whatever_the_clocks_say(tmp_path, quick, a
     RunLock(tmp_path, said.append).acquire()
     assert 1.5 < time.monotonic() - begun < 10
     assert "waiting up to 2 s for a sign of its life" in said[0]
+
+
+def test_a_copy_of_a_folder_in_use_is_free(tmp_path, quick, holder):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / LOCK).write_bytes((tmp_path / LOCK).read_bytes())
+    said: list[str] = []
+    mine = RunLock(copy, said.append)
+    mine.acquire()
+    assert said[-1].endswith("which trains in the folder that this is a copy of; the folder is taken over")
+    mine.check()
+    with pytest.raises(UserError, match=f"is in use by process {holder.pid} on"):
+        RunLock(tmp_path).acquire()
 
 
 def test_an_owner_shows_signs_of_life(tmp_path, quick):

@@ -5,7 +5,8 @@ atomic on local disks and on NFS, where flock(2) may be local to a machine or mi
 left by a killed job is recognised in two ways:
 
 - on the same machine (host, boot and process namespace) by asking the kernel whether that process still lives, with
-  its start time, since numbers are used again. A process that is merely stopped lives.
+  its start time, since numbers are used again. A process that is merely stopped lives. In a copy of its folder, which
+  has another inode, the lock names a living process that is elsewhere; there the next rule decides.
 - from another machine by a sign of life: the owner touches the file every BEAT_SECONDS, and whoever wants the folder
   watches the time of its last change. It needs no clocks that agree: only whether the time changes counts. After
   SILENCE_SECONDS without a change the owner counts as dead.
@@ -50,13 +51,14 @@ class Owner:
     job: str
     since: str
     token: str
+    folder: int = 0  # inode; 0: not known
 
     @classmethod
-    def this_process(cls) -> "Owner":
+    def this_process(cls, folder: int = 0) -> "Owner":
         job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "none"
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         pid = os.getpid()
-        return cls(socket.gethostname(), _machine(), pid, _start_of(pid), job, since, secrets.token_hex(8))
+        return cls(socket.gethostname(), _machine(), pid, _start_of(pid), job, since, secrets.token_hex(8), folder)
 
     @property
     def is_here(self) -> bool:
@@ -96,8 +98,8 @@ class RunLock:
         Raises:
             UserError: a living job has it; or the folder cannot be written.
         """
-        self._me = Owner.this_process()
         try:
+            self._me = Owner.this_process(self.path.parent.stat().st_ino)
             while not self._make():
                 owner = self._owner()
                 if owner is not None:
@@ -168,16 +170,19 @@ class RunLock:
         return _read(self.path)
 
     def _refuse_if_alive(self, owner: Owner) -> None:
-        if owner.is_here:
-            alive = owner.lives_here
-        else:
+        assert self._me is not None
+        lives = owner.is_here and owner.lives_here
+        was_copied = owner.folder not in (0, self._me.folder)  # with the folder; or inodes are other ones at each look
+        alive = lives
+        if (was_copied and lives) or not owner.is_here:
             self._say(f"{self.path} names {owner}: waiting up to {SILENCE_SECONDS:.0f} s for a sign of its life")
             alive = self._gives_sign_of_life()
         if alive:
             raise UserError(
                 f"training.output_dir={self.path.parent} is in use by {owner}; stop that job, or name another folder"
             )
-        self._say(f"{self.path} was left by {owner}, which has ended; the folder is taken over")
+        gone = "trains in the folder that this is a copy of" if lives else "has ended"
+        self._say(f"{self.path} was left by {owner}, which {gone}; the folder is taken over")
 
     def _gives_sign_of_life(self) -> bool:
         first, deadline = self._touched(), time.monotonic() + SILENCE_SECONDS
