@@ -58,9 +58,14 @@ def _config(*overrides):
             ["parallel.fuse_grad_accumulation=true with parallel.fully_sharded=true", "set one of them"],
         ),
         (
-            ["fp8.params=true", "precision=fp8_blockwise"],
-            ["fp8.params=true with precision=fp8_blockwise", "use precision=fp8_current"],
+            ["fp8.params=true", "precision=fp8_delayed"],
+            [
+                "fp8.params=true with precision=fp8_delayed: reading a checkpoint",
+                "precision=fp8_current or fp8_blockwise",
+            ],
         ),
+        (["fp8.params=true", "precision=fp8_mx"], ["fp8.params=true with precision=fp8_mx: the copies of a weight"]),
+        (["fp8.params=true", "precision=nvfp4"], ["fp8.params=true with precision=nvfp4: only weights in FP8 stay so"]),
         (
             ["fp8.params=true", "precision=fp8_current", "parallel.use_distributed_optimizer=false"],
             ["fp8.params=true with parallel.use_distributed_optimizer=false", "set parallel.use_distributed_optimizer"],

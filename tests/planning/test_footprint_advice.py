@@ -134,6 +134,7 @@ _FULL = "training.recompute=full"
 _FUSED, _BF16 = "parallel.fuse_grad_accumulation=true", "parallel.reduce_grads_in=bf16"
 _NARROW, _HOST = "optimizer.moments_in=bf16", "optimizer.moments_on_host=true"
 _IN_FP8 = ["precision=fp8_current", "fp8.params=true"]
+_IN_BLOCKS = ["precision=fp8_blockwise", "fp8.params=true"]
 _OVERLAP = ["parallel.sequence_parallel=true", "parallel.overlap_tensor_parallel=true"]
 _MLP = ["training.recompute=selective", "training.recompute_modules=[mlp]"]
 _PARTS = ["parallel.context_parallel_size=2", "data.reset_attention_mask=true"]
@@ -210,6 +211,8 @@ def _offloaded(layers: int) -> str:
         (2, 0, 2, [*_split(2), *_OVERLAP, *_MLP, _FUSED, "training.micro_batch_size=2"], 2206),
         (2, 0, 2, [*_IN_FP8], 2866),
         (4, 0, 8, [*_IN_FP8, _FULL, *_split(2), *_OVERLAP], 1413),
+        (2, 0, 2, [*_IN_BLOCKS], 2868),
+        (4, 0, 8, [*_IN_BLOCKS, _FULL, *_split(2), "parallel.sequence_parallel=true"], 1301),
         (1, 0, 1, [_FULL, *_LOGITS], 1370),
         (1, 0, 1, [_FULL, *_LOGITS, "model.vocab_size=65536"], 3401),
         (1, 0, 1, [_LORA], 1137),

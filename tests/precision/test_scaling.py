@@ -101,6 +101,13 @@ def test_blocks_by_hand(rows, columns):
     assert torch.equal(quantize_blocks(x, E4M3, rows, columns).dequantize_(), expected)
 
 
+def test_a_weight_in_blocks_is_rounded_to_itself():
+    """So a checkpoint may have it in bf16, whatever the scales: they are powers of two."""
+    weight = quantize_blocks(uneven(200, 300), E4M3, 128, 128).dequantize_()
+    assert torch.equal(weight.bfloat16().float(), weight)
+    assert torch.equal(quantize_blocks(weight, E4M3, 128, 128).dequantize_(), weight)
+
+
 @pytest.mark.parametrize("along", [0, 1])
 def test_mx_blocks_by_hand(along):
     x = uneven(70, 90)

@@ -152,6 +152,13 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     ),
     "replicas, current": (2, 1, [*_REPLICAS, "precision=fp8_current"]),
     "replicas, current, weights in FP8": (2, 1, [*_REPLICAS, *_WEIGHTS]),
+    "replicas, blockwise": (2, 1, [*_REPLICAS, "precision=fp8_blockwise"]),
+    "replicas, blockwise, weights in FP8": (2, 1, [*_REPLICAS, "precision=fp8_blockwise", _WEIGHTS[1]]),
+    "chunks, tensor, memory, cache, fused, blockwise, weights in FP8": (
+        4,
+        1,
+        [*_CHUNKS, *_REPLICAS, *_TENSOR, *_FUSED, *MEMORY, *CACHE, "precision=fp8_blockwise", _WEIGHTS[1]],
+    ),
     "chunks, tensor, memory, cache, bf16 moments, weights in FP8, overlapped": (
         4,
         1,
@@ -262,9 +269,10 @@ def test_parts_of_documents_have_keys_gathered_and_their_gradients_scattered(fou
     }
 
 
-def test_weights_in_fp8_are_rounded_once_a_step(found):
+@pytest.mark.parametrize("recipe", ["current", "blockwise"])
+def test_weights_in_fp8_are_rounded_once_a_step(found, recipe):
     """Two layers of 7 × 256 × 256 weights: 1 byte each of what replicas gather, and no copies of 2 bytes beside."""
-    plain, rounded = (found[f"replicas, current{more}"] for more in ("", ", weights in FP8"))
+    plain, rounded = (found[f"replicas, {recipe}{more}"] for more in ("", ", weights in FP8"))
     weights = 2 * 7 * 256 * 256
     gathered = ("all_gather", "data_parallel_group_with_cp")
     assert _exchanged(plain)[gathered] - _exchanged(rounded)[gathered] == pytest.approx(weights, rel=0.01)

@@ -154,37 +154,41 @@ assert not base.is_ub_initialized()
 
 
 # Weights in FP8 are bf16 in checkpoints, where each number of the optimizer's is once; it begins with what is loaded.
-rounded = config("precision=fp8_current", "fp8.params=true", "parallel.use_distributed_optimizer=true")
-with simulated_job(rounded, 1, 0) as job, training_step(rounded, job) as training:
-    weights = [part for part in training.chunks[0].parameters() if isinstance(part, te.Float8Tensor)]
-    assert len(weights) == 4
-    assert not any(hasattr(weight, "_high_precision_init_val") for weight in weights)
-    state = model_state(training.chunks, job.runtime)
-    shards = list(optimizer_state(training.optimizer, state, job.runtime, True)["optimizer0"]["shards"].values())
-    loaded = load_preprocess(state)[0]
-    assert not any(isinstance(shard.data, te.Float8Tensor) for shard in nested_values(loaded))
-    for name in {shard.key for shard in nested_values(loaded)}:
-        own = [shard for shard in shards if shard.key == f"optimizer.state.fp32_param.{name}"]
-        assert sum(shard.data.numel() for shard in own) == math.prod(own[0].global_shape), name
-        assert len({shard.global_offset for shard in own}) == len(own), name
-    named = dict(unwrap(training.chunks[0]).named_parameters())
-    numbers = {name: torch.ones(part.shape, dtype=torch.bfloat16, device="simulated") for name, part in named.items()}
-    earlier = job.recorder.launches["quantize"]
-    load_model(training.chunks, {"model0": numbers})
-    assert job.recorder.launches["quantize"] - earlier == len(weights)
-    with mock.patch("vishwamai_mp.checkpoint.optimizer_shards.begin_with", side_effect=begin_with) as begun:
-        restart_optimizer(training.optimizer, training.chunks, {"model0": numbers})
-    (call,) = begun.call_args_list
-    assert call.args[1] == {
-        id(part): numbers[name] for name, part in named.items() if isinstance(part, te.Float8Tensor)
-    }
-    training.train(empty_batches(rounded, job), 0, 1e-3, float("inf"))
-    training.evaluate(empty_batches(rounded, job))
-    earlier = job.recorder.launches["dequantize"]
-    with torch.no_grad(), Decoding(training.chunks[0].module):  # in bf16, of three tokens
-        up = training.chunks[0].module.decoder.layers[0].mlp.linear_fc1
-        up(torch.ones(3, 1, 256, dtype=torch.bfloat16, device="simulated"))
-    assert job.recorder.launches["dequantize"] - earlier == 1
+for recipe, kind in (("fp8_current", te.Float8Tensor), ("fp8_blockwise", te.Float8BlockwiseQTensor)):
+    wide = ["model.intermediate_size=256", "training.sequence_length=128", "model.max_position_embeddings=128"]
+    rounded = config(f"precision={recipe}", "fp8.params=true", "parallel.use_distributed_optimizer=true", *wide)
+    with simulated_job(rounded, 1, 0) as job, training_step(rounded, job) as training:
+        weights = [part for part in training.chunks[0].parameters() if isinstance(part, kind)]
+        assert len(weights) == 4
+        assert not any(hasattr(weight, "_high_precision_init_val") for weight in weights)
+        state = model_state(training.chunks, job.runtime)
+        shards = list(optimizer_state(training.optimizer, state, job.runtime, True)["optimizer0"]["shards"].values())
+        loaded = load_preprocess(state)[0]
+        assert not any(isinstance(shard.data, kind) for shard in nested_values(loaded))
+        for name in {shard.key for shard in nested_values(loaded)}:
+            own = [shard for shard in shards if shard.key == f"optimizer.state.fp32_param.{name}"]
+            assert sum(shard.data.numel() for shard in own) == math.prod(own[0].global_shape), name
+            assert len({shard.global_offset for shard in own}) == len(own), name
+        named = dict(unwrap(training.chunks[0]).named_parameters())
+        numbers = {
+            name: torch.ones(part.shape, dtype=torch.bfloat16, device="simulated") for name, part in named.items()
+        }
+        earlier = job.recorder.launches["quantize"]
+        load_model(training.chunks, {"model0": numbers})
+        assert job.recorder.launches["quantize"] - earlier == len(weights)
+        with mock.patch("vishwamai_mp.checkpoint.optimizer_shards.begin_with", side_effect=begin_with) as begun:
+            restart_optimizer(training.optimizer, training.chunks, {"model0": numbers})
+        (call,) = begun.call_args_list
+        assert call.args[1] == {id(part): numbers[name] for name, part in named.items() if isinstance(part, kind)}
+        training.train(empty_batches(rounded, job), 0, 1e-3, float("inf"))
+        training.evaluate(empty_batches(rounded, job))
+        launched = job.recorder.launches.copy()
+        with torch.no_grad(), Decoding(training.chunks[0].module):  # in bf16, of three tokens
+            up = training.chunks[0].module.decoder.layers[0].mlp.linear_fc1
+            up(torch.ones(3, 1, 256, dtype=torch.bfloat16, device="simulated"))
+        made = job.recorder.launches - launched
+        assert made["dequantize"] == (recipe == "fp8_current")  # blocks are multiplied by torch
+        assert not made["quantize"]
 
 
 delayed = config("precision=fp8_delayed")

@@ -11,6 +11,15 @@ from vishwamai_mp.config.schema import Fp8Config, PretrainConfig
 MULTIPLE = {"fp8_delayed": 16, "fp8_current": 16, "fp8_blockwise": 128, "fp8_mx": 32, "nvfp4": 32}
 # Buffers of a linear layer under delayed scaling: amaxes of its operands in past passes, and their scales.
 SCALING_STATE = ("fp8_amax_history", "fp8_scale")
+# Why weights do not stay as they were rounded. Those that do have scales that follow from themselves, so that a
+# checkpoint needs nothing but their numbers in bf16.
+_ROUNDED_ANEW = {
+    "fp8_delayed": "reading a checkpoint would put the amax of a rounded weight in the place of the weight's own, from"
+    " which later scales follow",
+    "fp8_mx": "the copies of a weight for its two products have scales of their own, and neither follows from the"
+    " other: replicas would have to gather both",
+    "nvfp4": "only weights in FP8 stay so",
+}
 _DELAYED_ONLY = ("amax_history_length", "amax_algorithm")
 
 
@@ -53,10 +62,10 @@ def _check_parameters(config: PretrainConfig) -> None:
     """Refuse what weights cannot stay in FP8 with."""
     if not config.fp8.params:
         return
-    if config.precision != "fp8_current":
+    if config.precision in _ROUNDED_ANEW:
         raise ConfigError(
-            f"fp8.params=true with precision={config.precision}: only weights with one scale, taken from themselves,"
-            " stay in FP8; use precision=fp8_current, or set it to false"
+            f"fp8.params=true with precision={config.precision}: {_ROUNDED_ANEW[config.precision]}; use"
+            " precision=fp8_current or fp8_blockwise, or set it to false"
         )
     if not config.parallel.use_distributed_optimizer:
         raise ConfigError(

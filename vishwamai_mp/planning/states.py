@@ -58,13 +58,16 @@ def gradient_bytes(config: PretrainConfig) -> int:
 
 
 def optimizer_copies(config: PretrainConfig, stage: int, world_size: int) -> float:
-    """Bytes that the optimizer's step makes, when activations are gone: fp32 copies of 16-bit sums of gradients, and
-    the moments of one parameter at a time from the host."""
+    """Bytes that the optimizer's step makes, when activations are gone: fp32 copies of 16-bit sums of gradients, bf16
+    copies of fp32 weights that are to be rounded to FP8, and the moments of one parameter at a time from the host."""
     model, parallel = config.model, config.parallel
     assert model.intermediate_size is not None
     replicas = data_parallel_size(config, world_size) * parallel.context_parallel_size
     own = trained_parameters(config, stage) / (replicas if parallel.use_distributed_optimizer else 1)
     copies = GRADIENT * own if parallel.reduce_grads_in == "bf16" else 0.0
+    if config.fp8.params:  # all at once
+        matrices = stage_layers(config)[stage] * (attention_matrices(model) + mlp_matrices(model))
+        copies += 2 * matrices / parallel.tensor_model_parallel_size / replicas
     if config.optimizer.moments_on_host:
         rows = max(2 * model.intermediate_size, padded_vocab_size(config))
         copies += MOMENTS * min(own, rows * model.hidden_size / parallel.tensor_model_parallel_size)

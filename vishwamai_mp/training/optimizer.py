@@ -114,7 +114,7 @@ def build_optimizer(
         hysteresis=1,  # an overflow halves the loss scale: the first as well
         use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
-        fp8_recipe="tensorwise" if config.fp8.params else None,
+        fp8_recipe=policy.fp8.recipe if policy.fp8 and config.fp8.params else None,
     )
     if fully_shards(config, runtime.groups):
         optimizer = ChainedOptimizer([ShardedOptimizer(wanted, chunk, runtime) for chunk in chunks])

@@ -406,7 +406,7 @@ class Fp8Config:
     amax_algorithm: Literal["max", "most_recent"] | None = None  # fp8_delayed: which amax of them; max
     bf16_layers_at_start: NonNegativeInt = 0  # transformer layers that stay in bf16; not with fp8_delayed
     bf16_layers_at_end: NonNegativeInt = 0
-    params: bool = False  # fp8_current: weights stay in FP8 between steps, their fp32 copies in the optimizer
+    params: bool = False  # current, blockwise: weights stay in FP8 between steps, their fp32 copies in the optimizer
     report_every: PositiveInt | None = None  # steps between lines of `fp8.jsonl`: amax, scale, what was rounded away
 
 

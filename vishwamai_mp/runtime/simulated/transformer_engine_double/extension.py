@@ -24,6 +24,8 @@ _FUNCTIONS: list[Any] = [
     quantizing.dequantize,
     quantizing.create_empty_quantized_tensor,
     quantizing.fp8_transpose,
+    quantizing.fp8_block_scaling_compute_partial_amax,
+    quantizing.fp8_block_scaling_partial_cast,
     quantizing.swap_first_dims,
     quantizing.fused_amax_and_scale_update_after_reduction,
     fused_attention.get_fused_attn_backend,

@@ -123,6 +123,31 @@ def fp8_transpose(input: Tensor, dtype: Any, *, out: Tensor | None = None) -> Te
     return out
 
 
+def fp8_block_scaling_compute_partial_amax(
+    tensor: Tensor, amax: Tensor, h: int, w: int, start_offset: int, block_len: int
+) -> None:
+    """The largest magnitudes in blocks of a weight, h × w, of which `tensor` is a part from `start_offset` on."""
+    _check_part(tensor, amax, h, w, start_offset, block_len)
+    launch("fp8_block_scaling_compute_partial_amax", tensor, amax)
+
+
+def fp8_block_scaling_partial_cast(
+    inp: Tensor, out: Tensor, scale: Tensor, h: int, w: int, start_offset: int, block_len: int, out_dtype: Any
+) -> None:
+    """Codes of that part, by the scales of all blocks."""
+    _check_part(inp, scale, h, w, start_offset, block_len)
+    if out.dtype != torch.uint8 or out.numel() != inp.numel():
+        raise RuntimeError(f"fp8_block_scaling_partial_cast: {out.numel()} {out.dtype} codes of {inp.numel()} numbers")
+    launch("fp8_block_scaling_partial_cast", inp, scale, out)
+
+
+def _check_part(part: Tensor, blocks: Tensor, h: int, w: int, start: int, block: int) -> None:
+    if block != _BLOCK or blocks.dim() != 2 or blocks.dtype != torch.float32:
+        raise RuntimeError(f"blocks of a weight: {list(blocks.shape)} {blocks.dtype} of {block}, not of {_BLOCK}")
+    if part.dtype not in (torch.float32, torch.bfloat16) or start + part.numel() > h * w:
+        raise RuntimeError(f"part of a weight: {part.numel()} {part.dtype} from {start} on, of {h} × {w}")
+
+
 def swap_first_dims(tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
     """The first two dimensions exchanged: transposed codes that several ranks gave, side by side."""
     second, first, *others = tensor.shape
