@@ -186,6 +186,15 @@ def test_fine_tuning_starts_from_weights_or_from_everything(workers: WorkerPool,
     with pytest.raises(Exception, match=r"training\.max_steps=4 counts from the beginning and .* is at step 4: raise"):
         workers.run(train, 1, tmp_path / "beyond", corpus, [*load, "training.max_steps=4"])
     assert list((tmp_path / "beyond").iterdir()) == []
+    newest = [*settings, f"checkpoint.load={tmp_path / 'everything'}", "training.max_steps=7"]
+    [beyond] = workers.run(train, 1, tmp_path / "newest", corpus, newest)
+    assert f"starts from {tmp_path}/everything/checkpoints/step_00000006, at step 6" in beyond.said
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/config.json").write_text("{}")
+    with pytest.raises(
+        Exception, match=r"checkpoint\.load: .*/llama is a Hugging Face folder; make a checkpoint of it"
+    ):
+        workers.run(train, 1, tmp_path / "never", corpus, [*settings, f"checkpoint.load={tmp_path / 'llama'}"])
     # A run folder's own checkpoint comes before checkpoint.load.
     [again] = workers.run(train, 1, tmp_path / "weights", corpus, weights_only, stop_after=2)
     assert "resumed from step_00000001" in again.said

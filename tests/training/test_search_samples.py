@@ -121,6 +121,7 @@ def test_the_step_token_is_the_tokenizers(workers: WorkerPool, data: list[str], 
         (None, [], "cannot be read"),
         ("\n\n", [], "has no prompts"),
         ("a\tb\nc\n", [], "some lines have an answer"),
+        ("a\tb\rc\td\r", [], "carriage returns alone end its lines"),
         ("a\n", ["data.tokenizer=null"], "tree.prompts needs a tokenizer"),
         ("a\n", ["parallel.context_parallel_size=2"], "cannot be searched in this layout"),
     ],
@@ -130,7 +131,7 @@ def test_impossible_prompts_are_refused(
 ) -> None:
     path = tmp_path / "prompts.txt"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, newline="")
     arguments = [*data, f"tree.prompts={path}", f"training.output_dir={tmp_path / 'run'}", *more]
     processes = 2 if "context" in " ".join(more) else 1
     assert all(message in said for said in workers.run(pretrain, processes, arguments))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vishwamai_mp.checkpoint import CheckpointManager
+from vishwamai_mp.checkpoint import CheckpointManager, locate
 from vishwamai_mp.checkpoint.collective import Failure, on_first_rank
 from vishwamai_mp.checkpoint.lock import RunLock
 from vishwamai_mp.config import PretrainConfig, UserError
@@ -216,7 +216,14 @@ class Trainer:
                 " that one, or begin a new training.output_dir from these weights with checkpoint.load"
             )
 
-    def _start_from(self, path: Path) -> None:
+    def _start_from(self, load: Path) -> None:
+        found = on_first_rank(lambda: locate(load))
+        if isinstance(found, Failure):
+            found.throw("checkpoint.load")
+        for reason in found.skipped:
+            self.say(reason)
+        path = found.path
+        assert path is not None
         weights_only = not self.config.checkpoint.load_optimizer
         state = self.checkpoints.load(path, self.chunks, self.optimizer, weights_only=weights_only)
         if not weights_only:

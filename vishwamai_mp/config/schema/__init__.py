@@ -377,7 +377,7 @@ class CheckpointConfig:
     load_best: bool = False  # each new lowest validation loss is saved and kept, and the last loaded at the end
     async_save: bool = False
     export_hf_every: PositiveInt | None = None  # steps: to hf/ of the run, in the background; and the last step
-    load: str | None = None  # start from this checkpoint when output_dir has none
+    load: str | None = None  # start from this checkpoint, or a run folder's newest, when output_dir has none
     load_optimizer: bool = True  # False: weights only, step 0
 
 

@@ -102,6 +102,10 @@ def search_callbacks(config: PretrainConfig, tokenizer: Tokenizer | None) -> lis
         lines = [line for line in text_lines(Path(path)) if line.strip(" \t")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tree.prompts={path}: cannot be read ({error})") from None
+    if len(lines) == 1 and "\r" in lines[0]:
+        raise ConfigError(
+            f"tree.prompts={path}: carriage returns alone end its lines; convert them, with tr '\\r' '\\n'"
+        )
     if not lines:
         raise ConfigError(f"tree.prompts={path}: has no prompts; write one a line")
     return [Search(lines, tokenizer)]
