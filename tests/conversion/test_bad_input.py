@@ -22,6 +22,7 @@ from vishwamai_mp.conversion import journal
 from vishwamai_mp.conversion.dtypes import FP16
 from vishwamai_mp.conversion.folder import open_folder
 from vishwamai_mp.conversion.from_hf import import_folder
+from vishwamai_mp.data.byte_level_training import train_byte_level
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 LAST = "model-00006-of-00006.safetensors"
@@ -146,6 +147,18 @@ def test_a_tokenizer_of_another_kind_does_not_stop_the_weights(hf: Path, tmp_pat
     (hf / "tokenizer.model").write_bytes(b"\x0a\x0e")
     assert "is not a whole SentencePiece model" in refusal(lambda: models.import_(hf, tmp_path / "damaged"))
     assert not (tmp_path / "damaged").exists()
+
+
+def test_code_that_a_tokenizer_names_is_left_out_and_said(hf: Path, tmp_path: Path) -> None:
+    train_byte_level([Path(__file__).read_text()] * 3, 300, hf / "tokenizer")
+    settings = {"auto_map": {"AutoTokenizer": ["code.Own", None]}, "tokenizer_class": "Own", "eos_token": "</s>"}
+    (hf / "tokenizer_config.json").write_text(json.dumps(settings))
+    (hf / "code.py").write_text("raise SystemExit(3)")
+    notes = models.import_(hf, tmp_path / "run")
+    assert any("names Python code (auto_map), which is not run and left out" in note for note in notes)
+    assert any("left behind: code.py" in note for note in notes)
+    written = json.loads((tmp_path / "run/tokenizer_config.json").read_text())
+    assert written == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
 
 
 def test_adapters_are_not_a_model(tmp_path: Path) -> None:

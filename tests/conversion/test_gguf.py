@@ -1,5 +1,6 @@
 """GGUF files of exported folders, read with the library's own reader."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,23 @@ def test_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content.replace('"individual_digits": true', '"individual_digits": false'))
     with pytest.raises(UserError, match=r"cuts texts in a way that is not known .* leave it out with --tokenizer none"):
         read_tokenizer(tmp_path, 300)
+
+
+def test_all_chat_templates_and_ends_of_texts_go_along(tmp_path: Path) -> None:
+    train_byte_level(_TEXTS, 300, tmp_path / "tokenizer")
+    eos = read_tokenizer(tmp_path, 300).keys["ggml.eos_token_id"]
+
+    def write(name: str, content: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / name).write_text(json.dumps(content))
+        return read_tokenizer(tmp_path, 300).keys
+
+    plain = {"name": "default", "template": "plain"}
+    keys = write("tokenizer_config.json", {"chat_template": [plain, {"name": "tool-use", "template": "tools"}]})
+    found = {key: value for key, value in keys.items() if key.startswith("chat_template")}
+    assert found == {"chat_template": "plain", "chat_templates": ["tool_use"], "chat_template.tool_use": "tools"}
+    assert "chat_templates" not in write("tokenizer_config.json", {"chat_template": "plain"})
+    assert "ggml.eot_token_id" not in write("generation_config.json", {"eos_token_id": eos})
+    keys = write("generation_config.json", {"eos_token_id": [eos, 7, 9999, 8]})
+    assert [keys[f"ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [eos, 7, 8]
+    write("generation_config.json", {"eos_token_id": [5, 6, 7, eos]})
+    assert "tokens [7] of generation_config.json end no text there" in read_tokenizer(tmp_path, 300).notes[0]

@@ -5,6 +5,7 @@ piece scores highest, and GPT-2's byte-level ones ("gpt2"), which follow a list 
 that is one of a list in its sources, by name. A tokenizer that neither computes is refused.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
-from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, JSON_FILE, Tokenizer, has_tokenizer
+from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, JSON_FILE, Tokenizer, has_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # as SentencePiece's types of pieces
 _UNIGRAM = 1  # a type of SentencePiece model
@@ -30,14 +31,16 @@ _CUTS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((_CL100K.format(words=_WORDS, digits="{1,3}"),), False): "dbrx",
     ((_CL100K.format(words=_WORDS, digits=""),), False): "qwen2",
 }
+_FURTHER_ENDS = ("eot", "eom")  # of a turn and of a message: llama.cpp ends a text at each of them
 _MEND = "leave it out with --tokenizer none"
 
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """Keys of a GGUF file behind `tokenizer.`: lists are of bytes, numbers or texts."""
+    """Keys of a GGUF file behind `tokenizer.`: lists are of bytes, numbers or texts. And what the user should know."""
 
     keys: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
@@ -73,9 +76,18 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
     begins = settings.get("add_bos_token", tokenizer.vocabulary.puts_bos_first)
     keys["ggml.add_bos_token"] = bool(begins) and tokenizer.bos_id >= 0
     keys["ggml.add_eos_token"] = bool(settings.get("add_eos_token"))
-    if template := _chat_template(folder, settings):
-        keys["chat_template"] = template
-    return GgufTokenizer(keys)
+    ends = _further_ends(folder, tokenizer)
+    keys |= {f"ggml.{name}_token_id": i for name, i in zip(_FURTHER_ENDS, ends, strict=False)}
+    beyond = ends[len(_FURTHER_ENDS) :]
+    notes = (f"tokens {beyond} of {GENERATION_FILE} end no text there: llama.cpp reads three",) if beyond else ()
+    return GgufTokenizer(keys | _chat_templates(folder, settings), notes)
+
+
+def _further_ends(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end a text, as `generation_config.json` has them, besides the tokenizer's EOS."""
+    ends = read_settings(folder / GENERATION_FILE).get("eos_token_id")
+    known = set(range(tokenizer.vocab_size)) - {tokenizer.eod_id}
+    return [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int and i in known]
 
 
 def _of_sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -183,7 +195,14 @@ def _add_own(keys: dict[str, Any], described: Mapping[str, Any]) -> None:
             kinds[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The template, and those that have another name than "default", with a list of these names."""
     file = folder / CHAT_TEMPLATE_FILE
-    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-    return template if isinstance(template, str) else None
+    said = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    said = said if isinstance(said, list) else [{"name": "default", "template": said}]
+    named = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}
+    found = {re.sub("[^A-Za-z0-9]", "_", name): text for name, text in named.items() if name and isinstance(text, str)}
+    keys: dict[str, Any] = {"chat_template": text} if (text := found.pop("default", None)) else {}
+    if found:
+        keys |= {"chat_templates": list(found), **{f"chat_template.{name}": text for name, text in found.items()}}
+    return keys

@@ -74,10 +74,8 @@ def with_switched_windows(
     check_kinds(config, {"num_hidden_layers": (int,), "layer_types": (list,)}, path)
     types, layers = config.get("layer_types"), config.get("num_hidden_layers") or 0
     if not config.get("use_sliding_window"):
-        if _WINDOWED in (types or ()):
-            raise UserError(
-                f"{path}: layer_types has 'sliding_attention' and use_sliding_window is not set; make them agree"
-            )
+        if others := [kind for kind in types or () if kind != _WHOLE]:
+            raise UserError(f"{path}: layer_types has {others[0]!r} and use_sliding_window is not set; make them agree")
         return {**config, "sliding_window": None, "layer_types": None}
     if types:
         return config

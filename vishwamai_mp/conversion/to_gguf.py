@@ -161,9 +161,8 @@ def write_gguf(folder: Path, family: type[Family], model: ModelConfig, kind: str
             writer.close()
         _check(aside, tensors)
     coarse = sorted({tensor.kind for tensor in tensors if len(tensor.shape) > 1 and tensor.kind != kind})
-    if coarse:
-        return [f"{output.name}: tensors whose rows are no multiple of {_Q8_WIDTH} are {coarse[0]}, not {kind}"]
-    return []
+    notes = [f"tensors whose rows are no multiple of {_Q8_WIDTH} are {coarse[0]}, not {kind}"] if coarse else []
+    return [f"{output.name}: {note}" for note in (*notes, *tokenizer.notes)]
 
 
 def _tensors(folder: Path, family: type[Family], form: Form, model: ModelConfig, kind: str) -> list[_Tensor]:

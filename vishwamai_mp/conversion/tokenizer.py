@@ -22,7 +22,7 @@ from vishwamai_mp.config.errors import one_line
 from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.conversion.model_config import token_ids
 from vishwamai_mp.data.file_kinds import foreign_tokenizer
-from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE
+from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
 from vishwamai_mp.data.tokenizer import (
     ADDED_TOKENS_FILE,
     CHAT_TEMPLATE_FILE,
@@ -146,6 +146,28 @@ def imported_files(folder: Path, vocab_size: int, added: int = 0) -> tuple[list[
             f"its {choices[0].name} has {size} tokens{new}, the model {vocab_size}: no text here leads to those beyond"
         )
     return [*choices, *files], "; ".join(notes) or None
+
+
+def without_code(contents: Mapping[str, bytes], folder: Path) -> tuple[dict[str, bytes], str | None]:
+    """A tokenizer's files by name without what would have transformers run Python code that lies in their folder.
+
+    Args:
+        contents: of the files.
+        folder: theirs, for messages.
+
+    Returns:
+        the files, and what the user should know.
+    """
+    settings = read_settings(folder / SETTINGS_FILE) if SETTINGS_FILE in contents else {}
+    if not settings.get("auto_map"):
+        return dict(contents), None
+    kept = {key: value for key, value in parse_json(contents[SETTINGS_FILE]).items() if key != "auto_map"}
+    if JSON_FILE in contents:
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # its own class is that code
+    note = (
+        f"its {SETTINGS_FILE} names Python code (auto_map), which is not run and left out; texts may be cut otherwise"
+    )
+    return {**contents, SETTINGS_FILE: _json(kept)}, note
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -73,8 +73,9 @@ def family_of(config: Mapping[str, Any], path: Path, own: type[Family] | None = 
     if found := {family.architecture: family for family in _IMPORTED}.get(named[0]):
         return found
     why = f", which has {_NO_ROOM_FOR[named[0]]}" if named[0] in _NO_ROOM_FOR else ""
-    near = difflib.get_close_matches(named[0], list(model_types()), n=1, cutoff=0.7)
-    nearest = f" (nearest: {near[0]})" if near else ""
+    short = {architecture.partition("For")[0]: architecture for architecture in model_types()}
+    near = difflib.get_close_matches(named[0].partition("For")[0], list(short), n=1, cutoff=0.7)
+    nearest = f" (nearest: {short[near[0]]})" if near else ""
     titles = ", ".join(family.title for family in _FAMILIES)
     raise UserError(
         f"{path}: {named[0]}{why}, cannot be converted{nearest}; {titles} can, and families of your own (--family)"
