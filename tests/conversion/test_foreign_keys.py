@@ -135,3 +135,27 @@ def test_a_rotary_rule_that_a_family_does_not_take_is_not_exported_as_it() -> No
     assert family_holding(models.configure(scaled, 1).model).architecture == "LlamaForCausalLM"
     with pytest.raises(UserError, match=r"model\.rotary_fraction: transformers has no such model"):
         family_holding(models.configure([*scaled, "model.rotary_fraction=0.5"], 1).model)
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern", "wanted"),
+    [
+        ("Gemma3", ["sliding_window=8"], {"rope_theta": 1e6, "rope_local_base_freq": 77.0}),
+        ("Gemma3", ["sliding_window=8", "layer_pattern=SF"], {"rope_theta": 77.0, "rope_local_base_freq": 77.0}),
+        ("Gemma3", [], {"rope_theta": 77.0, "rope_local_base_freq": 1e4}),
+        ("Olmo3", ["sliding_window=8"], {"rope_theta": 77.0}),
+        ("Olmo3", ["sliding_window=8", "layer_pattern=SF", "window_rope_theta=5"], {"rope_theta": 77.0}),
+    ],
+)
+def test_a_base_that_no_layer_has_is_the_default(family: str, pattern: list[str], wanted: dict[str, float]) -> None:
+    """For transformers 4 in keys of its own, for 5 in `rope_parameters`; read again, the model is the same."""
+    own = family_named(f"{family}ForCausalLM")
+    multipliers = {"embedding_multiplier": 32**0.5} if family == "Gemma3" else {}
+    settings = [f"model.{key}={value}" for key, value in {**own.has, **multipliers, "rope_theta": 77}.items()]
+    model = models.configure([*settings, *(f"model.{key}" for key in pattern)], 1).model
+    assert not own.lacks(model)
+    written = {"architectures": [own.architecture], "model_type": own.model_type, **own.write(model)}
+    assert {key: written[key] for key in wanted} == wanted
+    types = {kind: own.rotary_by_type[kind][1] for kind in own.rotary_by_type.keys() - set(written["layer_types"])}
+    assert {kind: written["rope_parameters"][kind]["rope_theta"] for kind in types} == types
+    assert read(written) == model

@@ -13,14 +13,30 @@ _WINDOWED, _WHOLE = "sliding_attention", "full_attention"
 _LETTERS = {_WINDOWED: "S", _WHOLE: "F"}
 
 
-def to_hf(model: ModelConfig) -> dict[str, Any]:
-    """`layer_types`, and `rope_parameters` as transformers 5 has them for layers that differ."""
+def to_hf(model: ModelConfig, bases: Mapping[str, tuple[str, float]]) -> dict[str, Any]:
+    """`layer_types`, and where types of layers may turn differently their `rope_parameters` and bases.
+
+    The parameters are transformers 5's, the bases under keys of their own 4's. A type that no layer is of has the
+    default.
+
+    Args:
+        model: resolved.
+        bases: as `with_one_rotary` has them; empty: all types turn alike.
+    """
     types = [_WHOLE if window is None else _WINDOWED for window in layer_windows(model)]
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling:
         rope |= rope_scaling.to_hf(model)["rope_scaling"]
     windowed = {"rope_type": "default", "rope_theta": model.window_rope_theta} if model.window_rope_theta else rope
-    return {"layer_types": types, "rope_parameters": {_WHOLE: rope, _WINDOWED: windowed}}
+    if not bases:
+        return {"layer_types": types}
+    found, by_type = {}, {_WINDOWED: windowed, _WHOLE: rope}
+    # Where types share a key, that of layers without a window stays there, if there are such.
+    for kind in sorted(bases, key=lambda kind: (kind in types, kind == _WHOLE)):
+        key, default = bases[kind]
+        by_type[kind] = by_type[kind] if kind in types else {"rope_type": "default", "rope_theta": default}
+        found[key] = by_type[kind]["rope_theta"]
+    return {"layer_types": types, "rope_parameters": by_type, **found}
 
 
 def from_hf(config: Mapping[str, Any], path: Path, default: str) -> dict[str, Any]:

@@ -162,9 +162,7 @@ class Family:
     def write(cls, model: ModelConfig) -> dict[str, Any]:
         """Keys of `config.json` for a model that the family can hold; the inverse of `read`."""
         keys = {key.theirs: key.write(getattr(model, key.ours)) for key in cls.all_keys()}
-        layers = layer_types.to_hf(model) if cls.default_pattern else {}
-        if not cls.rotary_by_type:
-            layers.pop("rope_parameters", None)
+        layers = layer_types.to_hf(model, cls.rotary_by_type) if cls.default_pattern else {}
         return {**keys, "hidden_act": "silu", **rope_scaling.to_hf(model), **layers, **cls.written}
 
     @classmethod

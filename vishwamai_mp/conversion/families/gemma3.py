@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vishwamai_mp.config import ModelConfig, UserError
+from vishwamai_mp.config import UserError
 from vishwamai_mp.conversion.families.family import Key
 from vishwamai_mp.conversion.families.gemma2 import Gemma2
 from vishwamai_mp.conversion.value_kinds import check_kinds
@@ -47,8 +47,3 @@ class Gemma3(Gemma2):
         numbers = range(1, (config.get("num_hidden_layers") or 0) + 1)
         types = [f"{'sliding' if number % period else 'full'}_attention" for number in numbers]
         return super().read({**config, "layer_types": types}, path)
-
-    @classmethod
-    def write(cls, model: ModelConfig) -> dict[str, Any]:
-        """With transformers 4's name for the base of layers with the window."""
-        return {**super().write(model), "rope_local_base_freq": model.window_rope_theta or model.rope_theta}
