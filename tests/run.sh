@@ -8,6 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 # Tests start hundreds of processes, each of which would compile the same files.
 unset PYTHONDONTWRITEBYTECODE
+# Two run at a time: were each to share its work among threads, these would spin, waiting for one another's cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 install_environment dev '.[dev]'
 install_transformer_engine .venv || echo "Transformer Engine's Python cannot be installed: its tests will skip" >&2
