@@ -13,7 +13,7 @@ done
 
 "$PYTHON" -m ruff check "${folders[@]}"
 "$PYTHON" -m ruff format --check "${folders[@]}"
-"$PYTHON" -m mypy --num-workers 2 "${folders[@]}"
+"$PYTHON" -m mypy "${folders[@]}"
 mapfile -t scripts < <(find launch tests tools examples -name '*.sh' 2>/dev/null | sort)
 "$(dirname "$PYTHON")/shellcheck" --external-sources "${scripts[@]}" .ci/run
 echo "checks passed: ruff, mypy, shellcheck"
