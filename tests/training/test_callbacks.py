@@ -146,6 +146,16 @@ def test_a_finished_run_says_so_and_goes_on_when_asked_to(workers: WorkerPool, c
     assert labels(more.said)["output"] == f"{tmp_path}, continues after step 2 of 3"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "goodput.json", "checkpoints"])
+def test_a_file_of_the_run_folder_that_cannot_be_written_is_a_line(workers: WorkerPool, corpus, tmp_path, name):
+    if name == "checkpoints":
+        (tmp_path / name).symlink_to("/nowhere/purged")
+    else:
+        (tmp_path / name / "full").mkdir(parents=True)
+    with pytest.raises(Exception, match=rf"{tmp_path}/{name} (cannot be used|is no folder that is there)"):
+        workers.run(train, 1, tmp_path, corpus, ["training.max_steps=1"])
+
+
 def crash_after_save(step: int, trainer: Trainer, _: list[Any]) -> None:
     """End without a word when the checkpoint of a step is there, before anything else is done."""
     save = trainer.save

@@ -5,6 +5,7 @@ A checkpoint is written in `step_00000100.<random>.partial`, then renamed. It is
 killed at any moment leaves at worst a folder that nobody takes for a checkpoint. Needs no torch.
 """
 
+import os
 import re
 import secrets
 import shlex
@@ -58,7 +59,13 @@ def find_checkpoint(root: Path, checksums: bool = True) -> Found:
 
 
 def candidates(root: Path) -> Iterator[tuple[Path, Manifest | str]]:
-    """Folders named like checkpoints, newest first, each with its manifest or what is wrong with that."""
+    """Folders named like checkpoints, newest first, each with its manifest or what is wrong with that.
+
+    Raises:
+        UserError: the root is there and no folder, a link to a place that is gone for one.
+    """
+    if os.path.lexists(root) and not root.is_dir():
+        raise UserError(f"{root} is no folder that is there; take it away, or name another run folder")
     for path in sorted(_checkpoints(root), key=step_of, reverse=True):
         try:
             yield path, read_manifest(path)

@@ -3,7 +3,8 @@
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ class Trainer:
             with (
                 advice_when_out_of_memory(self.config),
                 watched(self.config, self.runtime, self.folder),
+                _named_files(self.folder),
                 garbage_collected_every(self.config.training.collect_garbage_every) as collect,
             ):
                 return self._train(collect)
@@ -256,6 +258,21 @@ class Trainer:
         """A line for the person who watches, from rank 0."""
         if self.runtime.reports:
             print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _named_files(folder: Path) -> Iterator[None]:
+    """A file of the run folder that cannot be read or written, because it is another user's or a folder, is a line."""
+    try:
+        yield
+    except OSError as error:
+        file = error.filename2 or error.filename
+        if not isinstance(file, str) or not Path(file).is_relative_to(folder):
+            raise
+        raise UserError(
+            f"training.output_dir={folder}: {file} cannot be used ({error.strerror}); take it away or mend its"
+            " permissions"
+        ) from error
 
 
 def _make_folder(folder: Path) -> None:
