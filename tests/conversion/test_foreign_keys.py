@@ -142,12 +142,12 @@ def test_a_rotary_rule_that_a_family_does_not_take_is_not_exported_as_it() -> No
     [
         ("Gemma3", ["sliding_window=8"], {"rope_theta": 1e6, "rope_local_base_freq": 77.0}),
         ("Gemma3", ["sliding_window=8", "layer_pattern=SF"], {"rope_theta": 77.0, "rope_local_base_freq": 77.0}),
-        ("Gemma3", [], {"rope_theta": 77.0, "rope_local_base_freq": 1e4}),
+        ("Gemma3", [], {"rope_theta": 77.0, "rope_local_base_freq": 1e4, "sliding_window": 4096}),
         ("Olmo3", ["sliding_window=8"], {"rope_theta": 77.0}),
         ("Olmo3", ["sliding_window=8", "layer_pattern=SF", "window_rope_theta=5"], {"rope_theta": 77.0}),
     ],
 )
-def test_a_base_that_no_layer_has_is_the_default(family: str, pattern: list[str], wanted: dict[str, float]) -> None:
+def test_what_no_layer_has_is_the_default(family: str, pattern: list[str], wanted: dict[str, float]) -> None:
     """For transformers 4 in keys of its own, for 5 in `rope_parameters`; read again, the model is the same."""
     own = family_named(f"{family}ForCausalLM")
     multipliers = {"embedding_multiplier": 32**0.5} if family == "Gemma3" else {}

@@ -68,6 +68,11 @@ def from_hf(config: Mapping[str, Any], path: Path, default: str) -> dict[str, An
     return {"sliding_window": window, "layer_pattern": shortest_pattern(letters)}
 
 
+def has_windows(pattern: str | None) -> bool:
+    """Whether a family's layers have windows where `layer_types` is not said."""
+    return _LETTERS[_WINDOWED] in (pattern or "")
+
+
 def shortest_pattern(letters: str) -> str:
     """What has to be repeated to begin with `letters`."""
     whole = len(letters)

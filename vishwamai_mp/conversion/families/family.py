@@ -163,6 +163,8 @@ class Family:
         """Keys of `config.json` for a model that the family can hold; the inverse of `read`."""
         keys = {key.theirs: key.write(getattr(model, key.ours)) for key in cls.all_keys()}
         layers = layer_types.to_hf(model, cls.rotary_by_type) if cls.default_pattern else {}
+        if model.sliding_window is None and layer_types.has_windows(cls.default_pattern):
+            keys["sliding_window"] = cls.defaults["sliding_window"]  # transformers makes such a mask for no layer, too
         return {**keys, "hidden_act": "silu", **rope_scaling.to_hf(model), **layers, **cls.written}
 
     @classmethod
