@@ -5,6 +5,7 @@ Under context parallelism keys are gathered, and each part of a document has its
 
 import contextlib
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,8 +21,9 @@ from torch import Tensor
 from tests.model.builds import small_config
 from tests.training.layouts import train
 from vishwamai_mp.config import ConfigError
+from vishwamai_mp.model import build_model
 from vishwamai_mp.model.core_attention import CoreAttention
-from vishwamai_mp.model.document_attention import DocumentAttention, DocumentParts
+from vishwamai_mp.model.document_attention import DocumentAttention, PackedDocuments
 from vishwamai_mp.model.masks import attention_mask, check_packing, document_bounds, packed_documents
 from vishwamai_mp.runtime.zigzag import local_positions
 
@@ -118,20 +120,28 @@ class ThdAttention(torch.nn.Module):
 _KERNEL = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
 
 
-def train_packed(overrides: list[str], steps: int) -> list[tuple[float, float]]:
-    """Runs in a worker: `layouts.train` as if attention were Transformer Engine's."""
+@contextlib.contextmanager
+def as_if_packed() -> Iterator[None]:
+    """Models are built as if attention were Transformer Engine's."""
     with (
         mock.patch("vishwamai_mp.model.model.use_transformer_engine", return_value=True),
-        mock.patch.object(CoreAttention, "forward", thd_attention),
+        mock.patch("vishwamai_mp.model.specs._core_attention", return_value=DocumentAttention),
         mock.patch(_KERNEL, ThdAttention),
-        contextlib.ExitStack() as stack,
     ):
-        if _CONTEXT in overrides:
-            stack.enter_context(mock.patch("vishwamai_mp.model.specs._core_attention", return_value=DocumentAttention))
+        yield
+
+
+def train_packed(overrides: list[str], steps: int) -> list[tuple[float, float]]:
+    """Runs in a worker: `layouts.train` as if attention were Transformer Engine's."""
+    with as_if_packed():
         return train(overrides, steps)
 
 
 _DOCUMENTS = ["data.reset_attention_mask=true", "training.micro_batch_size=2"]
+_COMPONENTS = [
+    *("memory.enabled=true", "memory.memory_size=128", "memory.head_dim=16", "memory.layers=[1]", "memory.dropout=0"),
+    *("cache.enabled=true", "cache.num_heads=8", "cache.segment_length=8", "cache.layers=[2]", "cache.dropout=0"),
+]
 _TENSOR, _PIPELINE, _CONTEXT = (
     f"parallel.{name}_parallel_size=2" for name in ("tensor_model", "pipeline_model", "context")
 )
@@ -143,6 +153,7 @@ _TENSOR, _PIPELINE, _CONTEXT = (
         [],
         ["data.reset_position_ids=true", "data.eod_mask_loss=true"],
         ["model.sliding_window=5"],
+        [*_COMPONENTS, "data.reset_position_ids=true"],
         ["data.prepared_rows=true", "tree={enabled: true, value_signal: verdicts, value_gradient: true}"],
     ],
 )
@@ -170,12 +181,10 @@ def test_training_is_that_of_the_mask(workers, layout, settings):
 def logits_both_ways(tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
     from tests.model.builds import build
 
-    _, _, (model,) = build()
-    with torch.no_grad():
-        masked = model(tokens, document_ids=documents)
-        model.attends_without_mask = True
-        with mock.patch.object(CoreAttention, "forward", thd_attention):
-            return masked, model(tokens, document_ids=documents)
+    config, runtime, (model,) = build()
+    with torch.no_grad(), as_if_packed():
+        (packed,) = build_model(config, runtime)
+        return model(tokens, document_ids=documents), packed.eval()(tokens, document_ids=documents)
 
 
 def test_logits_come_in_the_usual_shape(workers):
@@ -216,7 +225,7 @@ def attention_both_ways(document_ids: Tensor, window: int | None) -> list[float]
         parts = DocumentAttention(**options)
     masked = CoreAttention(**options)
     outs = [
-        parts(*inputs, None, packed_seq_params=DocumentParts(bounds=document_bounds(document_ids, rank, ranks))),
+        parts(*inputs, None, packed_seq_params=PackedDocuments(bounds=document_bounds(document_ids, rank, ranks))),
         masked(*inputs, attention_mask(own, everywhere, window, document_ids)),
     ]
     found = [[out.detach(), *torch.autograd.grad(out, inputs, upstream)] for out in outs]
@@ -235,13 +244,9 @@ def test_parts_of_documents_attend_as_with_the_mask(workers, ranks, window):
 
 def test_what_context_parallelism_refuses():
     packed, context = "data.reset_attention_mask=true", "parallel.context_parallel_size=2"
-    dropout, carry = "model.attention_dropout=0.1", ["memory.enabled=true", "memory.carry_state=true"]
+    dropout = "model.attention_dropout=0.1"
     with pytest.raises(ConfigError, match=r"model\.attention_dropout=0\.1 with data.*context_parallel_size=2.*; set "):
         check_packing(small_config(packed, context, dropout))
     check_packing(small_config(packed, context))
     check_packing(small_config(context, dropout))
     check_packing(small_config(packed, dropout))
-    carried = ["data.consecutive=true", packed, "memory.memory_size=128", "memory.head_dim=16", *carry]
-    with pytest.raises(ConfigError, match=r"memory\.carry_state=true on Transformer Engine"):
-        check_packing(small_config(*carried))
-    check_packing(small_config(*carried, context))  # rows stay rows

@@ -222,6 +222,8 @@ def _offloaded(layers: int) -> str:
         (2, 1, 4, [_LORA, *_BOTH, *_split(1, 2)], 784),
         (1, 0, 2, ["training.freeze=[embedding]"], 3860),
         (2, 0, 2, ["training.recompute=selective"], 2989),
+        (1, 0, 2, [_PARTS[1], "training.micro_batch_size=2"], 4738),
+        (8, 0, 4, [_PARTS[1], "parallel.context_parallel_size=4", *_split(1, 2), "training.micro_batch_size=2"], 1245),
         (2, 0, 1, [*_PARTS], 2687),
         (4, 0, 1, [*_PARTS, "parallel.context_parallel_size=4", *_LONG], 3135),
         (2, 0, 1, [*_PARTS, *_LONG, "training.recompute=selective"], 4803),

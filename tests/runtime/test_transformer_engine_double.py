@@ -39,6 +39,7 @@ _WEIGHTS = ["precision=fp8_current", "fp8.params=true"]
 _OVERLAP = [*_TENSOR, "parallel.overlap_tensor_parallel=true"]
 # Tiles of 128 numbers in pieces of matrices that are gathered or cut on two ranks.
 _TILES = ["model.hidden_size=512", "training.sequence_length=256", "model.max_position_embeddings=256"]
+_YARN = ["model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 32}"]
 _DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 
 # Name: ranks, rank, settings. Each kind of layer, layout and precision is in several.
@@ -101,6 +102,11 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
         4,
         1,
         [*_CHUNKS, *_OVERLAP, *_REPLICAS, *PACKED, *_FUSED, "precision=fp8_current", "fp8.bf16_layers_at_start=1"],
+    ),
+    "packed, yarn, memory that goes on, bf16": (
+        1,
+        0,
+        [*PACKED, *MEMORY, *_YARN, "memory.carry_state=true", "data.consecutive=true", "precision=bf16"],
     ),
     "first stage, packed, bf16": (2, 0, [*_STAGES, *PACKED, "precision=bf16"]),
     "last stage, packed, values, delayed": (2, 1, [*_STAGES, *PACKED, *VALUES, "precision=fp8_delayed"]),

@@ -1,4 +1,4 @@
-"""Packed documents under context parallelism, by Transformer Engine's attention of sequences of any length.
+"""Packed documents by Transformer Engine's attention of sequences of any length, laid end to end.
 
 Its own context parallelism would have each document be a multiple of 2 × ranks long. Instead keys and values are
 gathered, and each part of a document on this rank attends to the document's keys up to the part's end: a causal mask
@@ -9,7 +9,6 @@ queries end to end, S keys of all parts end to end.
 
 import copy
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,14 +18,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from vishwamai_mp.model.masks import DocumentBounds, packed_documents
 
 
 @dataclass
-class DocumentParts(PackedSeqParams):
-    """What megatron-core passes on to core attention. By the format's name it leaves rows as they are."""
+class PackedDocuments(PackedSeqParams):
+    """What megatron-core passes on to core attention. By the format's name it leaves rows as they are: queries and keys
+    are turned by their place in the row, without anybody reading documents' lengths, and components know of rows.
+    """
 
     qkv_format: str = "sbhd"
     bounds: DocumentBounds | None = None
@@ -39,7 +39,7 @@ class _Mask(enum.Enum):
 
 
 class DocumentAttention(MegatronModule):
-    """Core attention of `DocumentParts`; arguments are those of megatron-core's `TEDotProductAttention`."""
+    """Core attention of `PackedDocuments`; arguments are those of megatron-core's `TEDotProductAttention`."""
 
     def __init__(self, *, config: TransformerConfig, pg_collection: Any, **options: Any) -> None:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -65,43 +65,27 @@ class DocumentAttention(MegatronModule):
         """query (Q, B, H, K), key and value (Q, B, G, K) → (Q, B, H·K)."""
         assert attention_mask is None
         assert attention_bias is None
+        if packed_seq_params is None:  # rows that nobody divided
+            assert self.context_group.size() == 1
+            return self.kernel(query, key, value, None, attn_mask_type=attn_mask_type)
         bounds = packed_seq_params.bounds
         attend = partial(
             self.kernel,
             attention_mask=None,
-            attn_mask_type=_Mask.padding_causal_bottom_right,
+            attn_mask_type=attn_mask_type if bounds.keys is None else _Mask.padding_causal_bottom_right,
             packed_seq_params=packed_documents(bounds),
         )
-        return attend_parts(query, key, value, bounds, self.context_group, attend)
+        queries, rows = query.shape[:2]
+        keys, values = (self._keys(x, bounds.keys) for x in (key, value))
+        out = attend(query.transpose(0, 1).flatten(0, 1), keys, values)
+        return out.view(rows, queries, -1).transpose(0, 1).contiguous()
 
+    def _keys(self, x: Tensor, chosen: Tensor | None) -> Tensor:
+        """Of this rank's keys or values (Q, B, G, K) all, row by row, or of all ranks' those `chosen`: (S, G, K).
 
-def attend_parts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: DocumentBounds,
-    group: ProcessGroup,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Attention of this rank's parts of documents to the keys that each may see.
-
-    Args:
-        query: (Q, B, H, K).
-        key: (Q, B, G, K), this rank's. Gradients of what was gathered are summed over the group and scattered.
-        value: as `key`.
-        bounds: of this rank.
-        group: the context parallel ranks.
-        attend: attention of queries (N, H, K) to keys and values (S, G, K) within `bounds`, (N, H·K).
-
-    Returns:
-        (Q, B, H·K).
-    """
-    queries, rows = query.shape[:2]
-    key, value = (
-        tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=group)
-        .flatten(0, 1)
-        .index_select(0, bounds.keys)
-        for x in (key, value)
-    )
-    out = attend(query.transpose(0, 1).flatten(0, 1), key, value)
-    return out.view(rows, queries, -1).transpose(0, 1).contiguous()
+        Gradients of what was gathered are summed over the ranks and scattered.
+        """
+        if chosen is None:
+            return x.transpose(0, 1).flatten(0, 1)
+        gathered = tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group)
+        return gathered.flatten(0, 1).index_select(0, chosen)

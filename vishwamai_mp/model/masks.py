@@ -48,7 +48,7 @@ def check_packing(config: PretrainConfig) -> None:
     """Refuse what Transformer Engine's packed attention cannot do.
 
     Raises:
-        ConfigError: rows that are to go on in the next micro-batch; dropout of attention under context parallelism.
+        ConfigError: dropout of attention under context parallelism.
     """
     context, dropout = config.parallel.context_parallel_size, config.model.attention_dropout
     if parts_documents(config) and dropout:
@@ -57,13 +57,6 @@ def check_packing(config: PretrainConfig) -> None:
             f"{context}: on Transformer Engine, cuDNN's attention of parts of documents knows no dropout; set"
             " model.attention_dropout=0 or parallel.context_parallel_size=1"
         )
-    for section in ("memory", "cache"):
-        options = getattr(config, section)
-        if options.enabled and options.carry_state and context == 1:
-            raise ConfigError(
-                f"{section}.carry_state=true on Transformer Engine: packed attention lays the rows of a micro-batch end"
-                f" to end, so none goes on in its place; set {section}.carry_state=false"
-            )
 
 
 class DocumentBounds(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -22,12 +21,12 @@ from torch import Tensor, nn
 
 from vishwamai_mp.config import PretrainConfig, padded_vocab_size
 from vishwamai_mp.config.extensions import find_extension, is_own
-from vishwamai_mp.model.document_attention import DocumentParts
+from vishwamai_mp.model.document_attention import PackedDocuments
 from vishwamai_mp.model.freezing import freeze_parts
 from vishwamai_mp.model.fully_sharded import ParameterSharding, own_rows, whole_parameters
 from vishwamai_mp.model.lora import add_adapters
 from vishwamai_mp.model.loss import vocab_parallel_cross_entropy
-from vishwamai_mp.model.masks import DocumentBounds, attention_mask, check_packing, document_bounds, packed_documents
+from vishwamai_mp.model.masks import DocumentBounds, attention_mask, check_packing, document_bounds
 from vishwamai_mp.model.rotary import RotaryEmbedding
 from vishwamai_mp.model.softcap import softcap
 from vishwamai_mp.model.specs import block_spec, spec_provider
@@ -109,13 +108,11 @@ class VishwamAIModel(GPTModel):
             on the last stage, losses (B, Q) fp32 with labels and logits (Q, B, V) without; else hidden states.
         """
         whole, cp, device = tokens, self.pg_collection.cp, tokens.device
-        parts = None
+        documents = None
         if document_ids is not None and self.attends_without_mask:
-            bounds = bounds or document_bounds(document_ids, cp.rank(), cp.size())
-            if cp.size() == 1:
-                return self._forward_packed(tokens, labels, document_ids, verdicts, packed_documents(bounds))
-            # Rows stay rows, all turned alike: attention sees differences of positions only.
-            parts, position_ids = DocumentParts(bounds=bounds), None
+            # Rows are turned alike, from place 0 on: attention sees differences of positions only.
+            bounds, position_ids = bounds or document_bounds(document_ids, cp.rank(), cp.size()), None
+            documents = PackedDocuments(bounds=bounds)
         keys = [local_positions(tokens.shape[1], rank, cp.size(), device) for rank in range(cp.size())]
         local = keys[cp.rank()]
         if cp.size() > 1:
@@ -125,39 +122,10 @@ class VishwamAIModel(GPTModel):
             hidden_states=self.embed(tokens) if self.pre_process else None,
             attention_mask=self._mask(local, torch.cat(keys), document_ids),
             rotary_pos_emb=self.rotary(local if position_ids is None else position_ids[:, local], whole.shape[1]),
-            packed_seq_params=parts,
+            packed_seq_params=documents,
             context=document_ids,
         )
         return self._head(hidden, labels, whole, document_ids, verdicts) if self.post_process else hidden
-
-    def _forward_packed(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None,
-        document_ids: Tensor,
-        verdicts: Tensor | None,
-        packed: PackedSeqParams,
-    ) -> Tensor:
-        """`forward` with the rows laid end to end as one. Between stages hidden states keep the schedule's shape."""
-        rows, length = tokens.shape
-        documents = (document_ids + torch.arange(rows, device=tokens.device)[:, None] * length).reshape(1, -1)
-        if not self.pre_process:
-            self.decoder.input_tensor = self.decoder.input_tensor.reshape(-1, 1, self.config.hidden_size)
-        hidden = self.decoder(
-            hidden_states=self.embed(tokens.reshape(1, -1)) if self.pre_process else None,
-            attention_mask=None,
-            # Each document is turned from position 0 on: attention sees differences of positions only.
-            rotary_pos_emb=self.rotary(torch.arange(length, device=tokens.device), length),
-            packed_seq_params=packed,
-            context=documents,
-        )
-        if not self.post_process:
-            return hidden.reshape(-1, rows, self.config.hidden_size)
-        if labels is None:
-            return self._head(hidden, None, tokens, documents, None).reshape(rows, length, -1).transpose(0, 1)
-        verdicts = verdicts if verdicts is None else verdicts.reshape(1, -1)
-        losses = self._head(hidden, labels.reshape(1, -1), tokens.reshape(1, -1), documents, verdicts)
-        return losses.reshape(rows, length)
 
     def _head(
         self,

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from vishwamai_mp.components.head_sharded import Linears
-from vishwamai_mp.config import PretrainConfig, parts_documents
+from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.config.extensions import find_extension, is_own
 from vishwamai_mp.config.layer_windows import layer_window
 from vishwamai_mp.config.resolve_rotary import layer_is_turned
@@ -137,7 +137,7 @@ def layer_components(config: PretrainConfig, layer: int, linears: Linears) -> di
 def _core_attention(backend: BackendSpecProvider, config: PretrainConfig) -> ModuleSpec | type:
     if config.model.attention_softcap is not None:
         return ModuleSpec(module=CoreAttention, params={"softcap": config.model.attention_softcap})
-    if backend.fuse_layernorm_and_linear() and parts_documents(config):
+    if backend.fuse_layernorm_and_linear() and config.data.reset_attention_mask:
         return DocumentAttention
     return backend.core_attention()
 

@@ -284,6 +284,7 @@ def _attention(config: PretrainConfig, on_gpu: bool) -> float:
     """What attention keeps beside its output. Keys and values are those of all context parallel ranks.
 
     Of rows that are one document a GPU's rank has two parts, whose keys together are half a share more (`masks.py`).
+    Packed documents' output of several rows is there in both orders, by row and by place.
     """
     model, length, context = config.model, config.training.sequence_length, config.parallel.context_parallel_size
     queries, keys, tokens = query_width(config), key_width(config), tokens_of_micro_batch(config)
@@ -293,8 +294,9 @@ def _attention(config: PretrainConfig, on_gpu: bool) -> float:
         shares = context + (0.5 if on_gpu and parts_documents(config) else 0)
         inputs = _inputs(config, on_gpu) if context == 1 else tokens * (queries + 2 * keys * shares) * share
         sums = 4 * tokens * model.num_attention_heads / config.parallel.tensor_model_parallel_size  # fp32, per query
+        reordered = on_gpu and config.data.reset_attention_mask and config.training.micro_batch_size > 1
         if on_gpu or not model.attention_dropout:
-            return inputs + sums
+            return inputs + sums + (tokens * queries * share if reordered else 0)
         # torch's kernel for CPUs knows no dropout: weights, mask, and the product of both.
         return inputs + 3 * tokens * length * model.num_attention_heads * share
     # Of each block of queries the weights; keys and values once for each query head.
