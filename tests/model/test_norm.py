@@ -1,13 +1,15 @@
 """RMSNorm by blocks of rows against torch's in float64: outputs and both gradients."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernel_visits import needs_triton, said_by
 from vishwamai_mp.model import norm as norm_module
-from vishwamai_mp.model.norm import RMSNorm
+from vishwamai_mp.model.norm import RMSNorm, supports
 
 
 @pytest.fixture
@@ -39,3 +41,21 @@ def test_it_is_rms_norm(small_blocks, dtype, tolerance, zero_centered):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=2 * tolerance, atol=2 * tolerance)
     assert torch.equal(x, before[0])  # nothing is overwritten
     assert torch.equal(gradient, before[1])
+
+
+@needs_triton
+def test_the_interpreter_finds_the_results_and_gradients_of_the_cpu():
+    found = said_by(Path(__file__).with_name("norm_kernel_programs.py"), "interpret")
+    assert len(found) == 2
+    assert max(found.values()) < 1e-5, found
+
+
+def test_which_cases_kernels_take(monkeypatch):
+    """The launches of a step on the simulated accelerator say that they are taken there."""
+    x, weight = torch.empty(2, 8192, device="meta"), torch.empty(8192, device="meta")
+    assert not supports(x, weight)
+    monkeypatch.setattr("vishwamai_mp.runtime.triton_kernels.is_accelerator", lambda tensor: True)
+    assert supports(x, weight)
+    assert not supports(x.new_empty(2, 8193), weight)
+    assert not supports(x[:0], weight)
+    assert not supports(x.double(), weight)

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467) that works under sequence parallelism.
+"""RMSNorm (arXiv 1910.07467) that works under sequence parallelism. On GPUs with Triton, two kernels.
 
 Shapes: N tokens, D width.
 """
@@ -10,6 +10,10 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from vishwamai_mp.runtime.device import row_blocks
+from vishwamai_mp.runtime.triton_kernels import kernels_take, power_of_two, run_kernel, sum_parts
+
+_WIDEST = 8192  # that a kernel holds in registers
+_PROGRAMS = 512  # of the backward pass at most: each leaves a sum over its rows
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -28,7 +32,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x / √(mean(x²) + eps) · weight over the last dimension, computed in fp32."""
-        return _RMSNorm.apply(x, self.weight, self.eps, float(self.zero_centered))
+        way = NormOnGpu if supports(x, self.weight) else _RMSNorm
+        return way.apply(x, self.weight, self.eps, float(self.zero_centered))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -59,3 +64,38 @@ class _RMSNorm(torch.autograd.Function):
             along_N1 = (product @ scale).div_(x.shape[-1])[:, None]
             dx[block] = (grad * scale).sub_(normed.mul_(along_N1)).mul_(inverse_N1[block])
         return dx.view(x.shape), dweight.to(weight.dtype), None, None
+
+
+def supports(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels compute this case; if not, torch's operators do, on any device."""
+    return kernels_take(x, weight) and x.shape[-1] <= _WIDEST and x.numel() > 0
+
+
+class NormOnGpu(torch.autograd.Function):
+    """`_RMSNorm` by kernels: same arguments, results and gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        x_ND = x.contiguous().flatten(0, -2)
+        rows, width = x_ND.shape
+        out, inverse = torch.empty_like(x_ND), torch.empty(rows, dtype=torch.float32, device=x.device)
+        _launch("norm", rows, [x_ND, weight], [out, inverse], [width, eps, offset])
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        x_ND, grad_ND = (tensor.contiguous().flatten(0, -2) for tensor in (x, grads[0]))
+        rows, width = x_ND.shape
+        dx = torch.empty_like(x_ND)
+        parts = torch.empty(min(rows, _PROGRAMS), width, dtype=torch.float32, device=x.device)
+        _launch("norm_back", len(parts), [x_ND, weight, inverse, grad_ND], [dx, parts], [rows, width, ctx.offset])
+        return dx.view(x.shape), sum_parts(parts, weight.dtype), None, None
+
+
+def _launch(name: str, programs: int, inputs: list[Tensor], outputs: list[Tensor], sizes: list[float]) -> None:
+    wide = power_of_two(inputs[0].shape[1])
+    warps = 8 if wide > 2048 else 4
+    run_kernel("model.norm_kernels", name, (programs,), inputs, outputs, sizes, {"DP": wide}, warps=warps)

@@ -17,6 +17,7 @@ from torch import Tensor
 from vishwamai_mp.runtime.device import is_accelerator
 from vishwamai_mp.runtime.simulated.kernel import launch
 
+_SUMMED_COLUMNS = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -68,6 +69,23 @@ def run_kernel(
         return
     kernel = getattr(import_module(f"vishwamai_mp.{module}"), name)
     kernel[grid](*inputs, *outputs, *sizes, **constants, num_warps=warps, num_stages=1)
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, …) fp32, contiguous → their sum over R, (…), rounded to `dtype` once. By a kernel: one launch."""
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    width = out.numel()
+    run_kernel(
+        "runtime.sum_kernels",
+        "columns",
+        (-(-width // _SUMMED_COLUMNS),),
+        [parts],
+        [out],
+        [len(parts), width],
+        {"RB": 16, "BLOCK": _SUMMED_COLUMNS},
+        warps=4,
+    )
+    return out
 
 
 def power_of_two(size: int, least: int = 16) -> int:
