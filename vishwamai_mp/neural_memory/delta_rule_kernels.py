@@ -10,7 +10,7 @@ addressed by a stride per token and one per row (of E); gates are (T, E); all th
 
     columns (E, N, 8, C)    rows: f, h, f₋, h₋ (worth of the carried M and S in M after and before token t), g, η (worth
                             of t's write in M and S after the chunk), 1/‖k‖; see `_CARRY` for the last
-    scales (E, N, R, C)     1/‖q‖
+    scales (E, N, R, C)     1/‖q‖, or −1/‖q‖
     inverse (E, N, C, C)    A⁻¹
     scores (E, N, R, C, C)  q k ⊙ G
     updates (E, N·C, V)     U
@@ -65,12 +65,14 @@ def _state(states, place, lines, columns, width, value_width):
 
 
 @triton.jit
-def _load_state(states, number, lines, columns, width, value_width, MOMENTUM: tl.constexpr):
-    """(lines, columns) of M and S of a state; M twice where there is no momentum."""
+def _load_state(states, number, lines, columns, width, value_width, MOMENTUM: tl.constexpr, GIVEN: tl.constexpr):
+    """(lines, columns) of M and S of a state; M twice where there is no momentum; zeros where no state is GIVEN."""
     place, inside = _state(states, number * (2 if MOMENTUM else 1), lines, columns, width, value_width)
-    memory = tl.load(place, inside, 0.0)
+    memory = tl.zeros((lines.shape[0], columns.shape[0]), tl.float32)
+    if GIVEN:
+        memory = tl.load(place, inside, 0.0)
     momentum = memory
-    if MOMENTUM:
+    if MOMENTUM and GIVEN:
         momentum = tl.load(place + width * value_width, inside, 0.0)
     return memory, momentum
 
@@ -192,9 +194,11 @@ def prepare(
     log_forget, log_momentum, rate, starts, columns, scales, inverse, scores,
     length, rows_total, heads, batch, width, chunks,
     C: tl.constexpr, KP: tl.constexpr, READS: tl.constexpr, MOMENTUM: tl.constexpr, STARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TAKEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What does not depend on the state. Grid: (N, E)."""
+    """What does not depend on the state. Grid: (N, E).
+
+    TAKEN: the second read's scale is negative, and so are its scores and what comes of it, gradients included."""
     n, row = tl.program_id(0), tl.program_id(1)
     within = tl.arange(0, C)
     tokens = n * C + within
@@ -234,6 +238,8 @@ def prepare(
             read, read_token, read_row, keys, key_token, key_row, row, tokens, length, width, C, KP, PRECISION
         )
         read_scale = tl.rsqrt(squares + _EPSILON)
+        if TAKEN and r == 1:
+            read_scale = -read_scale
         tl.store(scales + (chunk * READS + r) * C + within, read_scale)
         tl.store(_square(scores, chunk * READS + r, C), found * reach * read_scale[:, None] * key_scale[None, :])
 
@@ -267,15 +273,17 @@ def _worth_of_state(left, worth, memory, worth_s, momentum, MOMENTUM: tl.constex
 def scan(
     keys, key_token, key_row, values, value_token, value_row,
     read_0, read_0_token, read_0_row, read_1, read_1_token, read_1_row,
-    rate, columns, scales, inverse, scores, state, final, out_0, out_1, updates, surprise,
+    rate, columns, scales, inverse, scores, state, out_1_token, out_1_row, final, out_0, out_1, updates, surprise,
     length, rows_total, width, value_width, chunks,
     C: tl.constexpr, KP: tl.constexpr, VB: tl.constexpr, READS: tl.constexpr, MOMENTUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr, TAKEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U, what is read, the last state and Σ‖u‖². Grid: (value blocks, E)."""
+    """U, what is read, the last state and Σ‖u‖². Grid: (value blocks, E).
+
+    TAKEN: the second read is taken off what `out_1` holds."""
     row = tl.program_id(1)
     lines, cols = tl.arange(0, KP), tl.program_id(0) * VB + tl.arange(0, VB)
-    memory, momentum = _load_state(state, row, lines, cols, width, value_width, MOMENTUM)
+    memory, momentum = _load_state(state, row, lines, cols, width, value_width, MOMENTUM, GIVEN)
     missed = tl.zeros((VB,), tl.float32)
     for n in range(chunks):
         tokens = n * C + tl.arange(0, C)
@@ -294,8 +302,10 @@ def scan(
         missed += tl.sum(update * update, 0)
         for r in tl.static_range(READS):
             read, read_token, read_row, out = read_0, read_0_token, read_0_row, out_0
+            out_token, out_row = rows_total * value_width, value_width
             if r == 1:
                 read, read_token, read_row, out = read_1, read_1_token, read_1_row, out_1
+                out_token, out_row = out_1_token, out_1_row
             query = _tile(read, row, read_token, read_row, tokens, lines, length, width)
             scale = tl.load(scales + (chunk * READS + r) * C + tl.arange(0, C))
             after_m = scale * _column(columns, chunk, 0, C)
@@ -305,7 +315,9 @@ def scan(
             found = _worth_of_state(query, after_m, memory, after_s, momentum, MOMENTUM, PRECISION)
             weights = tl.load(_square(scores, chunk * READS + r, C))
             found = tl.dot(weights, update, found, input_precision=PRECISION)
-            _put_tile(out, row, rows_total * value_width, value_width, tokens, cols, length, value_width, found)
+            if TAKEN and r == 1:  # `prepare` made it negative
+                found += _tile(out, row, out_token, out_row, tokens, cols, length, value_width)
+            _put_tile(out, row, out_token, out_row, tokens, cols, length, value_width, found)
         memory, momentum = _carry_on(columns, chunk, key, update, memory, momentum, C, MOMENTUM, PRECISION)
     _put_state(final, row, lines, cols, width, value_width, memory, momentum, MOMENTUM)
     tl.store(surprise + row * tl.num_programs(0) + tl.program_id(0), tl.sum(missed, 0))
@@ -315,12 +327,13 @@ def scan(
 def states(
     keys, key_token, key_row, columns, state, updates, before,
     length, width, value_width, chunks,
-    C: tl.constexpr, KP: tl.constexpr, VB: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, KP: tl.constexpr, VB: tl.constexpr, MOMENTUM: tl.constexpr, GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state before each chunk, from U. Grid: (value blocks, E)."""
     row = tl.program_id(1)
     lines, cols = tl.arange(0, KP), tl.program_id(0) * VB + tl.arange(0, VB)
-    memory, momentum = _load_state(state, row, lines, cols, width, value_width, MOMENTUM)
+    memory, momentum = _load_state(state, row, lines, cols, width, value_width, MOMENTUM, GIVEN)
     for n in range(chunks):
         tokens = n * C + tl.arange(0, C)
         chunk = row * chunks + n
@@ -336,12 +349,12 @@ def scan_back(
     rate, columns, scales, inverse, scores, d_out_0, d_out_1, d_final, d_after, d_state, d_rest, d_values,
     length, rows_total, width, value_width, chunks,
     C: tl.constexpr, KP: tl.constexpr, VB: tl.constexpr, READS: tl.constexpr, MOMENTUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state after each chunk, of θV − W Z, and of v. Grid: (value blocks, E)."""
     row = tl.program_id(1)
     lines, cols = tl.arange(0, KP), tl.program_id(0) * VB + tl.arange(0, VB)
-    d_memory, d_momentum = _load_state(d_final, row, lines, cols, width, value_width, MOMENTUM)
+    d_memory, d_momentum = _load_state(d_final, row, lines, cols, width, value_width, MOMENTUM, GIVEN)
     for back in range(chunks):
         n = chunks - 1 - back
         tokens = n * C + tl.arange(0, C)

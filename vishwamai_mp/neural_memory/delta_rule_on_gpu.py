@@ -46,8 +46,7 @@ class DeltaRuleOnGpu(torch.autograd.Function):
         starts, state, updates, *tokens = ctx.saved_tensors
         call = Launches(ctx.chunk_size, starts, state.contiguous(), *tokens)
         d_outputs = [torch.zeros_like(call.values) if grad is None else grad.contiguous() for grad in d_reads]
-        d_final = torch.zeros_like(call.state) if d_final is None else d_final.contiguous()
-        d_state, *grads = call.backward(updates, d_outputs, d_final)
+        d_state, *grads = call.backward(updates, d_outputs, None if d_final is None else d_final.contiguous())
         return None, None, d_state, *grads
 
 
@@ -57,11 +56,19 @@ class Launches:
     Args:
         chunk_size: wished; the kernels' is 16 or 32: with 64, `scan` needs more shared memory than an H100 has.
         starts: (T, B) bool or None.
-        state: (B, H, P, K, V) fp32.
+        state: (B, H, P, K, V) fp32, contiguous; None: the empty one.
         tokens: keys, values, ln α, ln η or None, θ, and the reads; as `momentum_delta_rule` gets them.
+        taken: the second read is taken off what the tensor holds where it is to be put.
     """
 
-    def __init__(self, chunk_size: int, starts: Tensor | None, state: Tensor, *tokens: Tensor | None) -> None:
+    def __init__(
+        self,
+        chunk_size: int,
+        starts: Tensor | None,
+        state: Tensor | None,
+        *tokens: Tensor | None,
+        taken: bool = False,
+    ) -> None:
         keys, values, log_forget, log_momentum, rate, *reads = tokens
         assert keys is not None and values is not None and log_forget is not None and rate is not None  # noqa: PT018
         self.keys, self.values, self.state = _by_rows(keys), _by_rows(values), state
@@ -73,7 +80,7 @@ class Launches:
         self.value_width, self.rows = values.shape[-1], self.batch * self.heads
         self.chunk = min(32, max(16, power_of_two(min(chunk_size, self.length))))
         self.chunks = -(-self.length // self.chunk)
-        self.parts = state.shape[2]
+        self.parts, self.taken = 1 if log_momentum is None else 2, taken and len(self.reads) > 1
         self.key_block, self.value_block = power_of_two(self.width), power_of_two(self.value_width)
         self.precision = "tf32x3" if values.dtype == torch.float32 else "tf32"
 
@@ -83,22 +90,26 @@ class Launches:
         """What was read, (T, B, H, V) each; the last state; numbers that add up to Σ‖u‖²; U.
 
         Args:
-            outputs: contiguous, where to put what was read; new ones if None.
+            outputs: where to put what was read; new ones if None. The first is contiguous.
             surprise: likewise, as many numbers as `surprise_count`.
         """
         prepared = self._prepare()
         if outputs is None:
             outputs = [torch.empty_like(self.values, memory_format=torch.contiguous_format) for _ in self.reads]
-        final, updates = torch.empty_like(self.state), self._new(self.chunks * self.chunk, self.value_width)
+        final, updates = self._new_state(), self._new(self.chunks * self.chunk, self.value_width)
+        second = outputs[-1]
         grid = self._columns_grid()
         surprise = self._new(grid[0]) if surprise is None else surprise
         self._launch(
             "scan",
             grid,
-            [*_at(self.keys), *_at(self.values), *self._reads(), self.rate, *prepared],
-            [self.state, final, *_pair(outputs), updates, surprise],
+            [
+                *(*_at(self.keys), *_at(self.values), *self._reads(), self.rate, *prepared),
+                *(self.rate if self.state is None else self.state, *_at(second)[1:]),
+            ],
+            [final, outputs[0], second, updates, surprise],
             [self.length, self.rows, self.width, self.value_width, self.chunks],
-            self._constants("KP", "VB", "READS", "MOMENTUM"),
+            self._constants("KP", "VB", "READS", "MOMENTUM") | {"GIVEN": self.state is not None, "TAKEN": self.taken},
             self._state_products(1 + len(self.reads)) + self._state_products(1) + self._pair_products(1, True),
         )
         return outputs, final, surprise, updates
@@ -111,7 +122,7 @@ class Launches:
         self,
         updates: Tensor,
         d_outputs: list[Tensor],
-        d_final: Tensor,
+        d_final: Tensor | None,
         into: Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the state and of `tokens`.
@@ -119,7 +130,7 @@ class Launches:
         Args:
             updates: U, as `forward` gave it.
             d_outputs: of what was read, contiguous.
-            d_final: of the last state, contiguous.
+            d_final: of the last state, contiguous; None: there is none.
             into: contiguous, where to put the gradients of `tokens`; new ones if None.
         """
         if into is None:
@@ -131,24 +142,24 @@ class Launches:
         columns, scales, inverse, scores = prepared = self._prepare()
         count = len(self.reads)
         before = self._new(self.chunks, self.parts, self.width, self.value_width)
-        after, d_rest, d_state = torch.empty_like(before), torch.empty_like(updates), torch.empty_like(d_final)
+        after, d_rest, d_state = torch.empty_like(before), torch.empty_like(updates), self._new_state()
         keys, reads, d_outs = _at(self.keys), self._reads(), _pair(d_outputs)
         self._launch(
             "states",
             self._columns_grid(),
             [*keys, columns],
-            [self.state, updates, before],
+            [self.rate if self.state is None else self.state, updates, before],
             [self.length, self.width, self.value_width, self.chunks],
-            self._constants("KP", "VB", "MOMENTUM"),
+            self._constants("KP", "VB", "MOMENTUM") | {"GIVEN": self.state is not None},
             self._state_products(1),
         )
         self._launch(
             "scan_back",
             self._columns_grid(),
-            [*keys, *reads, self.rate, *prepared, *d_outs, d_final],
+            [*keys, *reads, self.rate, *prepared, *d_outs, self.rate if d_final is None else d_final],
             [after, d_state, d_rest, d_values],
             [self.length, self.rows, self.width, self.value_width, self.chunks],
-            self._constants("KP", "VB", "READS", "MOMENTUM"),
+            self._constants("KP", "VB", "READS", "MOMENTUM") | {"GIVEN": d_final is not None},
             self._state_products(2 + count) + self._pair_products(1 + count, True),
         )
         del inverse, scores, prepared
@@ -209,7 +220,7 @@ class Launches:
             [*_at(self.keys), *self._reads(), self.log_forget, self._momentum(), self.rate, self._starts()],
             list(made),
             [self.length, self.rows, self.heads, self.batch, self.width, self.chunks],
-            self._constants("KP", "READS", "MOMENTUM", "STARTS"),
+            self._constants("KP", "READS", "MOMENTUM", "STARTS") | {"TAKEN": self.taken},
             self._pair_products(1 + count) + self._decay_products(2) + self._inverse_products(),
         )
         return made
@@ -242,6 +253,9 @@ class Launches:
 
     def _columns_grid(self) -> tuple[int, int]:
         return -(-self.value_width // min(_COLUMNS, self.value_block)), self.rows
+
+    def _new_state(self) -> Tensor:
+        return self._new(self.parts, self.width, self.value_width).unflatten(0, (self.batch, self.heads))
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty((self.rows, *shape), dtype=torch.float32, device=self.keys.device)

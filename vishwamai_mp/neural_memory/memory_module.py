@@ -171,14 +171,11 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
         if not supports(projected, own):
             return self._by_operators(projected, own, documents, state)
         recent, ratios = None, None
+        memories: list[Tensor | None] = [None] * self.levels
         if state is not None:
             recent, memories = state.recent, [level.memory for level in state.levels]
             held = [level.ratio for level in state.levels if level.ratio is not None]
             ratios = torch.stack(held) if held else None
-        else:
-            parts = 2 if self.gates == 3 else 1
-            shape = (self.levels, *projected.shape[1:3], parts, self.head_dim, self.head_dim)
-            memories = list(projected.new_zeros(shape, dtype=torch.float32).unbind())
         found = remember(
             projected,
             own,

@@ -13,11 +13,12 @@ from vishwamai_mp.config.component_shapes import CONVOLUTION_TAPS as TAPS
 from vishwamai_mp.neural_memory import delta_rule_on_gpu
 from vishwamai_mp.neural_memory.delta_rule_on_gpu import Launches
 from vishwamai_mp.runtime import triton_kernels
-from vishwamai_mp.runtime.triton_kernels import power_of_two
+from vishwamai_mp.runtime.triton_kernels import power_of_two, sum_parts
 
 _TOKENS = 16  # of a row that a program has in its registers
 _PROGRAMS = 64  # of a row at most: each leaves sums of gradients behind
 _WARPS = 4
+_ENTER_BACK_WARPS = 8  # in four, it would spill registers on sm_80
 
 
 class Parameters(NamedTuple):
@@ -37,7 +38,7 @@ class Parameters(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """What came of it: `read` (T, B, H, K), gated; Σ of ‖u‖², α, β for all levels each, and of the read gate.
+    """What came of it: `read` (T, B, H, K), gated; Σ of ‖u‖², α, β for all levels each, and of the read gate, in fp64.
 
     And the state: `recent` (J − 1, B, H, 3·L·K), ratios (L, B, H), memories (B, H, P, K, K) of each level.
     """
@@ -62,7 +63,7 @@ def remember(
     documents: Tensor | None,
     recent: Tensor | None,
     ratios: Tensor | None,
-    memories: Sequence[Tensor],
+    memories: Sequence[Tensor | None],
     chunk_size: int,
     epsilon: float,
 ) -> Remembered:
@@ -73,7 +74,7 @@ def remember(
         parameters: see there.
         documents: (B, T), see `ReasoningMemoryTransformer.forward`.
         recent: the state before, as `Remembered` has it; so are `ratios`, which only momentum has; None: there is none.
-        memories: of each level, in fp32.
+        memories: of each level, in fp32; None: empty.
         chunk_size: see `momentum_delta_rule`.
         epsilon: of the norm.
     """
@@ -118,11 +119,12 @@ class Surroundings:
         recent: Tensor | None,
         projected: Tensor,
         parameters: Parameters,
-        memories: Sequence[Tensor],
+        memories: Sequence[Tensor | None],
     ) -> None:
         self.chunk_size, self.epsilon, self.documents = chunk_size, epsilon, documents
         self.recent = None if recent is None else recent.contiguous()
-        self.projected, self.states = projected, [memory.contiguous() for memory in memories]
+        self.projected = projected
+        self.states = [None if memory is None else memory.contiguous() for memory in memories]
         self.parameters = parameters
         self.length, self.batch, self.heads, self.features = projected.shape
         self.levels, self.width = len(memories), parameters.read_norm.shape[1]
@@ -140,31 +142,29 @@ class Surroundings:
         starts = None if self.documents is None else self._new(*shape[:2], dtype=torch.bool)
         recent = self._new(TAPS - 1, *shape[1:], 3 * levels * self.width, like=self.projected)
         last_ratios = self._new(levels, *shape[1:])
-        parts = self._new(self.programs, self.rows, 2 * levels + 1)
+        parts = self._new(self.programs, self.rows, 3 * levels + 1)
         self._launch(
             "enter",
             [*self._entering(), last_ratios if ratios is None else ratios.contiguous(), *self._documents()],
             [gates if starts is None else starts.view(torch.uint8), slices, gates, recent, last_ratios, parts],
         )
-        rules, updates, after = [], [], []
+        updates, after = [], []
         surprise = None
         for level in range(levels):
             rule = self._rule(level, slices, gates, starts)
             if surprise is None:
                 surprise = self._new(levels, rule.surprise_count)
             found = [outputs[level]]
-            if level < levels - 1:
-                found.append(torch.empty_like(found[0]))
+            if level < levels - 1:  # what the next level need not store is taken off its values
+                found.append(slices[..., 3 * level + 5, :])
             _, memory, _, update = rule.forward(found, surprise[level])
-            if level < levels - 1:  # what the next level need not store
-                slices[..., 3 * level + 5, :].sub_(found[1])
-            rules.append(rule)
             updates.append(update)
             after.append(memory)
         gated = self._new(*shape, self.width, like=self.projected)
-        self._launch("leave", [outputs, self.projected, *self._leaving()], [gated, parts], self.epsilon)
         assert surprise is not None
-        sums = torch.cat((surprise.sum(1), parts.sum((0, 1))))
+        blocks = surprise.shape[1] // self.rows
+        self._launch("leave", [outputs, self.projected, *self._leaving(), surprise], [gated, parts], blocks)
+        sums = parts.sum((0, 1), dtype=torch.float64)
         return Remembered(gated, sums, recent, last_ratios, tuple(after)), [slices, gates, starts, outputs, *updates]
 
     def backward(
@@ -179,51 +179,52 @@ class Surroundings:
         levels, d_gates = self.levels, self._new(*gates.shape)
         d_gated = torch.zeros_like(outputs[0]) if d_gated is None else d_gated.contiguous()
         d_projected, d_outputs = torch.empty_like(self.projected), torch.empty_like(outputs)
-        parts = self._new(self.programs, self.rows, self.width + levels)
+        parts = self._new(self.programs, self.batch, self.heads * (self.width + levels))
         self._launch(
             "leave_back",
             [outputs, self.projected, *self._leaving(), d_gated],
             [d_outputs, d_projected, parts],
-            self.epsilon,
         )
-        d_norm, d_mix = self._summed(parts).split((self.width, levels), -1)
+        d_norm, d_mix = self._summed(parts, self.width, levels)
         d_mixed = self._new(4 * levels - 1, *outputs.shape[1:], like=outputs)
-        zero = None
         d_states: list[Tensor | None] = [None] * levels
         for level in reversed(range(levels)):
             d_found, into = [d_outputs[level]], list(d_mixed[4 * level : 4 * level + 3])
             if level < levels - 1:
-                d_found.append(d_mixed[4 * level + 6].neg())  # it was taken from the next level's values
+                d_found.append(d_mixed[4 * level + 6])  # it was taken off the next level's values
                 into.append(d_mixed[4 * level + 3])
             momentum = d_gates[2, level] if self.gates == 3 else None
             d_query, d_key, d_value, *d_answer = into
             d_memory = d_after[level]
-            if d_memory is None:
-                zero = torch.zeros_like(self.states[level]) if zero is None else zero
-                d_memory = zero
             d_states[level], *_ = self._rule(level, slices, gates, starts).backward(
                 updates[level],
                 d_found,
-                d_memory.contiguous(),
+                None if d_memory is None else d_memory.contiguous(),
                 [d_key, d_value, d_gates[1, level], momentum, d_gates[0, level], d_query, *d_answer],
             )
-        parts = self._new(self.programs, self.rows, slices[0, 0, 0].numel() * TAPS + levels * self.gates)
-        if d_ratios is None:
-            d_ratios = self._new(levels, *gates.shape[3:]).zero_()
+        sizes = slices[0, 0, 0].numel() * TAPS, levels * self.gates
+        parts = self._new(self.programs, self.batch, self.heads * sum(sizes))
         self._launch(
             "enter_back",
-            [*self._entering(), *self._documents(), d_mixed, d_gates, d_ratios.contiguous()],
+            [
+                *self._entering(),
+                *self._documents(),
+                d_mixed,
+                d_gates,
+                gates if d_ratios is None else d_ratios.contiguous(),
+            ],
             [d_projected, parts],
+            CARRIED=d_ratios is not None,
         )
-        d_taps, d_bias = self._summed(parts).split((parts.shape[2] - levels * self.gates, levels * self.gates), -1)
-        own = [d_taps, d_bias, d_norm, None if self.parameters.level_mix is None else d_mix]
+        own = [*self._summed(parts, *sizes), d_norm, None if self.parameters.level_mix is None else d_mix]
+        d_states = [None if state is None else found for state, found in zip(self.states, d_states, strict=True)]
         return d_projected, own, d_gates[2, :, 0], d_states
 
     def _rule(self, level: int, slices: Tensor, gates: Tensor, starts: Tensor | None) -> Launches:
         reads, keys, values, *later = slices.unbind(3)[3 * level : 3 * level + 5]
         momentum = gates[2, level] if self.gates == 3 else None
         tokens = [keys, values, gates[1, level], momentum, gates[0, level], reads, *later[1:]]
-        return Launches(self.chunk_size, starts, self.states[level], *tokens)
+        return Launches(self.chunk_size, starts, self.states[level], *tokens, taken=True)
 
     def _entering(self) -> list[Tensor]:
         own = self.parameters
@@ -236,28 +237,30 @@ class Surroundings:
     def _documents(self) -> list[Tensor]:
         return [self.projected if self.documents is None else self.documents.contiguous()]
 
-    def _summed(self, parts: Tensor) -> Tensor:
-        """(P, B·H, ·) → (H, ·), in the parameters' dtype."""
-        by_head = parts.unflatten(1, (self.batch, self.heads)).sum((0, 1))
-        return by_head.to(self.parameters.read_norm.dtype)
+    def _summed(self, parts: Tensor, *widths: int) -> list[Tensor]:
+        """(P, B, H · Σ widths) → (H, width) each, in the parameters' dtype."""
+        found = sum_parts(parts.flatten(0, 1), self.parameters.read_norm.dtype)
+        pieces = found.split([self.heads * width for width in widths])
+        return [piece.view(self.heads, width) for piece, width in zip(pieces, widths, strict=True)]
 
-    def _launch(self, name: str, inputs: list[Any], outputs: list[Tensor], epsilon: float | None = None) -> None:
-        constants = {"LEVELS": self.levels, "TB": _TOKENS, "KP": power_of_two(self.width)}
-        if epsilon is None:
-            constants |= {"GATES": self.gates, "BEFORE": self.recent is not None}
-            constants |= {"STARTS": self.documents is not None}
+    def _launch(self, name: str, inputs: list[Any], outputs: list[Tensor], *sizes: int, **constants: Any) -> None:
+        common = {"LEVELS": self.levels, "TB": _TOKENS, "KP": power_of_two(self.width)}
+        if name.startswith("enter"):
+            common |= {"GATES": self.gates, "BEFORE": self.recent is not None}
+            common |= {"STARTS": self.documents is not None}
+            wanted: list[float] = [*self.sizes]
         else:
-            constants |= {"LP": power_of_two(self.levels, 1)}
-        sizes = [*self.sizes, *([] if epsilon is None else [epsilon])]
+            common |= {"LP": power_of_two(self.levels, 1)}
+            wanted = [*self.sizes, self.epsilon, *sizes]
         triton_kernels.run_kernel(
             "neural_memory.surrounding_kernels",
             name,
             (self.programs, self.rows),
             inputs,
             outputs,
-            sizes,
-            constants,
-            warps=_WARPS,
+            wanted,
+            common | constants,
+            warps=_ENTER_BACK_WARPS if name == "enter_back" else _WARPS,
         )
 
     def _new(self, *shape: int, like: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,7 +10,8 @@ P programs of a row. Features of a head in `projected` (T, E, F): 3·L·K for th
 
     mixed (T, E, 3·L, K)        queries, keys and values of each level
     gates (3, L, T, E) fp32     θ, ln α, ln of the momentum's coefficient
-    parts (P, E, ·) fp32        sums of one program's tokens; the host adds them up
+    parts (P, E, ·) fp32        sums of one program's tokens, to be added up. Of gradients of parameters (P, B, N): one
+                                parameter, all heads, behind the other, as each lies in memory
     d_mixed (4·L − 1, T, E, K)  gradients of a level's queries, keys and values and of the answer to the next one's keys
 """
 
@@ -123,7 +124,9 @@ def enter(
     LEVELS: tl.constexpr, GATES: tl.constexpr, TB: tl.constexpr, KP: tl.constexpr, BEFORE: tl.constexpr,
     STARTS: tl.constexpr,
 ):  # fmt: skip
-    """`mixed`, `gates`, starts of documents, what later tokens need, sums of α and β, (P, E, 2·L + 1). Grid: (P, E)."""
+    """`mixed`, `gates`, starts of documents, what later tokens need; of `parts` (P, E, 3·L + 1) the sums of α and β.
+
+    Grid: (P, E)."""
     p, row = tl.program_id(0), tl.program_id(1)
     slices: tl.constexpr = 3 * LEVELS
     count: tl.constexpr = GATES * LEVELS
@@ -186,9 +189,9 @@ def enter(
                 begins = _starts(documents, tokens, b, length, STARTS).to(tl.uint8)
                 if head + level == 0:
                     tl.store(starts + tokens.to(tl.int64) * (rows // heads) + b, begins, here)
-        part = parts + (p * rows + row) * (2 * LEVELS + 1) + level
-        tl.store(part, tl.sum(retained, 0))
-        tl.store(part + LEVELS, tl.sum(written, 0))
+        part = parts + (p * rows + row) * (3 * LEVELS + 1) + level
+        tl.store(part + LEVELS, tl.sum(retained, 0))
+        tl.store(part + 2 * LEVELS, tl.sum(written, 0))
 
 
 @triton.jit
@@ -196,9 +199,9 @@ def enter_back(
     projected, before, taps, gate_bias, documents, d_mixed, d_gates, d_last_ratios, d_projected, parts,
     length, rows, heads, features, width, span,
     LEVELS: tl.constexpr, GATES: tl.constexpr, TB: tl.constexpr, KP: tl.constexpr, BEFORE: tl.constexpr,
-    STARTS: tl.constexpr,
+    STARTS: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the features that the convolution and the gates saw; of taps and biases, (P, E, 3·L·K·J + L·G)."""
+    """Gradients of the features that convolution and gates saw; of taps and biases, (P, B, H·3·L·K·J + H·L·G)."""
     p, row = tl.program_id(0), tl.program_id(1)
     slices: tl.constexpr = 3 * LEVELS
     count: tl.constexpr = GATES * LEVELS
@@ -207,7 +210,7 @@ def enter_back(
     narrow = columns < width
     convolved = slices * width
     total = length.to(tl.int64) * rows
-    part = parts + (p * rows + row).to(tl.int64) * (convolved * _TAPS + count)
+    part = parts + (p * (rows // heads) + b).to(tl.int64) * heads * (convolved * _TAPS + count)
     begin, end = p * span, tl.minimum(length, (p + 1) * span)
     for s in range(slices):
         tap = taps + (head * convolved + s * width + columns) * _TAPS
@@ -245,7 +248,7 @@ def enter_back(
                     d_3 += d_tap
             at = d_projected + (tokens.to(tl.int64)[:, None] * rows + row) * features + s * width + columns[None, :]
             tl.store(at, d_x, (own & (tokens >= 0))[:, None] & narrow[None, :])
-        at = part + (s * width + columns) * _TAPS
+        at = part + (head * convolved + s * width + columns) * _TAPS
         tl.store(at + 3, d_0, narrow)
         tl.store(at + 2, d_1, narrow)
         tl.store(at + 1, d_2, narrow)
@@ -270,7 +273,8 @@ def enter_back(
                 d_log_momentum = tl.load(momentum, here, 0.0)
                 last = tokens == length - 1
                 d_ratio = tl.load(momentum + rows, here & ~last, 0.0)
-                d_ratio += tl.where(last, tl.load(d_last_ratios + level * rows + row), 0.0)
+                if CARRIED:
+                    d_ratio += tl.where(last, tl.load(d_last_ratios + level * rows + row), 0.0)
                 d_log_forget += d_log_momentum
                 by_held = d_rate * write * (d_limit * (1.0 - held) - limit)
                 by_held -= (d_log_momentum - d_ratio) / (1.0 - held)
@@ -285,7 +289,7 @@ def enter_back(
             found = _passed(-d_log_forget * _sigmoid(forget_logit), logit + 1, bias + 1, here)
             tl.store(d_projected + place + 1, found, here)
             d_forget += found
-        at = part + convolved * _TAPS + level * GATES
+        at = part + heads * convolved * _TAPS + head * count + level * GATES
         tl.store(at, tl.sum(d_write, 0))
         tl.store(at + 1, tl.sum(d_forget, 0))
         if GATES == 3:
@@ -317,11 +321,12 @@ def _read(outputs, shares, at, inside, stride, TB: tl.constexpr, KP: tl.constexp
 
 @triton.jit
 def leave(
-    outputs, projected, mix, norm, gated, parts,
-    length, rows, heads, features, width, span, epsilon,
+    outputs, projected, mix, norm, surprise, gated, parts,
+    length, rows, heads, features, width, span, epsilon, blocks,
     LEVELS: tl.constexpr, LP: tl.constexpr, TB: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """gate ⊙ norm(Σ share · output), and the gate's sum, the last of `parts`. Grid: (P, E)."""
+    """gate ⊙ norm(Σ share · output); in `parts` (P, E, 3·L + 1) the gate's sum, the last, and those of ‖u‖², the first,
+    which `surprise` (L, E, blocks) holds. Grid: (P, E)."""
     p, row = tl.program_id(0), tl.program_id(1)
     head = row % heads
     columns = tl.arange(0, KP)
@@ -341,7 +346,13 @@ def leave(
         gate = _sigmoid(logit.to(tl.float32))
         tl.store(gated + at, read * scale[:, None] * weight[None, :] * gate, inside)
         opened += tl.sum(tl.where(inside, gate, 0.0), 1)
-    tl.store(parts + (p * rows + row) * (2 * LEVELS + 1) + 2 * LEVELS, tl.sum(opened, 0))
+    part = parts + (p * rows + row) * (3 * LEVELS + 1)
+    tl.store(part + 3 * LEVELS, tl.sum(opened, 0))
+    for level in range(LEVELS):
+        missed = 0.0
+        for place in range(tl.where(p == 0, blocks, 0)):  # once for all programs of a row
+            missed += tl.load(surprise + (level * rows + row) * blocks + place)
+        tl.store(part + level, missed)
 
 
 @triton.jit
@@ -350,7 +361,7 @@ def leave_back(
     length, rows, heads, features, width, span, epsilon,
     LEVELS: tl.constexpr, LP: tl.constexpr, TB: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of each level's output and of the read gate; of the norm's weight and the mix, (P, E, K + L)."""
+    """Gradients of each level's output and of the read gate; of the norm's weight and the mix, (P, B, H·K + H·L)."""
     p, row = tl.program_id(0), tl.program_id(1)
     head = row % heads
     columns = tl.arange(0, KP)
@@ -379,7 +390,7 @@ def leave_back(
             # The softmax's gradient of a share is that share times what its output has beyond the mix.
             out = tl.load(outputs + level * stride + at, inside, 0.0).to(tl.float32)
             d_shares += tl.where(tl.arange(0, LP) == level, tl.sum(tl.sum(d_read * (out - read), 1), 0), 0.0)
-    part = parts + (p * rows + row) * (width + LEVELS)
-    tl.store(part + columns, d_weight, narrow)
+    part = parts + (p * (rows // heads) + row // heads) * heads * (width + LEVELS)
+    tl.store(part + head * width + columns, d_weight, narrow)
     levels = tl.arange(0, LP)
-    tl.store(part + width + levels, d_shares * shares, levels < LEVELS)
+    tl.store(part + heads * width + head * LEVELS + levels, d_shares * shares, levels < LEVELS)
