@@ -55,6 +55,7 @@ def compiling(found: dict[str, dict[str, int]], target: int, wanted: str | None)
             return
         kernel, arguments = getattr(import_module(f"vishwamai_mp.{module}"), name), [*inputs, *outputs, *sizes]
         types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int64: "*i64"}
+        types[torch.int32] = "*i32"
         signature = {
             label: types[x.dtype] if isinstance(x, Tensor) else "fp32" if isinstance(x, float) else "i32"
             for label, x in zip(kernel.arg_names, arguments, strict=False)

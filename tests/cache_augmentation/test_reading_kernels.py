@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 
 from tests.kernel_visits import needs_triton, said_by
+from vishwamai_mp.cache_augmentation import cache_on_gpu
+from vishwamai_mp.cache_augmentation.cache_on_gpu import Parameters
 from vishwamai_mp.cache_augmentation.reading_on_gpu import supports
 
 _PROGRAM = Path(__file__).with_name("cache_kernel_programs.py")
@@ -18,9 +20,18 @@ def test_the_interpreter_finds_the_results_and_gradients_of_the_cpu():
     assert max(found.values()) < 1e-5, found
 
 
-def test_three_launches():
+@needs_triton
+def test_the_interpreter_finds_what_the_module_does_between_its_projections():
+    """fp32, training and evaluation; documents or none, segments chosen or all, ragged rows and segments, measures."""
+    found = said_by(_PROGRAM, "interpret", "whole")
+    assert len(found) == 5
+    assert max(found.values()) < 1e-5, found
+
+
+def test_nine_launches():
     found = said_by(_PROGRAM, "roofline")
-    assert list(found) == ["attend", "queries_back", "latents_back"]
+    names = ["lay_out", "pool", "compare", "pick", "attend", "queries_back", "latents_back", "pool_back", "columns"]
+    assert list(found) == names
     assert all(kernel["milliseconds"] > 0 for kernel in found.values())
 
 
@@ -37,6 +48,23 @@ def test_which_cases_kernels_take(monkeypatch):
         assert not supports(x, x, x)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert not supports(x, x, x)
+
+
+def test_which_whole_caches_kernels_take(monkeypatch):
+    monkeypatch.setattr("vishwamai_mp.runtime.triton_kernels.is_accelerator", lambda tensor: True)
+
+    def takes(width: int, latents: int, length: int, tokens: int) -> bool:
+        def tensor(*shape: int) -> torch.Tensor:
+            return torch.empty(*shape, device="meta")
+
+        own = Parameters(tensor(2, latents, length), tensor(2, 8), tensor(2), tensor(2, width))
+        return cache_on_gpu.supports(tensor(tokens, 1, 2, 3 * width + 8 + latents), own)
+
+    assert takes(512, 16, 64, 4096)
+    assert not takes(513, 16, 64, 4096)
+    assert not takes(64, 17, 64, 4096)
+    assert not takes(64, 16, 65, 4096)
+    assert not takes(64, 16, 1, 2**13)
 
 
 def test_cpus_go_without():

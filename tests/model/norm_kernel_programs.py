@@ -28,7 +28,7 @@ from vishwamai_mp.model.norm import NormOnGpu, _RMSNorm
 from vishwamai_mp.runtime import triton_kernels
 
 # Tokens, rows, width, what is added to the weight; programs of the backward pass at most.
-_CASES = [(5, 2, 40, 1.0, 3), (3, 1, 17, 0.0, 512)]
+_CASES: list[tuple[int, int, int, float, int]] = [(5, 2, 40, 1.0, 3), (3, 1, 17, 0.0, 512)]
 
 
 def of_norm(way: Any, tokens: int, rows: int, width: int, offset: float, device: str = "cpu") -> list[Tensor]:
@@ -46,7 +46,8 @@ def of_norm(way: Any, tokens: int, rows: int, width: int, offset: float, device:
 def interpret() -> None:
     """Of each case the largest difference of any result or gradient, in terms of its largest entry."""
     found = {}
-    for *case, programs in _CASES:
+    for tokens, rows, width, offset, programs in _CASES:
+        case = tokens, rows, width, offset
         with mock.patch.object(norm, "_PROGRAMS", programs):
             pairs = zip(of_norm(NormOnGpu, *case), of_norm(_RMSNorm, *case), strict=True)
             found[" ".join(map(str, case))] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)

@@ -56,3 +56,14 @@ def test_an_attached_loss_adds_its_gradient(scale):
     assert torch.equal(output, weight * 5)
     output.sum().mul(scale).backward()
     torch.testing.assert_close(weight.grad, scale * (5 + 2 * weight.detach()))
+
+
+def test_a_table_holds_totals_and_weights():
+    measures = Measures("a", "b")
+    for _ in range(2):
+        measures.add_table(["a", "b"], torch.tensor([[1.0, 2.0], [4.0, 8.0]]))
+    measures.add("a", torch.tensor(3.0), 2)
+    assert measures.take() == {"a": (5.0, 10.0), "b": (4.0, 16.0)}
+    assert measures.take() == {}
+    with pytest.raises(AssertionError, match="c is not among"):
+        measures.add_table(["c"], torch.zeros(2, 1))

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from vishwamai_mp.cache_augmentation.cache_on_gpu import Parameters, augment, supports
 from vishwamai_mp.cache_augmentation.cache_state import CacheState, Decoder
 from vishwamai_mp.cache_augmentation.carried_cache import CarriedCache, belonging
 from vishwamai_mp.cache_augmentation.chunk_reading import ChunkReading, Reader
@@ -101,17 +102,37 @@ class DifferentiableCacheAugmentation(Standalone, HeadShardedModule):
             (S, B, D) and, in evaluation of whole rows of one document, the state after these tokens.
         """
         projected, _ = self.projection(self.norm(hidden))
-        query, content, scores = self.widths.split(projected.unflatten(-1, (self.heads, self.widths.total)))
+        projected = projected.unflatten(-1, (self.heads, self.widths.total))
+        query, content, scores = self.widths.split(projected)
         alone = not self.training and documents is None and self.groups.cp.size() == 1
         if state is None and not (alone and query.shape[0] < self.cache_config.segment_length):
-            read, after = self._read_rows(query, content, scores, documents, alone)
+            by_kernels = self.groups.cp.size() == 1 and not (self.carried is not None and self.training)
+            if by_kernels and supports(projected, self._own()):
+                read, after = self._augment(projected, documents, alone)
+            else:
+                read, after = self._read_rows(query, content, scores, documents, alone)
         else:
             assert alone, "a state continues single documents, in evaluation"
             state = state or self._decoder().empty(query, content, scores)
             read, after = self._decoder().advance(query, content, scores, state)
         out, _ = self.output(read.flatten(-2))
         out = F.dropout(out, self.cache_config.dropout, self.training)
-        return hidden + self.cache_config.retrieval_factor * out, after
+        return torch.add(hidden, out, alpha=self.cache_config.retrieval_factor), after
+
+    def _augment(self, projected: Tensor, documents: Tensor | None, alone: bool) -> tuple[Tensor, CacheState | None]:
+        """`_read_rows` by kernels."""
+        config = self.cache_config
+        capacity = config.max_cache_length // self.widths.latents
+        found = augment(projected, self._own(), documents, config.retrieve_segments, capacity, alone)
+        if self.training and torch.is_grad_enabled():
+            self.measures.add_table(_MEASURES, found.measures.view(2, -1))
+        if not alone:
+            return found.read, None
+        assert found.mass is not None
+        return found.read, self._decoder().start(found.latents, found.mass, *self.widths.split(projected))
+
+    def _own(self) -> Parameters:
+        return Parameters(self._position_bias(), *self._importance(), self.null_key.view(self.heads, -1))
 
     def _read_rows(
         self, query: Tensor, content: Tensor, scores: Tensor, documents: Tensor | None, alone: bool

@@ -7,7 +7,12 @@ Shapes: G rows × heads, M blocks of Q queries, N segments of L latents, J segme
 head width (padded to KP). A block's latents come from a list of segments (CHOSEN), or are all of them, of which a
 query i sees those with since ≤ i < until. With CHOSEN each query has a segment of its own besides, or none.
 
+Queries and results are addressed by a stride per token and one per group: they may lie in blocks or, ROWS, as the
+tokens of rows do. Blocks then begin at every Q-th token or where a list says (LISTED), and a token sees the segments
+with since ≤ its place in the row < until; see `pooling_kernels.py` for what else is listed.
+
     lse, delta (G, M, Q) fp32   logarithm of the softmax's denominator; Σ out ⊙ d_out
+    parts (programs, 12) fp32   ROWS: sums of one program's measures and their weights, as `cache_module.py` names them
 """
 
 import triton
@@ -20,9 +25,24 @@ _SAMPLE = tl.constexpr(16)  # as in read.py
 @triton.jit
 def _rows(x, rows, inside, width, KP: tl.constexpr):
     """(rows, KP) of a matrix of `width` columns."""
+    return _vectors(x, rows, width, inside, width, KP)
+
+
+@triton.jit
+def _vectors(x, rows, stride, inside, width, KP: tl.constexpr):
+    """The same of one whose rows lie `stride` numbers apart."""
     columns = tl.arange(0, KP)
-    at = x + rows[:, None] * width + columns[None, :]
+    at = x + rows[:, None] * stride + columns[None, :]
     return tl.load(at, inside[:, None] & (columns < width)[None, :], 0.0)
+
+
+@triton.jit
+def _begin(begins, counts, m, row, blocks, queries, tokens, LISTED: tl.constexpr):
+    """A block's first token and how many it has."""
+    if LISTED:
+        return tl.load(begins + row * blocks + m), tl.load(counts + row * blocks + m)
+    else:
+        return m * queries, tl.minimum(queries, tokens - m * queries)
 
 
 @triton.jit
@@ -38,18 +58,18 @@ def _latents(segments, known, block, first, looked, latents, BC: tl.constexpr, C
 
 
 @triton.jit
-def _scores(q, key, bias, rows, inside, since, until, block, first, query, looked, latents, scale, BC: tl.constexpr,
+def _scores(q, key, bias, rows, inside, since, until, plan, first, place, looked, latents, scale, BC: tl.constexpr,
             CHOSEN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """(queries, BC); `_NEVER` where a query does not see a latent."""
+    """(queries, BC); `_NEVER` where a query does not see a latent: `plan` is a row of the intervals."""
     sees = tl.load(bias + rows, inside, _NEVER)
     scores = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale + tl.maximum(sees, _NEVER)[None, :]
     if CHOSEN:
         return tl.where(inside[None, :], scores, _NEVER)
     else:
-        place = (first + tl.arange(0, BC)) // latents
-        begins = tl.load(since + block * looked + place, inside, 1)
-        ends = tl.load(until + block * looked + place, inside, 0)
-        seen = (query[:, None] >= begins[None, :]) & (query[:, None] < ends[None, :])
+        segment = (first + tl.arange(0, BC)) // latents
+        begins = tl.load(since + plan * looked + segment, inside, 1)
+        ends = tl.load(until + plan * looked + segment, inside, 0)
+        seen = (place[:, None] >= begins[None, :]) & (place[:, None] < ends[None, :])
         return tl.where(seen & inside[None, :], scores, _NEVER)
 
 
@@ -69,29 +89,39 @@ def _weights(scores, lse):
 
 @triton.jit
 def attend(
-    q, keys, values, bias, segments, known, own, own_known, since, until, real,
-    out, null, entropy, lse, mass,
+    q, keys, values, bias, segments, known, own, own_known, since, until, real, begins, counts, flags,
+    out, null, entropy, lse, mass, parts,
     blocks, queries, segments_total, looked, latents, width, samples, scale,
-    QB: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, CHOSEN: tl.constexpr, MASS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    tokens, heads, q_token, q_group, out_token, out_group, capacity,
+    QB: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, LP: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
+    LISTED: tl.constexpr, MASS: tl.constexpr, REAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What is read and its measures; `mass` is added to. Grid: (M · ⌈Q / QB⌉, G)."""
+    """What is read and its measures; `mass` is added to. Grid: (M · ⌈Q / QB⌉, G).
+
+    LISTED: tokens that are in no block are given what the null slot alone gives: zeros."""
     tiles = tl.cdiv(queries, QB)
     m, group = tl.program_id(0) // tiles, tl.program_id(1)
+    row = group // heads
     block = (group * blocks + m).to(tl.int64)
     query = (tl.program_id(0) % tiles) * QB + tl.arange(0, QB)
-    here = query < queries
+    begin, count = _begin(begins, counts, m, row, blocks, queries, tokens, LISTED)
+    here = query < count
     at = block * queries + query
-    held, asked = group.to(tl.int64) * segments_total * latents, block * queries * width
+    token = (begin + query).to(tl.int64)
+    plan, place = block, query
+    if ROWS:
+        plan, place = row.to(tl.int64), begin + query
+    held = group.to(tl.int64) * segments_total * latents
     keys, values, bias, mass = keys + held * width, values + held * width, bias + held, mass + group * segments_total
-    own_query = _rows(q + asked, query, here, width, KP)
+    out += group.to(tl.int64) * out_group
+    own_query = _vectors(q + group.to(tl.int64) * q_group, token, q_token, here, width, KP)
     top, total, spread = tl.full((QB,), _NEVER, tl.float32), tl.zeros((QB,), tl.float32), tl.zeros((QB,), tl.float32)
     nothing, found = top, tl.zeros((QB, KP), tl.float32)
     for first in range(0, looked * latents, BC):
         rows, inside, _ = _latents(segments, known, block, first, looked, latents, BC, CHOSEN)
         key, value = _rows(keys, rows, inside, width, KP), _rows(values, rows, inside, width, KP)
         scores = _scores(
-            own_query, key, bias, rows, inside, since, until, block, first, query, looked, latents, scale, BC, CHOSEN,
+            own_query, key, bias, rows, inside, since, until, plan, first, place, looked, latents, scale, BC, CHOSEN,
             PRECISION,
         )  # fmt: skip
         column = first + tl.arange(0, BC)
@@ -117,50 +147,100 @@ def attend(
             top = higher
     all_weight = top + tl.log(total)
     columns = tl.arange(0, KP)
-    tl.store(
-        out + asked + query[:, None] * width + columns[None, :],
-        found / total[:, None],
-        here[:, None] & (columns < width)[None, :],
-    )
+    narrow = (columns < width)[None, :]
+    tl.store(out + token[:, None] * out_token + columns[None, :], found / total[:, None], here[:, None] & narrow)
     tl.store(lse + at, all_weight, here)
-    tl.store(null + at, _weights(nothing, all_weight), here)
+    nothing, spread = _weights(nothing, all_weight), all_weight - spread / total
     sampled = here & (query % _SAMPLE == 0)
-    tl.store(entropy + block * samples + query // _SAMPLE, all_weight - spread / total, sampled)
+    if ROWS:
+        entropy_count, count = tl.sum(sampled.to(tl.int32), 0), tl.sum(here.to(tl.int32), 0)
+        null_sum = tl.sum(tl.where(here, nothing, 0.0), 0)
+        if LISTED:
+            other = m * queries + query
+            inside = (query < queries) & (other < tokens)
+            flag = tl.load(flags + row * tokens + other, inside, 1)
+            alone = (flag & 1) == 0
+            tl.store(
+                out + other.to(tl.int64)[:, None] * out_token + columns[None, :],
+                tl.zeros((QB, KP), tl.float32),
+                alone[:, None] & narrow,
+            )
+            null_sum += tl.sum(alone.to(tl.float32), 0)
+            count += tl.sum(alone.to(tl.int32), 0)
+            entropy_count += tl.sum((flag & 4).to(tl.int32), 0) // 4
+        # Each block's first program also measures one segment: the next behind the null segment.
+        latent, following = tl.arange(0, LP), m + 1
+        written = (following < segments_total) & (tl.program_id(0) % tiles == 0)
+        written = written & (tl.load(until + row * segments_total + following, written, 0) > 0)
+        once, one = tl.where(tl.program_id(0) == 0, 1.0, 0.0), tl.where(written, 1.0, 0.0)
+        measured = latent < tl.where(written, latents, 0)
+        importance = tl.exp(tl.load(bias + following * latents + latent, measured, -float("inf")))
+        parts += (group * tl.num_programs(0) + tl.program_id(0)) * 12
+        tl.store(parts, tl.sum(tl.where(sampled, spread, 0.0), 0))
+        tl.store(parts + 1, null_sum)
+        tl.store(parts + 2, tl.sum(importance, 0))
+        tl.store(parts + 3, tl.sum(importance * importance, 0))
+        tl.store(parts + 4, one)
+        tl.store(parts + 5, 0.0)
+        tl.store(parts + 6, entropy_count.to(tl.float32))
+        tl.store(parts + 7, count.to(tl.float32))
+        tl.store(parts + 8, one * latents)
+        tl.store(parts + 9, one * latents)
+        tl.store(parts + 10, once * capacity)
+        tl.store(parts + 11, once)
+    else:
+        tl.store(null + at, nothing, here)
+        tl.store(entropy + block * samples + query // _SAMPLE, spread, sampled)
     if MASS:
-        counts = tl.load(real + at, here, 0).to(tl.float32)
+        counted = here.to(tl.float32)
+        if REAL:
+            counted = tl.load(real + at, here, 0).to(tl.float32)
         for first in range(0, looked * latents, BC):
             rows, inside, segment = _latents(segments, known, block, first, looked, latents, BC, CHOSEN)
             key = _rows(keys, rows, inside, width, KP)
             scores = _scores(
-                own_query, key, bias, rows, inside, since, until, block, first, query, looked, latents, scale, BC,
+                own_query, key, bias, rows, inside, since, until, plan, first, place, looked, latents, scale, BC,
                 CHOSEN, PRECISION,
             )  # fmt: skip
-            weights = _weights(scores, all_weight[:, None]) * counts[:, None]
+            weights = _weights(scores, all_weight[:, None]) * counted[:, None]
             tl.atomic_add(mass + segment, tl.sum(weights, 0), inside)
         if CHOSEN:
             for latent in range(latents):
                 _, score = _own_latent(keys, bias, own_row + latent, owned, own_query, scale, width, KP)
-                tl.atomic_add(mass + own_row // latents, _weights(score, all_weight) * counts, owned)
+                tl.atomic_add(mass + own_row // latents, _weights(score, all_weight) * counted, owned)
 
 
 @triton.jit
 def queries_back(
-    q, keys, values, bias, segments, known, own, own_known, since, until, out, lse, d_out,
+    q, keys, values, bias, segments, known, own, own_known, since, until, begins, counts, flags, out, lse, d_out,
     d_q, delta, d_keys, d_values, d_bias,
     blocks, queries, segments_total, looked, latents, width, scale,
-    QB: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
+    tokens, heads, q_token, q_group, out_token, out_group, features, pooled_until,
+    QB: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
+    LISTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries; of each one's own segment's latents, which are added to. Grid: (M · ⌈Q / QB⌉, G)."""
+    """Gradients of queries; of each one's own segment's latents, which are added to. Grid: (M · ⌈Q / QB⌉, G).
+
+    ROWS: and zeros for what no kernel gives a gradient: queries that are in no block, and of tokens in no segment (in
+    one row: from `pooled_until` on) the features behind the query."""
     tiles = tl.cdiv(queries, QB)
     m, group = tl.program_id(0) // tiles, tl.program_id(1)
-    block = (group * blocks + m).to(tl.int64)
+    row, group_64 = group // heads, group.to(tl.int64)
+    block = group_64 * blocks + m
     query = (tl.program_id(0) % tiles) * QB + tl.arange(0, QB)
-    here = query < queries
+    begin, count = _begin(begins, counts, m, row, blocks, queries, tokens, LISTED)
+    here = query < count
     at = block * queries + query
-    held, asked = group.to(tl.int64) * segments_total * latents, block * queries * width
+    token = (begin + query).to(tl.int64)
+    plan, place = block, query
+    if ROWS:
+        plan, place = row.to(tl.int64), begin + query
+    held = group_64 * segments_total * latents
     keys, values, bias = keys + held * width, values + held * width, bias + held
-    own_query, grad = _rows(q + asked, query, here, width, KP), _rows(d_out + asked, query, here, width, KP)
-    along = tl.sum(grad.to(tl.float32) * _rows(out + asked, query, here, width, KP).to(tl.float32), 1)
+    own_query = _vectors(q + group_64 * q_group, token, q_token, here, width, KP)
+    grad = _vectors(d_out + group_64 * out_group, token, out_token, here, width, KP)
+    read = _vectors(out + group_64 * out_group, token, out_token, here, width, KP)
+    along = tl.sum(grad.to(tl.float32) * read.to(tl.float32), 1)
     tl.store(delta + at, along, here)
     all_weight = tl.load(lse + at, here, 0.0)
     found = tl.zeros((QB, KP), tl.float32)
@@ -168,7 +248,7 @@ def queries_back(
         rows, inside, _ = _latents(segments, known, block, first, looked, latents, BC, CHOSEN)
         key, value = _rows(keys, rows, inside, width, KP), _rows(values, rows, inside, width, KP)
         scores = _scores(
-            own_query, key, bias, rows, inside, since, until, block, first, query, looked, latents, scale, BC, CHOSEN,
+            own_query, key, bias, rows, inside, since, until, plan, first, place, looked, latents, scale, BC, CHOSEN,
             PRECISION,
         )  # fmt: skip
         d_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
@@ -180,28 +260,44 @@ def queries_back(
         owned = here & (tl.load(own_known + at, here, 0) != 0)
         own_row = tl.load(own + at, owned, 0).to(tl.int32) * latents
         d_keys, d_values, d_bias = d_keys + held * width, d_values + held * width, d_bias + held
-        own_query, grad = _rows(q + asked, query, here, width, KP), _rows(d_out + asked, query, here, width, KP)
+        own_query = _vectors(q + group_64 * q_group, token, q_token, here, width, KP)
+        grad = _vectors(d_out + group_64 * out_group, token, out_token, here, width, KP)
         for latent in range(latents):
-            row = own_row + latent
-            key, score = _own_latent(keys, bias, row, owned, own_query, scale, width, KP)
-            value = _rows(values, row, owned, width, KP)
+            line = own_row + latent
+            key, score = _own_latent(keys, bias, line, owned, own_query, scale, width, KP)
+            value = _rows(values, line, owned, width, KP)
             weight = _weights(score, all_weight)
             d_weight = tl.sum(grad.to(tl.float32) * value.to(tl.float32), 1)
             d_score = weight * (d_weight - along)
             found += (d_score * scale)[:, None] * key.to(tl.float32)
-            place, inside = row[:, None] * width + columns[None, :], owned[:, None] & narrow
-            tl.atomic_add(d_keys + place, (d_score * scale)[:, None] * own_query.to(tl.float32), inside)
-            tl.atomic_add(d_values + place, weight[:, None] * grad.to(tl.float32), inside)
-            tl.atomic_add(d_bias + row, d_score, owned)
-    tl.store(d_q + asked + query[:, None] * width + columns[None, :], found, here[:, None] & narrow)
+            there, inside = line[:, None] * width + columns[None, :], owned[:, None] & narrow
+            tl.atomic_add(d_keys + there, (d_score * scale)[:, None] * own_query.to(tl.float32), inside)
+            tl.atomic_add(d_values + there, weight[:, None] * grad.to(tl.float32), inside)
+            tl.atomic_add(d_bias + line, d_score, owned)
+    d_q += group_64 * q_group
+    tl.store(d_q + token[:, None] * q_token + columns[None, :], found, here[:, None] & narrow)
+    if ROWS:
+        other = m * queries + query
+        inside = (query < queries) & (other < tokens)
+        rest = inside & (other >= pooled_until)
+        zeros = tl.zeros((QB, KP), tl.float32)
+        other_q = d_q + other.to(tl.int64)[:, None] * q_token
+        if LISTED:
+            flag = tl.load(flags + row * tokens + other, inside, 3)
+            tl.store(other_q + columns[None, :], zeros, ((flag & 1) == 0)[:, None] & narrow)
+            rest = inside & ((flag & 2) == 0)
+        for first in range(width, features, KP):
+            tl.store(other_q + first + columns[None, :], zeros, rest[:, None] & (first + columns < features)[None, :])
 
 
 @triton.jit
 def latents_back(
-    q, keys, values, bias, segments, known, since, until, lse, delta, d_out,
+    q, keys, values, bias, segments, known, since, until, begins, counts, lse, delta, d_out,
     d_keys, d_values, d_bias,
     blocks, queries, segments_total, looked, latents, width, scale,
-    QB: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
+    tokens, heads, q_token, q_group, out_token, out_group,
+    QB: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
+    LISTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what blocks look at, which are added to. Grid: (M · ⌈C / BC⌉, G)."""
     tiles = tl.cdiv(looked * latents, BC)
@@ -209,7 +305,10 @@ def latents_back(
     block = (group * blocks + m).to(tl.int64)
     first = (tl.program_id(0) % tiles) * BC
     rows, inside, _ = _latents(segments, known, block, first, looked, latents, BC, CHOSEN)
-    held, asked = group.to(tl.int64) * segments_total * latents, block * queries * width
+    begin, count = _begin(begins, counts, m, group // heads, blocks, queries, tokens, LISTED)
+    group_64 = group.to(tl.int64)
+    q, d_out = q + group_64 * q_group, d_out + group_64 * out_group
+    held = group_64 * segments_total * latents
     keys, values, bias = keys + held * width, values + held * width, bias + held
     d_keys, d_values, d_bias = d_keys + held * width, d_values + held * width, d_bias + held
     key, value = _rows(keys, rows, inside, width, KP), _rows(values, rows, inside, width, KP)
@@ -217,11 +316,16 @@ def latents_back(
     d_own = tl.zeros((BC,), tl.float32)
     for first_query in range(0, queries, QB):
         query = first_query + tl.arange(0, QB)
-        here = query < queries
+        here = query < count
         at = block * queries + query
-        own_query, grad = _rows(q + asked, query, here, width, KP), _rows(d_out + asked, query, here, width, KP)
+        token = (begin + query).to(tl.int64)
+        plan, place = block, query
+        if ROWS:
+            plan, place = (group // heads).to(tl.int64), begin + query
+        own_query = _vectors(q, token, q_token, here, width, KP)
+        grad = _vectors(d_out, token, out_token, here, width, KP)
         scores = _scores(
-            own_query, key, bias, rows, inside, since, until, block, first, query, looked, latents, scale, BC, CHOSEN,
+            own_query, key, bias, rows, inside, since, until, plan, first, place, looked, latents, scale, BC, CHOSEN,
             PRECISION,
         )  # fmt: skip
         weights = tl.where(here[:, None], _weights(scores, tl.load(lse + at, here, 0.0)[:, None]), 0.0)

@@ -8,6 +8,7 @@ from vishwamai_mp.config.schema import CacheConfig, MemoryConfig
 CONVOLUTION_TAPS = 4  # of the memory's short convolution, in tokens
 IMPORTANCE_WIDTH = 8  # of the cache's importance net, per head
 WIDEST_CACHE_HEAD = 512  # that kernels read on GPUs: for wider ones they would spill registers
+LONGEST_CACHE_SEGMENT, MOST_CACHE_LATENTS = 64, 16  # that kernels pool on GPUs, tokens and latents: likewise
 
 
 def memory_widths(memory: MemoryConfig) -> tuple[int, int]:

@@ -3,11 +3,17 @@
 Heads are split over tensor and context parallel ranks; norm and output are as wide as the residual stream. The
 coefficients are bytes per token in 16 bits (twice that in fp32), read off simulated steps of several widths, heads,
 levels, latents and segments, with kernels and with torch's operators. The memory's kernels keep projections, what the
-convolution made of them, gates, writes and what was read; the cache's what was read, which the operators do not.
+convolution made of them, gates, writes and what was read; the cache's, where they do all in between, projections,
+latents, the choice and what was read.
 """
 
 from vishwamai_mp.config import PretrainConfig
-from vishwamai_mp.config.component_shapes import WIDEST_CACHE_HEAD, cache_heads
+from vishwamai_mp.config.component_shapes import (
+    LONGEST_CACHE_SEGMENT,
+    MOST_CACHE_LATENTS,
+    WIDEST_CACHE_HEAD,
+    cache_heads,
+)
 from vishwamai_mp.planning.neural_memory_costs import heads as memory_heads
 
 
@@ -21,8 +27,9 @@ def component_activations(config: PretrainConfig, section: str, on_gpu: bool) ->
     """
     parallel = config.parallel
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    # The norm's input and what is added; on CPUs what the norm made, too.
-    kept = (4 if on_gpu else 6) * config.model.hidden_size / shards
+    # What the norm made and what is added; on GPUs a byte of dropout's mask and the norm's scale; on CPUs 2 bytes more.
+    dropout = (config.memory if section == "memory" else config.cache).dropout > 0
+    kept = (4 + dropout if on_gpu else 6) * config.model.hidden_size / shards + (4 if on_gpu else 0)
     split = _memory(config, on_gpu) if section == "memory" else _cache(config, on_gpu)
     return (kept + split / parallel.tensor_model_parallel_size) * (2 if config.precision == "fp32" else 1)
 
@@ -43,9 +50,15 @@ def _cache(config: PretrainConfig, on_gpu: bool) -> float:
     assert cache.hidden_size is not None
     latents, share = cache.latents_per_segment, cache.latents_per_segment / cache.segment_length
     heads = cache_heads(cache)
-    kept = cache.hidden_size * (8.06 + 4 * share) + heads * (12 + 10.4 * latents + 84 * share)
-    by_kernels = on_gpu and cache.hidden_size // heads <= WIDEST_CACHE_HEAD
-    return kept + (2 * cache.hidden_size + 4 * heads if by_kernels else 0)
+    width, length = cache.hidden_size, cache.segment_length
+    reads = on_gpu and width // heads <= WIDEST_CACHE_HEAD
+    whole = config.parallel.context_parallel_size == 1 and not cache.carry_state
+    if reads and whole and length <= LONGEST_CACHE_SEGMENT and latents <= MOST_CACHE_LATENTS:
+        chooses = config.training.sequence_length // length > cache.retrieve_segments
+        choice = 5 + 5 * (1 + cache.retrieve_segments) / length if chooses else 0
+        return width * (8 + 4 * share) + heads * (20 + 2 * latents + 4 * share + choice)
+    kept = width * (8.06 + 4 * share) + heads * (12 + 10.4 * latents + 84 * share)
+    return kept + (2 * width + 4 * heads if reads else 0)
 
 
 def components_on_stage(

@@ -26,6 +26,7 @@ class Measures:
         self.names = names
         self.loss_scale: float | Tensor = 1.0
         self._sums: dict[tuple[str, ...], tuple[Tensor, list[float | Tensor]]] = {}
+        self._tables: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, name: str, total: Tensor, weight: float | Tensor) -> None:
         """Count `total`, a sum over `weight` items. Call it where gradients are on: recomputed layers run twice."""
@@ -44,6 +45,12 @@ class Measures:
             entry, counts = earlier + entry, [old + new for old, new in zip(before, counts, strict=True)]
         self._sums[key] = entry, counts
 
+    def add_table(self, names: Sequence[str], table: Tensor) -> None:
+        """The same where the device knows the weights too: (2, names), totals and weights, in fp64."""
+        key = tuple(names)
+        assert set(names) <= set(self.names), f"{', '.join(names)} is not among {self.names}"
+        self._tables[key] = self._tables[key] + table if key in self._tables else table
+
     def attach_loss(self, output: Tensor, loss: Tensor) -> Tensor:
         """Add a loss to the model's that only this module knows of.
 
@@ -55,10 +62,11 @@ class Measures:
 
     def take(self) -> dict[str, tuple[Tensor, float | Tensor]]:
         """(sum, weight) of each name since the last call."""
-        sums, self._sums = self._sums, {}
+        sums: dict[tuple[str, ...], tuple[Tensor, Any]] = {**self._sums}
+        self._sums, tables, self._tables = {}, self._tables, {}
         found: dict[str, tuple[Tensor, float | Tensor]] = {}
-        for names, (totals, weights) in sums.items():
-            for name, total, weight in zip(names, totals.unbind(), weights, strict=True):
+        for names, (totals, weights) in [*sums.items(), *((key, tuple(table)) for key, table in tables.items())]:
+            for name, total, weight in zip(names, totals, weights, strict=True):
                 earlier = found.get(name, (0.0, 0.0))
                 found[name] = total + earlier[0], weight + earlier[1]
         return found
