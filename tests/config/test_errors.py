@@ -34,6 +34,14 @@ def test_characters_that_an_encoding_lacks_are_spelled() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"\\xe9 \\u2603\n", b"")
 
 
+def test_a_name_that_is_too_long_is_one_line() -> None:
+    program = _PROGRAM.replace("print(sys.argv[1])", "__import__('pathlib').Path(sys.argv[1] * 300).is_dir()")
+    done = run("x", program=program)
+    assert done.returncode == 1
+    assert done.stderr.decode().startswith(f"error: {'x' * 300}: a file's name cannot be so long; check")
+    assert done.stderr.count(b"\n") == 1
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("size", [1, 1 << 20])
 def test_output_to_a_full_disk_is_one_line(size: int) -> None:

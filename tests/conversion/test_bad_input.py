@@ -110,6 +110,7 @@ def test_a_truncated_file_is_refused(hf: Path, tmp_path: Path, kept: int) -> Non
         (lambda places: places.pop("model.norm.weight"), "has model.norm.weight, which model.safetensors.index.json"),
         (lambda places: places.update({Q: "../hf/model.safetensors"}), "which is not a file of the folder"),
         (lambda places: places.update({Q: "model-9.safetensors"}), "names model-9.safetensors, which is missing"),
+        (lambda places: places.update({Q: "a" * 300}), f"names {'a' * 300}, which is missing"),
     ],
 )
 def test_an_index_that_lies_is_refused(

@@ -50,8 +50,8 @@ def one_line(error: BaseException) -> str:
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake.
 
-    Only `UserError` and a user's interrupt are turned into a line; anything else is a defect of ours and keeps its
-    traceback, but for what a full disk makes of the output.
+    Only `UserError`, a user's interrupt and a name that is too long are turned into a line; anything else is a defect
+    of ours and keeps its traceback, but for what a full disk makes of the output.
     """
     spell_what_the_terminal_cannot()
     try:
@@ -67,11 +67,21 @@ def run_program(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
+        if line := about_a_long_name(error):
+            sys.exit(f"error: {line}")
         if error.errno != errno.ENOSPC:
             raise
         with contextlib.suppress(OSError):  # what is still to be written would fail again when the program ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(f"error: no space left on the disk that {error.filename or 'the output'} is written to")
+
+
+def about_a_long_name(error: BaseException) -> str | None:
+    """What to say of a path with a name longer than file systems take, which Python raises even where it only asks
+    whether something is there; None: it is another error."""
+    if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
+        return None
+    return f"{_spelled(str(error.filename))}: a file's name cannot be so long; check what was given as a path"
 
 
 def spell_what_the_terminal_cannot() -> None:

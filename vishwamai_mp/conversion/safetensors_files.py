@@ -155,7 +155,11 @@ def _read_indexed(folder: Path) -> dict[str, Entry]:
     for file in sorted(set(places.values())):
         if Path(file).name != file:
             raise UserError(f"{path} names {file!r}, which is not a file of the folder")
-        if not (folder / file).is_file():
+        try:
+            is_there = (folder / file).is_file()
+        except OSError:  # a name that is longer than names can be
+            is_there = False
+        if not is_there:
             raise UserError(f"{path} names {file}, which is missing; copy it again")
         files[file] = read_header(folder / file)
     for name, file in places.items():

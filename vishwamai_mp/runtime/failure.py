@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from vishwamai_mp.config import UserError, run_program
-from vishwamai_mp.config.errors import USER_ERROR_STATUS, one_line, spell_what_the_terminal_cannot
+from vishwamai_mp.config.errors import USER_ERROR_STATUS, about_a_long_name, one_line, spell_what_the_terminal_cannot
 from vishwamai_mp.config.job_environment import job_size
 
 _ONLY_PASSED = (__file__, str(Path(__file__).with_name("step_journal.py")))  # files that a failing call comes through
@@ -55,14 +55,18 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
-        if is_loss_of_peers(error):
+        code = 1
+        if line := about_a_long_name(error):
+            if _first_to_fail():
+                print(f"error: {line}", file=sys.stderr)
+            code = USER_ERROR_STATUS
+        elif is_loss_of_peers(error):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, as soon as the first process has ended
             silent = _silent_ranks()
             if _first_to_fail():
                 print(f"error: {describe_loss(error, rank, silent)}\n{traceback.format_exc()}", file=sys.stderr)
         elif _first_to_fail():
             print(f"error on rank {rank}:\n{traceback.format_exc()}", file=sys.stderr)
-        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not sys.exit: process groups of a failed job can hang in their destructors
