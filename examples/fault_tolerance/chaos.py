@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ class Chaos:
             raise Finished
         errors = [line for line in job.text()[said:].splitlines() if line.startswith("error")]
         if len(errors) != 1 or not re.search(reason, errors[0]):
-            raise RuntimeError(f"expected one line with {reason}, found {errors}")
+            told = job.text()[said:][-4000:]
+            raise RuntimeError(f"expected one line with {reason}, found {errors}; it said:\n{told}")
 
 
 def kill_rank(chaos: Chaos) -> None:
@@ -184,13 +186,23 @@ def stop_rank(chaos: Chaos) -> None:
     victim.resume()
 
 
+def _fill(ballast: Path, ended: threading.Event) -> None:
+    """Take what is free, and what becomes free when an old checkpoint goes."""
+    with ballast.open("wb", buffering=0) as file:
+        while not ended.is_set():
+            try:
+                file.write(b"\0" * 4096)
+            except OSError:
+                ended.wait(0.02)
+
+
 def full_disk(chaos: Chaos) -> None:
     said = len(chaos.living().text())
     ballast = chaos.folder / "chaos/ballast"
+    ended = threading.Event()
     if chaos.mounts:
-        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-            while True:
-                file.write(b"\0" * 4096)
+        filling = threading.Thread(target=_fill, args=(ballast, ended))
+        filling.start()
     else:
         for rank in chaos.processes(2):
             with contextlib.suppress(ProcessLookupError):
@@ -198,7 +210,10 @@ def full_disk(chaos: Chaos) -> None:
     try:
         chaos.must_end("No space left|no space left|File too large", said)
     finally:
-        ballast.unlink(missing_ok=True)
+        ended.set()
+        if chaos.mounts:
+            filling.join()
+            ballast.unlink()
 
 
 def read_only(chaos: Chaos) -> None:
