@@ -147,33 +147,40 @@ _TENSOR, _PIPELINE, _CONTEXT = (
 )
 
 
+_SETTINGS = {
+    "plain": [],
+    "positions": ["data.reset_position_ids=true", "data.eod_mask_loss=true"],
+    "window": ["model.sliding_window=5"],
+    "components": [*_COMPONENTS, "data.reset_position_ids=true"],
+    "values": ["data.prepared_rows=true", "tree={enabled: true, value_signal: verdicts, value_gradient: true}"],
+}
+_LAYOUTS = {
+    "one process": [],
+    "CP2": [_CONTEXT],
+    "TP2 SP": [_TENSOR, "parallel.sequence_parallel=true"],
+    "PP2 recompute": [_PIPELINE, "training.recompute=full"],
+    "CP2 TP2 SP recompute": [_CONTEXT, _TENSOR, "parallel.sequence_parallel=true", "training.recompute=full"],
+}
+
+
+@pytest.fixture(scope="module")
+def masked(workers) -> dict[str, list[tuple[float, float]]]:
+    """The curves of one process with the mask."""
+    return {name: workers.run(train, 1, [*_DOCUMENTS, *settings], 3)[0] for name, settings in _SETTINGS.items()}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("layout", "settings"),
     [
-        [],
-        ["data.reset_position_ids=true", "data.eod_mask_loss=true"],
-        ["model.sliding_window=5"],
-        [*_COMPONENTS, "data.reset_position_ids=true"],
-        ["data.prepared_rows=true", "tree={enabled: true, value_signal: verdicts, value_gradient: true}"],
+        *((layout, settings) for layout in ("one process", "CP2", "PP2 recompute") for settings in _SETTINGS),
+        *((layout, settings) for layout in ("TP2 SP", "CP2 TP2 SP recompute") for settings in ("window", "components")),
     ],
 )
-@pytest.mark.parametrize(
-    "layout",
-    [
-        [],
-        [_TENSOR, "parallel.sequence_parallel=true"],
-        [_PIPELINE, "training.recompute=full"],
-        [_CONTEXT],
-        [_CONTEXT, _TENSOR, "parallel.sequence_parallel=true", "training.recompute=full"],
-    ],
-    ids=["one process", "TP2 SP", "PP2 recompute", "CP2", "CP2 TP2 SP recompute"],
-)
-def test_training_is_that_of_the_mask(workers, layout, settings):
-    ranks = 2 ** sum(option in layout for option in (_TENSOR, _PIPELINE, _CONTEXT))
-    curves = workers.run(train_packed, ranks, [*_DOCUMENTS, *settings, *layout], 3)
-    masked = workers.run(train, 1, [*_DOCUMENTS, *settings], 3)[0]
-    for curve in curves:
-        for ours, theirs in zip(curve, masked, strict=True):
+def test_training_is_that_of_the_mask(workers, masked, layout, settings):
+    options = _LAYOUTS[layout]
+    ranks = 2 ** sum(option in options for option in (_TENSOR, _PIPELINE, _CONTEXT))
+    for curve in workers.run(train_packed, ranks, [*_DOCUMENTS, *_SETTINGS[settings], *options], 3):
+        for ours, theirs in zip(curve, masked[settings], strict=True):
             assert ours[0] == pytest.approx(theirs[0], abs=1e-6)
             assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
 

@@ -90,7 +90,8 @@ class CarriedCache:
         sound = belongs_GN & torch.stack([x.isfinite().flatten(2).all(-1) for x in latents]).all(0)
         bias = latents.bias.masked_fill(~sound[..., None], -torch.inf)
         held = sound.sum(1)
-        stay = survivors(worth(bias, access), min(self._capacity, int(held.max())))
+        # As many as there may be: how many there are, a GPU's host would wait to know. What is too much has no bias.
+        stay = survivors(worth(bias, access), min(self._capacity, sound.shape[1]))
         keys, values = (take(x, stay).detach() for x in (latents.keys, latents.values))
         finite = take(sound, stay)[..., None, None]
         keys, values = (x.masked_fill(~finite, 0) for x in (keys, values))
