@@ -150,6 +150,11 @@ def test_a_bad_override_is_named(override, message):
     assert message in _message({}, override)
 
 
+def test_a_number_that_no_float_holds_is_refused():
+    with pytest.raises(ConfigError, match=r"^model\.head_dim=1000[0…]*: has more than 64 bits"):
+        load_config({"model": {"head_dim": 10**400}}, [])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -15,7 +15,7 @@ from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.config.resolve_schedule import shortened_schedule
 from vishwamai_mp.config.schema import Blend, PretrainConfig
-from vishwamai_mp.config.texts import check_texts
+from vishwamai_mp.config.texts import check_values
 from vishwamai_mp.config.yaml_text import read_yaml
 
 # The guide's and Hugging Face's names for our keys.
@@ -50,7 +50,7 @@ def load_config(
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
-    check_texts(config)
+    check_values(config)
     config, said = shortened_schedule(config, changed)
     if notes is not None:
         notes += said

@@ -1,4 +1,4 @@
-"""Text settings that name no file and cannot be written down again, or that a shell would read otherwise."""
+"""Settings that cannot be written down again or computed with, or that a shell would read otherwise."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,9 +13,14 @@ _PATHS = (
 )
 
 
-def check_texts(config: PretrainConfig) -> None:
-    """Refuse NUL characters and lone surrogates, which stand for bytes of a command line that are not UTF-8."""
-    for key, text in _texts(asdict(config), ""):
+def check_values(config: PretrainConfig) -> None:
+    """Refuse texts with NUL characters or lone surrogates, which stand for bytes of a command line that are not UTF-8,
+    and whole numbers that no float or tensor holds."""
+    for key, text in _values(asdict(config), ""):
+        if isinstance(text, int):
+            if abs(text) >= 1 << 63:
+                raise ConfigError(f"{key}={str(text)[:20]}…: has more than 64 bits; write a smaller number")
+            continue
         if "\0" in text:
             raise ConfigError(f"{key}={text}: has a NUL character, which no name or text may have; take it out")
         try:
@@ -37,12 +42,12 @@ def check_paths(config: PretrainConfig) -> None:
                 )
 
 
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
+def _values(value: Any, key: str) -> Iterator[tuple[str, str | int]]:
+    if isinstance(value, str | int):
         yield key, value
     elif isinstance(value, dict):
         for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+            yield from _values(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from _texts(inner, f"{key}.{number}")
+            yield from _values(inner, f"{key}.{number}")
