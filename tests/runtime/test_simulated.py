@@ -78,6 +78,11 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "context, cache, fp16": (2, 1, [*_CONTEXT, *_SHALLOW, *CACHE, "precision=fp16"]),
     "context, memory, values, bf16": (2, 0, [*_CONTEXT, *_SHALLOW, *MEMORY, *VALUES, "precision=bf16"]),
     "replicas, packed, cache, bf16": (2, 1, [*_REPLICAS, *_SHALLOW, *PACKED, *CACHE, "precision=bf16"]),
+    "carried cache, bf16": (
+        1,
+        0,
+        [*_SHALLOW, *PACKED, *CACHE, "cache.carry_state=true", "data.consecutive=true", "precision=bf16"],
+    ),
     "replicas, adapters, recomputed, bf16": (2, 0, [*_REPLICAS, *_SHALLOW, *LORA, *RECOMPUTE, "precision=bf16"]),
     "replicas, fp32": (2, 0, [*_REPLICAS, *_SHALLOW, "precision=fp32"]),
     "sharded, bf16": (2, 1, [*_SHARDED, *_SHALLOW, "precision=bf16"]),
