@@ -23,6 +23,8 @@ def main():
         raise UserError("data.train=x: no such file; give a prefix")
     if case == "defect" and rank == "1":
         raise RuntimeError("a defect of ours")
+    if case == "full" and rank == "1":
+        open("/dev/full", "wb", buffering=0).write(b"x")  # the error names no file
     if case == "all":
         raise RuntimeError(f"seen on rank {{rank}}")
     if case in ("silent", "gone"):
@@ -40,7 +42,7 @@ def main():
         dist.all_reduce(torch.zeros(1))
     if case == "code":
         return 3
-    if case in ("user", "defect") and "RANK" in os.environ:
+    if case in ("user", "full", "defect") and "RANK" in os.environ:
         time.sleep(60)  # as in a collective that a dead peer never answers
     if case == "alone":
         raise UserError("data.train=x: no such file; give a prefix")
@@ -65,12 +67,18 @@ def _run(tmp_path, case, processes):
     )
 
 
-def test_a_users_mistake_is_one_line(tmp_path):
-    result = _run(tmp_path, "user", 2)
+@pytest.mark.parametrize(
+    ("case", "line", "kind"),
+    [
+        ("user", "error: data.train=x: no such file; give a prefix", "UserError"),
+        ("full", "error: no space left on the disk that the output is written to", "OSError"),
+    ],
+)
+def test_what_its_user_can_mend_is_one_line(tmp_path, case, line, kind):
+    result = _run(tmp_path, case, 2)
     assert result.returncode == 1
-    ours = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert ours == ["error: data.train=x: no such file; give a prefix"]
-    assert "UserError" not in result.stderr  # no traceback of ours beside torchrun's own
+    assert [line for line in result.stderr.splitlines() if line.startswith("error")] == [line]
+    assert kind not in result.stderr  # no traceback of ours beside torchrun's own
 
 
 def test_a_defect_shows_one_traceback_with_its_rank(tmp_path):

@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("starlette")
 
 from tests.data.test_tokenizer_kinds import byte_level
+from vishwamai_mp.config import UserError
+from vishwamai_mp.inference import ContextLengthError
 from vishwamai_mp.opening.prompts import PromptTokenizer
 from vishwamai_mp.serving.answers import chat_chunks, chat_job, completion_jobs, whole
 from vishwamai_mp.serving.app import _refuse
@@ -53,10 +55,11 @@ def test_an_id_that_no_text_has_is_the_prompts_fault(prompts: PromptTokenizer, t
 
 
 def test_a_chats_prompt_is_its_messages_and_a_field_of_that_name_is_not(tmp_path: Path) -> None:
-    def parameter(message: str, named: str) -> str:
+    def parameter(error: Exception) -> str:
         request: Any = SimpleNamespace(url=SimpleNamespace(path="/v1/chat/completions"))
-        answer = asyncio.run(_refuse(request, Refusal(message, named)))
+        answer = asyncio.run(_refuse(request, error))
         return json.loads(bytes(answer.body))["error"]["param"]
 
-    assert parameter("the prompt has 5 tokens, the model's context 4", "prompt") == "messages"
-    assert parameter("prompt: is not known here; leave it out", "prompt") == "prompt"
+    assert parameter(ContextLengthError("the prompt has 5 tokens, the model's context 4")) == "messages"
+    assert parameter(UserError("the prompt has no tokens")) == "messages"
+    assert parameter(Refusal("prompt: is not known here; leave it out", "prompt")) == "prompt"

@@ -1,6 +1,5 @@
 """All ranks go on, or all raise the same error: none is left waiting in a collective that a failed peer never joins."""
 
-import errno
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +8,9 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.errors import NO_SPACE
 
 T = TypeVar("T")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Failure:
         rank = dist.get_rank()
         if isinstance(error, UserError):
             return cls(str(error), True)
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             return cls(f"no space left on the disk (rank {rank}: {error})", True)
         if isinstance(error, OSError):
             return cls(f"input/output error on rank {rank}: {error}", True)

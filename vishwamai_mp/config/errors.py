@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 USER_ERROR_STATUS = 78  # of a worker in a job, for its launcher: trying again is of no use (EX_CONFIG of sysexits.h)
 HUNG_STATUS = 79  # of a worker that the watchdog ended because the job hung; trying again may help
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of the operating system's errors: a disk or a quota is full
 
 
 class UserError(ValueError):
@@ -50,8 +51,8 @@ def one_line(error: BaseException) -> str:
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake.
 
-    Only `UserError`, a user's interrupt and a name that is too long are turned into a line; anything else is a defect
-    of ours and keeps its traceback, but for what a full disk makes of the output.
+    Only `UserError`, a user's interrupt and what `about_the_system` knows are turned into a line; anything else is a
+    defect of ours and keeps its traceback.
     """
     spell_what_the_terminal_cannot()
     try:
@@ -67,21 +68,29 @@ def run_program(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        if line := about_a_long_name(error):
-            sys.exit(f"error: {line}")
-        if error.errno != errno.ENOSPC:
+        line = about_the_system(error)
+        if line is None:
             raise
-        with contextlib.suppress(OSError):  # what is still to be written would fail again when the program ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(f"error: no space left on the disk that {error.filename or 'the output'} is written to")
+        if error.errno in NO_SPACE:
+            with contextlib.suppress(OSError):  # what is still to be written would fail again when the program ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(f"error: {line}")
 
 
-def about_a_long_name(error: BaseException) -> str | None:
-    """What to say of a path with a name longer than file systems take, which Python raises even where it only asks
-    whether something is there; None: it is another error."""
-    if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
+def about_the_system(error: BaseException) -> str | None:
+    """What to say of an operating system's error that may meet any file and that its user can mend: a full disk, and a
+    name longer than file systems take, which Python raises even where it only asks whether something is there.
+
+    None: it is another error.
+    """
+    if not isinstance(error, OSError):
         return None
-    return f"{_spelled(str(error.filename))}: a file's name cannot be so long; check what was given as a path"
+    file = error.filename and _spelled(str(error.filename))
+    if error.errno in NO_SPACE:
+        return f"no space left on the disk that {file or 'the output'} is written to"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{file}: a file's name cannot be so long; check what was given as a path"
+    return None
 
 
 def spell_what_the_terminal_cannot() -> None:

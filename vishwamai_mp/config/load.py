@@ -10,12 +10,12 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from vishwamai_mp.config.checked_values import check_values
 from vishwamai_mp.config.errors import ConfigError, one_line
 from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer
 from vishwamai_mp.config.resolve_schedule import shortened_schedule
 from vishwamai_mp.config.schema import Blend, PretrainConfig
-from vishwamai_mp.config.texts import check_values
 from vishwamai_mp.config.yaml_text import read_yaml
 
 # The guide's and Hugging Face's names for our keys.

@@ -8,6 +8,7 @@ from vishwamai_mp.config.check_gradients import check_gradients
 from vishwamai_mp.config.check_offloading import check_offloading
 from vishwamai_mp.config.check_recompute import check_recompute
 from vishwamai_mp.config.check_tensor_overlap import check_tensor_overlap
+from vishwamai_mp.config.checked_values import check_paths
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.extensions import check_combinations
 from vishwamai_mp.config.finetuning import check_trained_parts, check_verdicts, resolve_rows
@@ -20,7 +21,6 @@ from vishwamai_mp.config.resolve_rotary import check_rotary, resolve_scaling, tu
 from vishwamai_mp.config.resolve_schedule import resolve_schedule
 from vishwamai_mp.config.resolve_tree import resolve_tree
 from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig
-from vishwamai_mp.config.texts import check_paths
 
 
 def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainConfig:

@@ -3,7 +3,6 @@
 The journal lies in the output folder from the first moment to the last; a folder that has one is not complete.
 """
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.checked_values import refuse_home
+from vishwamai_mp.config.errors import NO_SPACE
 from vishwamai_mp.config.files import aside_of, leftovers, replace_durably, sync_folder, write_whole
 from vishwamai_mp.config.json_text import parse_json
 
 _NAME = ".conversion.json"
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Journal:
@@ -77,8 +77,7 @@ class Journal:
 def refuse_used(folder: Path) -> None:
     """Raise `UserError` unless `folder` is a new one or has nothing but what a conversion left that was killed at its
     very beginning."""
-    if str(folder).startswith("~"):  # no shell expands --output=~/mine
-        raise UserError(f"--output {folder}: ~ is taken to the letter here; write the whole path, or ./{folder}")
+    refuse_home("--output ", str(folder))
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -149,6 +148,6 @@ def disk_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = "no space left on the disk" if error.errno in _NO_SPACE else str(error.strerror or error)
-        mend = "; make room and run the same command again, it continues" if error.errno in _NO_SPACE else ""
+        what = "no space left on the disk" if error.errno in NO_SPACE else str(error.strerror or error)
+        mend = "; make room and run the same command again, it continues" if error.errno in NO_SPACE else ""
         raise UserError(f"{output}: {what}{mend}") from None

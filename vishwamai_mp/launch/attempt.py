@@ -77,7 +77,8 @@ class Meeting:
 
         def tell() -> None:
             while not met.wait(_PATIENT_SECONDS):
-                _say(self.missing(machines))
+                if absent := self.missing(machines):
+                    _say(absent)
 
         if machines > 1 and self.number is not None:
             assert self.store is not None
@@ -89,15 +90,15 @@ class Meeting:
         finally:
             met.set()
 
-    def missing(self, machines: int) -> str:
-        """A line that names the machines which have never come."""
+    def missing(self, machines: int) -> str | None:
+        """A line that names the machines which have never come; None: there are none, or the store has gone."""
         assert self.store is not None
         with contextlib.suppress(DistError, RuntimeError):
             absent = [str(number) for number in range(machines) if not self.store.check([f"{_HERE}/{number}"])]
             if absent:
                 these = f"machine{'s' * (len(absent) > 1)} {', '.join(absent[:16])}{' …' * (len(absent) > 16)}"
                 return f"waiting for {these} of {machines}: NODE_RANK={absent[0]} has not come to this rendezvous"
-        return "waiting for a machine that dropped out"
+        return None
 
     def tell_final(self, machines: int, hosts: bool) -> None:
         """Tell the other machines that this job's failure is final. They need not be there any more."""

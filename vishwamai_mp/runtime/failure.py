@@ -1,5 +1,6 @@
 """One readable error from a job of many processes, and a prompt end for all of them."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -12,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from vishwamai_mp.config import UserError, run_program
-from vishwamai_mp.config.errors import USER_ERROR_STATUS, about_a_long_name, one_line, spell_what_the_terminal_cannot
+from vishwamai_mp.config.errors import USER_ERROR_STATUS, about_the_system, one_line, spell_what_the_terminal_cannot
 from vishwamai_mp.config.job_environment import job_size
 
 _ONLY_PASSED = (__file__, str(Path(__file__).with_name("step_journal.py")))  # files that a failing call comes through
@@ -56,7 +57,7 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
         if isinstance(error, SystemExit):
             raise
         code = 1
-        if line := about_a_long_name(error):
+        if line := about_the_system(error):
             if _first_to_fail():
                 print(f"error: {line}", file=sys.stderr)
             code = USER_ERROR_STATUS
@@ -67,8 +68,9 @@ def run_distributed_program(main: Callable[[], int | None]) -> None:
                 print(f"error: {describe_loss(error, rank, silent)}\n{traceback.format_exc()}", file=sys.stderr)
         elif _first_to_fail():
             print(f"error on rank {rank}:\n{traceback.format_exc()}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # not sys.exit: process groups of a failed job can hang in their destructors
 
 

@@ -171,7 +171,5 @@ async def _refuse(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
     if isinstance(error, HTTPException):
         error = Refusal(f"{request.method} {request.url.path}: {error.detail.lower()}", status=error.status_code)
-    refusal = refusal_of(error)
-    if str(refusal).startswith("the prompt") and request.url.path.endswith("/chat/completions"):
-        refusal.parameter = "messages"  # what the prompt was made of
+    refusal = refusal_of(error, "messages" if request.url.path.endswith("/chat/completions") else "prompt")
     return JSONResponse(refusal.body(), refusal.status)

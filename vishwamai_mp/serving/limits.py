@@ -50,15 +50,20 @@ class Refusal(UserError):  # noqa: N818 (a word that says what it is)
         return {"error": {"message": str(self), "type": kind, "param": self.parameter, "code": self.code}}
 
 
-def refusal_of(error: Exception) -> Refusal:
-    """Any error as a refusal: a user's mistake is the client's, anything else the server's."""
+def refusal_of(error: Exception, prompt: str = "prompt") -> Refusal:
+    """Any error as a refusal: a user's mistake is the client's, anything else the server's.
+
+    Args:
+        error: what was raised.
+        prompt: the field that the prompt was made of.
+    """
     if isinstance(error, Refusal):
         return error
     message = " ".join(str(error).split())
     if not isinstance(error, UserError):
         return Refusal(f"{type(error).__name__}: {message}", status=500)
     if isinstance(error, ContextLengthError):
-        return Refusal(message, "prompt", code="context_length_exceeded")  # what clients shorten conversations at
+        return Refusal(message, prompt, code="context_length_exceeded")  # what clients shorten conversations at
     # Options are refused as "top_p=2.0: use …", prompts as "the prompt …".
     field = message.partition("=")[0]
-    return Refusal(message, "prompt" if message.startswith("the prompt") else field if field.isidentifier() else None)
+    return Refusal(message, prompt if message.startswith("the prompt") else field if field.isidentifier() else None)

@@ -1,5 +1,6 @@
 """The training loop: short, because everything beside the step is a callback."""
 
+import errno
 import itertools
 import sys
 import time
@@ -35,6 +36,18 @@ from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.schedule import learning_rate
 from vishwamai_mp.training.step import StepResult, TrainStep
 from vishwamai_mp.training.watching import watched
+
+# Errors of files that stay until somebody mends them: another user's, read-only, a folder where a file should be.
+_IN_THE_WAY = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ELOOP,
+}
 
 
 @dataclass
@@ -232,7 +245,9 @@ class Trainer:
             self._load_state_dict(state)
             self._began_elsewhere = True
         other = on_first_rank(lambda: token_difference(path.absolute().parent.parent, self.config.data.tokenizer))
-        if isinstance(other, str):
+        if isinstance(other, Failure):
+            self.say(f"data.tokenizer cannot be compared with the one that {path} was trained with: {other.message}")
+        elif other:
             self.say(f"data.tokenizer is not the one that {path} was trained with: {other}")
         self.say(f"starts from {'the weights of ' if weights_only else ''}{path}, at step {self.state.step}")
 
@@ -262,12 +277,15 @@ class Trainer:
 
 @contextmanager
 def _named_files(folder: Path) -> Iterator[None]:
-    """A file of the run folder that cannot be read or written, because it is another user's or a folder, is a line."""
+    """A file of the run folder that cannot be read or written, because it is another user's or a folder, is a line.
+
+    What may pass by itself, such as a failing network disk, stays an error after which the launcher tries again.
+    """
     try:
         yield
     except OSError as error:
         file = error.filename2 or error.filename
-        if not isinstance(file, str) or not Path(file).is_relative_to(folder):
+        if error.errno not in _IN_THE_WAY or not isinstance(file, str) or not Path(file).is_relative_to(folder):
             raise
         raise UserError(
             f"training.output_dir={folder}: {file} cannot be used ({error.strerror}); take it away or mend its"

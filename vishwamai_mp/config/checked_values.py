@@ -30,16 +30,25 @@ def check_values(config: PretrainConfig) -> None:
 
 
 def check_paths(config: PretrainConfig) -> None:
-    """Refuse `~` at the beginning of a path: `output_dir=~/runs`, which no shell expands behind `=`, would make a
-    folder of that name."""
+    """Refuse `~` at the beginning of a path."""
     for section, name in _PATHS:
         value = getattr(getattr(config, section), name)
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and text.startswith("~"):
-                raise ConfigError(
-                    f"{section}.{name}={text}: ~ is taken to the letter here; write the whole path, or ./{text} where"
-                    " that is its name"
-                )
+            if isinstance(text, str):
+                refuse_home(f"{section}.{name}=", text)
+
+
+def refuse_home(named: str, path: str) -> None:
+    """Raise `ConfigError` for `~/runs` behind `=`, where no shell expands it: it would become a folder of that name.
+
+    Args:
+        named: what stands before the path on the command line.
+        path: as it was given.
+    """
+    if path.startswith("~"):
+        raise ConfigError(
+            f"{named}{path}: ~ is taken to the letter here; write the whole path, or ./{path} where that is its name"
+        )
 
 
 def _values(value: Any, key: str) -> Iterator[tuple[str, str | int]]:
