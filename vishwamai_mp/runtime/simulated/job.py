@@ -64,6 +64,9 @@ def simulated_job(
         stack.enter_context(_absent_peers())
         dist.init_process_group(dist.Backend.FAKE, store=FakeStore(), rank=rank, world_size=world_size)
         stack.callback(shutdown)
+        # Backward in this thread, not in one of the device's own: what that one lets go of late, at the end of the
+        # process, needs an interpreter which is gone by then, and C++ aborts.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         runtime = initialize(config)
         recorder = Recorder(where, simulates=True)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
