@@ -26,7 +26,7 @@ def main() -> None:
     try:
         import uvicorn
 
-        from vishwamai_mp.serving import Limits, Service, build_app
+        from vishwamai_mp.serving import WEB_OPTIONS, Limits, Service, build_app
     except ImportError as error:
         raise UserError(f"serving needs {error.name}; pip install -c constraints.txt -e .[serve]") from None
     from vishwamai_mp.opening import laid_out
@@ -40,7 +40,8 @@ def main() -> None:
         generator = model.generator(speculate=options.speculate, reuse_tokens=options.reuse_tokens)
         service = Service(generator, model.tokenizer, tree, ending, limits)
         try:
-            uvicorn.run(build_app(service, model.name), host=options.host, port=options.port)
+            app = build_app(service, model.name, options.allow_host)
+            uvicorn.run(app, host=options.host, port=options.port, **WEB_OPTIONS)
         finally:
             service.close()
 
@@ -50,6 +51,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--load", required=True, help="a run folder, its checkpoints folder, or one checkpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        type=bare_name,
+        metavar="NAME",
+        help="a name by which this server is reached beside localhost, as behind a reverse proxy; may be repeated",
+    )
     parser.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
@@ -94,6 +103,12 @@ def parse_arguments() -> argparse.Namespace:
     if options.draft_model is not None and not options.speculate:
         raise UserError("--draft-model guesses up to --speculate N tokens at a time; add it, --speculate 4 for a start")
     return options
+
+
+def bare_name(text: str) -> str:
+    if not text or set(text) & set("/:@ "):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a name alone, without https:// and without a port")
+    return text
 
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -167,7 +167,7 @@ def test_a_number_that_no_float_holds_is_refused():
         ("r.yaml", "1: 2", "unknown key '1'"),
         ("r.yaml", "null: 2", "keys should be strings"),
         ("r.yaml", "model: {dim: 3, dim: 4}", "the key dim stands twice"),
-        ("r.json", '{"model": {"dim": 3, "dim": 4}}', "the key dim stands twice"),
+        ("r.json", '{"model": {"dim": 3, "dim": 4}}', "the key 'dim' stands twice"),
         ("r.json", '{"training": {"output_dir": 123}}', "training.output_dir=123: input should be a valid string"),
         ("r.yaml", "training: {output_dir: null}", "training.output_dir=null: it needs a text; put quotes around"),
         ("r.yaml", "training: {output_dir:}", "training.output_dir=null: it needs a text"),

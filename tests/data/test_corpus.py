@@ -166,6 +166,8 @@ def test_several_keys_come_together(tmp_path):
         (b'{"text": "a\0b"}', "not JSON: Invalid control character at at column 12"),
         (b'{"text": "a\\ud800"}', "'text' has a lone surrogate (\\ud800) at 1"),
         (b'{"text": "caf\xe9"}', "broken UTF-8: byte 0xe9 at 13"),
+        (b'{"text": "a", "text": "b"}', "not usable JSON: the key 'text' stands twice in one object"),
+        (b'{"text": "a", "m": [{"x": 1, "y": 2, "x": 3}]}', "not usable JSON: the key 'x' stands twice in one object"),
         (b'{"text": ' + b"[" * 100_000, "not usable JSON: nested too deeply"),
         (b'{"text": ' + b"9" * 5000 + b"}", "not usable JSON: Exceeds the limit"),
     ],

@@ -40,7 +40,7 @@ def server(generator: Any = None, **limits: Any) -> Iterator[tuple[Any, int]]:
 
     from tests.model.builds import build
     from vishwamai_mp.inference import Generator
-    from vishwamai_mp.serving import Limits, Service, build_app
+    from vishwamai_mp.serving import WEB_OPTIONS, Limits, Service, build_app
 
     prompts = Letters()
     if generator is None:
@@ -48,7 +48,8 @@ def server(generator: Any = None, **limits: Any) -> Iterator[tuple[Any, int]]:
         config, runtime, (model,) = build(*settings)
         generator = Generator(config, runtime, model, decode=prompts.decode)
     service = Service(generator, prompts, generator.engine.config.tree, {"stop_tokens": (5,)}, Limits(**limits))
-    web = uvicorn.Server(uvicorn.Config(build_app(service, "tiny"), port=0, log_level="error"))
+    app = build_app(service, "tiny", ["models.example"])
+    web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **WEB_OPTIONS))
     thread = threading.Thread(target=web.run, daemon=True)
     thread.start()
     while not web.started:
@@ -65,9 +66,11 @@ def post(port: int, **body: Any) -> tuple[int, str]:
     return send(port, json.dumps(body))
 
 
-def send(port: int, text: str, address: str = "/v1/completions", method: str = "POST") -> tuple[int, str]:
+def send(
+    port: int, text: str, address: str = "/v1/completions", method: str = "POST", **headers: str
+) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, address, text, {"content-type": "application/json"})
+    connection.request(method, address, text, {"Content-Type": "application/json", **headers})
     response = connection.getresponse()
     return response.status, response.read().decode()
 

@@ -1,6 +1,7 @@
 """Requests field by field, without a server."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -112,6 +113,20 @@ def test_chats_likewise(body: dict[str, Any], field: str) -> None:
 def test_what_is_no_json_object(raw: bytes) -> None:
     with pytest.raises(Refusal, match="the request is not"):
         parse(CompletionRequest, raw, _LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "field"),
+    [
+        (b'{"prompt": "x", "seed": 1, "seed": 2}', "seed", "seed"),
+        (b'{"prompt": "x", "metadata": {"a": 1, "a": 1}}', "a", "a"),
+        (b'{"\\ud800": 1, "\\ud800": 2}', r"\ud800", None),
+    ],
+)
+def test_a_key_that_stands_twice(raw: bytes, key: str, field: str | None) -> None:
+    with pytest.raises(Refusal, match=f"the key '{re.escape(key)}' stands twice") as refused:
+        parse(CompletionRequest, raw, _LIMITS)
+    assert refused.value.parameter == field
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,13 @@ def conversation() -> dict[str, Any]:
                 post(port, prompt="x", beam_width=2),
                 send(port, "{oops"),
             ],
+            "at the door": [
+                send(port, json.dumps(body), Host="other.example"),
+                send(port, json.dumps(body), Origin="http://other.example"),
+                send(port, json.dumps(body), **{"Content-Type": "text/plain"}),
+            ],
+            "to a WebSocket": send(port, json.dumps(body), Connection="Upgrade", Upgrade="websocket"),
+            "by another name": send(port, json.dumps(body), Host="models.example"),
             "parallel": in_parallel(port, body),
         }
         # A client that leaves in the middle of its stream: 60 slow tokens take longer than it takes to notice.
@@ -95,6 +102,10 @@ def test_the_endpoint(workers: WorkerPool) -> None:
     assert stopped["finish_reason"] == "stop"
     assert stopped["text"] == expected[: expected.index(expected[3:5])]
     assert found["parallel"] == [expected] * 4
+    assert [status for status, _ in found["at the door"]] == [403, 403, 415]
+    assert {json.loads(text)["error"]["type"] for _, text in found["at the door"]} == {"invalid_request_error"}
+    for name in ("to a WebSocket", "by another name"):
+        assert json.loads(found[name][1])["choices"] == whole["choices"]
     grown = events(found["tree"][1])
     sizes = [len(event["tree"]["nodes"]) for event in grown]
     assert sizes == sorted(set(sizes))

@@ -26,6 +26,7 @@ from vishwamai_mp.config import (
     resolve,
 )
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.config.json_text import parse_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _Section = TypeVar("_Section", MemoryConfig, CacheConfig)
@@ -167,12 +168,12 @@ def read_section(folder: str | Path, section: str) -> Any:
     """
     path = Path(folder) / CONFIG
     try:
-        return getattr(load_config({section: json.loads(path.read_text(encoding="utf-8"))}), section)
+        return getattr(load_config({section: parse_json(path.read_text(encoding="utf-8"))}), section)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a folder of save_pretrained") from None
     except ConfigError as error:
         raise UserError(f"{path} is not of this component: {error}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UserError(f"{path} is no JSON; copy the folder again") from None
 
 

@@ -92,7 +92,7 @@ def _read(name: str) -> dict[str, Any]:
             f"--config {name}: neither a .yaml/.json file nor a preset ({', '.join(preset_names())}){meant}"
         )
     try:
-        tree = _read_json(text) if path.suffix == ".json" else read_yaml(text)
+        tree = parse_json(text) if path.suffix == ".json" else read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {name}: not valid {path.suffix[1:]} ({_reason(error)})") from None
     if tree is None:
@@ -100,16 +100,6 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {name}: expected sections such as 'model:', found {type(tree).__name__}")
     return tree
-
-
-def _read_json(text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the key {twice[0]} stands twice")
-        return dict(pairs)
-
-    return parse_json(text, object_pairs_hook=once)
 
 
 def _reason(error: Exception) -> str:

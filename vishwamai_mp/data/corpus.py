@@ -9,14 +9,15 @@ document.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.data.parquet import row_blocks, rows_of
 from vishwamai_mp.data.streams import COMPRESSED_SUFFIXES, open_stream
 
@@ -252,15 +253,13 @@ def read_records(part: Part) -> Iterator[tuple[str, Any] | Malformed]:
             continue
         where = f"{part.path}:{number}"
         try:
-            record = json.loads(line.decode())
+            record = parse_json(line.decode())
         except UnicodeDecodeError as error:
             yield Malformed(where, _not_utf8(error, number == 1))
-        except json.JSONDecodeError as error:
+        except JSONDecodeError as error:
             array = "; one JSON object per line is needed, not an array" if line.lstrip().startswith(b"[") else ""
             yield Malformed(where, f"not JSON: {error.msg} at column {error.colno}{array}")
-        except RecursionError:
-            yield Malformed(where, "not usable JSON: nested too deeply")
-        except ValueError as error:  # a number of thousands of digits, which Python refuses to read
+        except ValueError as error:  # such as a number of thousands of digits, which Python refuses to read
             yield Malformed(where, f"not usable JSON: {error}")
         else:
             yield where, record

@@ -3,8 +3,8 @@
 import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 
 # isort: split
-from vishwamai_mp.serving.app import build_app
+from vishwamai_mp.serving.app import WEB_OPTIONS, build_app
 from vishwamai_mp.serving.limits import Limits
 from vishwamai_mp.serving.service import Service
 
-__all__ = ["Limits", "Service", "build_app"]
+__all__ = ["WEB_OPTIONS", "Limits", "Service", "build_app"]

@@ -5,20 +5,24 @@ import contextlib
 import html
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.observability.page import page as html_page
 from vishwamai_mp.observability.tree_page import SCRIPT, STYLE
 from vishwamai_mp.serving import answers
+from vishwamai_mp.serving.door import check_sender
 from vishwamai_mp.serving.limits import Refusal, refusal_of
 from vishwamai_mp.serving.requests import ChatRequest, Common, CompletionRequest, parse
 from vishwamai_mp.serving.service import Service
@@ -26,16 +30,20 @@ from vishwamai_mp.serving.service import Service
 _PAGE = Path(__file__).with_name("page.html")  # what is within <main>
 _BODY_SECONDS = 30.0  # that a client may take to send its request
 _LOOK_SECONDS = 0.2  # between two looks whether a client that waits is still there
+# What uvicorn is to be told of the application. A request to change over to a WebSocket is answered as any other:
+# uvicorn would hand it to a library for these, which leaves a POST without an answer.
+WEB_OPTIONS: dict[str, Any] = {"ws": "none"}
 
 Result = TypeVar("Result")
 
 
-def build_app(service: Service, name: str) -> Starlette:
+def build_app(service: Service, name: str, hosts: Collection[str] = ()) -> Starlette:
     """The application.
 
     Args:
         service: the model's thread.
         name: of the model, for clients.
+        hosts: names of this machine by which clients may reach it, beside localhost.
     """
     endpoint = _Endpoint(service, name)
     return Starlette(
@@ -47,8 +55,26 @@ def build_app(service: Service, name: str) -> Starlette:
             Route("/v1/completions", endpoint.completions, methods=["POST"]),
             Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
         ],
+        middleware=[Middleware(_Door, hosts=hosts)],
         exception_handlers=dict.fromkeys((Exception, HTTPException, UserError, ClientDisconnect), _refuse),
     )
+
+
+class _Door:
+    """Lets in what no page of another site sends."""
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self._app, self._hosts = app, frozenset(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer: ASGIApp = self._app
+        if scope["type"] == "http":
+            address, _ = scope.get("server") or ("", None)
+            try:
+                check_sender(scope["method"], Headers(scope=scope), address, self._hosts)
+            except Refusal as refusal:
+                answer = JSONResponse(refusal.body(), refusal.status)
+        await answer(scope, receive, send)
 
 
 class _Endpoint:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vishwamai_mp.config.json_text import DuplicateKeyError, parse_json
 from vishwamai_mp.inference import SamplingOptions
 from vishwamai_mp.serving.limits import Limits, Refusal
 
@@ -112,11 +113,13 @@ def parse(kind: type[T], raw: bytes, limits: Limits) -> T:
         Refusal: it is none, or asks for too much; names the field.
     """
     try:
-        data = json.loads(raw, parse_constant=_no_number, parse_float=_number)
+        data = parse_json(raw, parse_constant=_no_number, parse_float=_number)
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start].encode("unicode_escape").decode()
         raise Refusal(f"the request has {half}, half of a surrogate pair, which is no text") from None
+    except DuplicateKeyError as error:
+        raise Refusal(str(error), error.key if error.key.isidentifier() else None) from None
     except (ValueError, RecursionError) as error:
         raise Refusal(f"the request is not JSON: {error}") from None
     if not isinstance(data, Mapping):
