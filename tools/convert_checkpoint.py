@@ -118,12 +118,13 @@ def to_hf(options: argparse.Namespace) -> None:
     tokenizer = tokenizer_path(options, source)
     template = read_text(options.chat_template) if options.chat_template else None
     dtype = by_option(options.dtype) if options.dtype else None
+    prompts = prompts_to_compare(options, source) if options.verify else []  # a mistake in them costs no export
     chosen = ExportOptions(dtype, options.max_shard_size, tokenizer, template, options.gguf)
     for note in export_folder(source, options.output, chosen):
         print(note, file=sys.stderr)
     print(f"{source.path} → {options.output}")
     if options.verify:
-        verify(options)
+        compare_with_folder(options, source, prompts)
 
 
 def to_peft(options: argparse.Namespace) -> None:
@@ -151,12 +152,18 @@ def from_hf(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    from vishwamai_mp.conversion.verify import compare
+    source = open_source(options.load, options.family)
+    compare_with_folder(options, source, prompts_to_compare(options, source))
+
+
+def prompts_to_compare(options: argparse.Namespace, source: "Source") -> list[list[int]]:
+    """Token ids of --prompt, or some drawn at random, once all that a comparison needs is there."""
+    from vishwamai_mp.conversion.verify import check_prompts, random_prompts, require_transformers
 
     if options.tokens < 1:
         raise UserError(f"--tokens {options.tokens}: use 1 or more")
-    source = open_source(options.load, options.family)
-    prompts: list[list[int]] = []
+    require_transformers()
+    prompts = random_prompts(source, options.tokens)
     if options.prompt:
         from vishwamai_mp.data.tokenizer import Tokenizer
 
@@ -165,6 +172,13 @@ def verify(options: argparse.Namespace) -> None:
             raise UserError(f"{source.run} has no tokenizer for --prompt; name one with --tokenizer")
         tokenizer = Tokenizer(path)
         prompts = [tokenizer.encode(prompt) for prompt in options.prompt]
+    check_prompts(source, prompts, options.tokens)
+    return prompts
+
+
+def compare_with_folder(options: argparse.Namespace, source: "Source", prompts: list[list[int]]) -> None:
+    from vishwamai_mp.conversion.verify import compare
+
     result = compare(source, options.output, prompts, options.tokens, options.tolerance)
     if not result.is_equal:
         raise UserError(f"{options.output} is not the model of {source.path}: {result.describe()}")

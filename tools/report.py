@@ -37,7 +37,7 @@ def main() -> None:
             print(f"{run.folder}: {note}", file=sys.stderr)
     text = render_report(runs)
     write_page(options.output, text, "--output")
-    print(f"{options.output}: {', '.join(run.name for run in runs)}; {len(text.encode()) / 2**20:.1f} MiB")
+    print(f"{options.output}: {', '.join(run.name for run in runs)}; {len(text.encode()) / 2**10:,.0f} KiB")
 
 
 if __name__ == "__main__":

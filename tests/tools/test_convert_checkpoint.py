@@ -145,6 +145,32 @@ def test_mistakes_are_one_line(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "--tokens 0: use 1 or more"),
+        (["--tokens", "99999"], "exceed the model's context"),
+        (["--prompt", "a", "--tokenizer", "none"], "has no tokenizer for --prompt"),
+        (["--without-transformers"], "verifying needs transformers; pip install 'vishwamai-mp[hf]'"),
+    ],
+)
+def test_what_cannot_be_verified_is_not_exported(
+    ending: Callable[..., SystemExit],
+    monkeypatch: pytest.MonkeyPatch,
+    run: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    """An export may take hours, and its folder could not be written to again."""
+    if arguments == ["--without-transformers"]:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        arguments = []
+    output = tmp_path / "hf"
+    assert message in str(ending("to-hf", "--load", str(run), "--output", str(output), "--verify", *arguments).code)
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("size", ["5 apples", "0", "GB", "-1GB"])
 def test_a_size_that_is_none(ending: Callable[..., SystemExit], capsys: pytest.CaptureFixture[str], size: str) -> None:
     assert ending("to-hf", "--load", "a", "--output", "b", f"--max-shard-size={size}").code == 2

@@ -21,7 +21,7 @@ def test_it_writes_one_whole_file(tmp_path):
     page = tmp_path / "out.html"
     done = run_tool(*runs, runs[0], "--output", page)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(rf"{page}: a, b; \d\.\d MiB\n", done.stdout)
+    assert re.fullmatch(rf"{page}: a, b; [\d,]+ KiB\n", done.stdout)
     assert page.read_text(encoding="utf-8").endswith("</html>\n")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a", "b", "out.html"]
 

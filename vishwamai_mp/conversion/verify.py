@@ -5,6 +5,7 @@ byte by byte, what this package exports, and the package's copy is run. Shapes: 
 """
 
 import gc
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -94,7 +95,7 @@ def compare(
     family = source.family
     _refuse_foreign_code(folder, config, family)
     prompts = prompts or random_prompts(source, new_tokens)
-    _check(source, prompts, new_tokens)
+    check_prompts(source, prompts, new_tokens)
     with _hugging_face(folder, config, family) as model:
         rows = [_greedy(model, prompt, new_tokens) for prompt in prompts]
         theirs = [model(row[None]).logits[0] for row in rows]
@@ -121,14 +122,19 @@ def random_prompts(source: Source, new_tokens: int) -> list[list[int]]:
 
 
 def steady_length(model: ModelConfig) -> int:
-    """The longest text, in tokens, whose rotary frequencies are those of its beginning; see `_check`."""
+    """The longest text, in tokens, whose rotary frequencies are those of its beginning; see `check_prompts`."""
     scaling, context = model.rope_scaling, model.max_position_embeddings
     if scaling and scaling.rope_type in ("dynamic", "longrope"):
         return min(context, scaling.original_max_position_embeddings)
     return context
 
 
-def _check(source: Source, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+def check_prompts(source: Source, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    """Refuse prompts that cannot be compared on.
+
+    Raises:
+        UserError: one is empty, or the model has no room for it and the new tokens.
+    """
     model, cache = source.config.model, source.config.cache
     held = cache.max_cache_length // cache.latents_per_segment * cache.segment_length
     for prompt in prompts:
@@ -176,14 +182,22 @@ def _compare(
     return Comparison(difference, largest, count, different, tolerance)
 
 
+def require_transformers() -> None:
+    """Refuse to begin what ends with a comparison where there is nothing to compare with.
+
+    Raises:
+        UserError: transformers is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("verifying needs transformers; pip install 'vishwamai-mp[hf]'")
+
+
 @contextmanager
 def _hugging_face(folder: Path, config: dict[str, Any], family: type[Family]) -> Iterator[Any]:
     has_components = _refuse_foreign_code(folder, config, family)
-    try:
-        import transformers
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise UserError("verifying needs transformers; pip install 'vishwamai-mp[hf]'") from None
+    import transformers
+    from transformers import AutoModelForCausalLM
+
     transformers.utils.logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
     if has_components:

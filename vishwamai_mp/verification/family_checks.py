@@ -4,7 +4,6 @@ Nothing in the folder is run or changed; what is written lies in a folder of the
 held in memory at a time, except that training needs its gradients and the optimizer's state besides.
 """
 
-import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from vishwamai_mp.conversion.journal import check_space
 from vishwamai_mp.conversion.rows import Piece, RowReader
 from vishwamai_mp.conversion.source import open_source
 from vishwamai_mp.conversion.to_hf import ExportOptions, export_folder
-from vishwamai_mp.conversion.verify import Comparison, compare, steady_length
+from vishwamai_mp.conversion.verify import Comparison, compare, require_transformers, steady_length
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.model import build_model
@@ -101,8 +100,7 @@ def verify(
     Raises:
         UserError: not a folder that can be imported, no transformers, or not enough memory or disk.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("verifying needs transformers; pip install 'vishwamai-mp[hf]'")
+    require_transformers()
     described = model_config.read_config(folder)
     family = family_of(described, folder / "config.json")
     opened = open_folder(folder)
