@@ -5,13 +5,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from tests.synthetic import tiny_corpus
 from vishwamai_mp.config import UserError, load_config, resolve
-from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory, is_out_of_memory
+from vishwamai_mp.runtime import out_of_memory
+from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory, check_memory, is_out_of_memory
+from vishwamai_mp.training import loop
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 # When it begins to train, rank 1 may grow by a little; rank 0 then waits for it in a collective.
@@ -89,6 +93,21 @@ def test_every_allocators_error_becomes_advice(allocate: Callable[[], None], mon
         allocate()
     assert "training.recompute=" in str(error.value)
     assert error.value.__cause__ is not None
+
+
+def test_what_no_memory_of_this_machine_holds_is_refused_before_it_is_made(monkeypatch, tmp_path):
+    """On a CPU nothing raises: the machine stalls, then the kernel kills the process."""
+    monkeypatch.setattr(loop, "build_model", lambda *_: pytest.fail("made"))
+    config = resolve(load_config("1b", [f"training.output_dir={tmp_path / 'run'}"]), 1)
+    monkeypatch.setattr(out_of_memory, "machine_memory", lambda: 24 * 2.0**30)
+    with pytest.raises(UserError, match=r"too large for this machine, which has 24.0 GiB of memory and swap") as error:
+        loop.Trainer(config, cast(Any, SimpleNamespace(world_size=1, reports=True)), cast(Any, None), [])
+    assert "training.micro_batch_size=2 " in str(error.value)
+    assert "or a smaller model" in str(error.value)
+    monkeypatch.setattr(out_of_memory, "machine_memory", lambda: 40 * 2.0**30)
+    assert check_memory(config, 1).startswith("too large for this machine, which has 40.0 GiB")  # activations: a guess
+    monkeypatch.setattr(out_of_memory, "machine_memory", lambda: 64 * 2.0**30)
+    assert check_memory(config, 1) == ""
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), UserError("out of memory of my own"), OSError("x")])

@@ -127,7 +127,7 @@ def test_a_run_says_what_it_is_and_what_came_of_it(workers: WorkerPool, corpus, 
     assert table["batch"].startswith("8 sequences × 32 = 256 tokens a step, in 2 passes of 2 per replica; 768 tokens")
     assert re.match(r"about [\d.]+ MiB per process: [\d.]+ MiB for weights", table["footprint"])
     assert table["output"] == f"{tmp_path}, a new run of 3 steps"
-    assert table["footprint"].endswith("of this machine's memory for each process")
+    assert table["footprint"].endswith("of this machine's memory and swap for each process")
     assert table["done"].startswith("step 3 of 3 in 0:00:0")
     assert re.match(r"[\d.]+ MiB per process, measured [\d.]+ [MG]iB with the program's libraries", table["planned"])
     assert f"loss {told.losses[-1]:.4f}" in table["done"]

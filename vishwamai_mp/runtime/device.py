@@ -10,6 +10,7 @@ from ctypes import CDLL
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -36,6 +37,12 @@ GPU_PEAK_TFLOPS = {
 }
 _MOST_PER_CORE = 4
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def machine_memory() -> float:
+    """This process's share of the machine's memory and swap, in bytes."""
+    whole = psutil.virtual_memory().total + psutil.swap_memory().total
+    return whole / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def local_rank() -> int:

@@ -27,7 +27,7 @@ from vishwamai_mp.runtime.choices import table_of_run
 from vishwamai_mp.runtime.choices import use as use_ways
 from vishwamai_mp.runtime.device import peak_flops
 from vishwamai_mp.runtime.distributed import collectives_within
-from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
+from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory, check_memory
 from vishwamai_mp.runtime.step_journal import phase, step
 from vishwamai_mp.training.callbacks.base import Callback
 from vishwamai_mp.training.garbage import garbage_collected_every
@@ -84,6 +84,8 @@ class Trainer:
         self.folder = Path(config.training.output_dir)
         _make_folder(self.folder)
         self.lock = RunLock(self.folder, self.say)
+        if too_much := check_memory(config, runtime.world_size):
+            self.say(too_much)
         self.chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
         self.optimizer = build_optimizer(config, runtime, self.chunks)
         self.steps = TrainStep(config, runtime, self.chunks, self.optimizer)

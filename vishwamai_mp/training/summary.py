@@ -19,7 +19,7 @@ from vishwamai_mp.planning.stacks import find_stack
 from vishwamai_mp.planning.step_time import Machine, step_time, tokens_per_second_per_gpu
 from vishwamai_mp.precision import PrecisionPolicy, lacking_hardware
 from vishwamai_mp.runtime import Runtime
-from vishwamai_mp.runtime.device import cpu_threads, peak_flops
+from vishwamai_mp.runtime.device import cpu_threads, machine_memory, peak_flops
 
 
 def opening_lines(config: PretrainConfig, runtime: Runtime, step: int) -> str:
@@ -235,12 +235,11 @@ def _device_bytes(runtime: Runtime) -> float:
     """Of the GPU; of the machine's memory the share of one process."""
     if runtime.device.type == "cuda":
         return float(torch.cuda.get_device_properties(runtime.device).total_memory)
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return pages * size / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return machine_memory()
 
 
 def _whose(runtime: Runtime) -> str:
-    return "on the device" if runtime.device.type == "cuda" else "of this machine's memory for each process"
+    return "on the device" if runtime.device.type == "cuda" else "of this machine's memory and swap for each process"
 
 
 def _next_commands(config: PretrainConfig) -> list[str]:
