@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.config.errors import UserError, one_line, run_program
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 
 if TYPE_CHECKING:
     from vishwamai_mp.conversion.families import Family
@@ -213,7 +213,7 @@ def tokenizer_path(options: argparse.Namespace, source: "Source") -> Path | None
 
 def read_text(path: Path) -> str:
     try:
-        refuse_pointer(path)
+        refuse_pointer_or_pipe(path)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--chat-template {path} cannot be read ({one_line(error)})") from None

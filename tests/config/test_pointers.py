@@ -1,6 +1,7 @@
-"""What git-lfs leaves in place of a file is named by whatever reads the file; nothing takes it for content."""
+"""What git-lfs leaves in place of a file is named by whatever reads the file, and so are named pipes."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,31 @@ def test_a_pipe_is_not_read_to_find_out(tmp_path):
     """What is read of it is gone; and opening one that nobody writes to waits for ever."""
     os.mkfifo(tmp_path / "pipe")
     assert not is_pointer(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.yaml", "a.json", "tokenizer.model", "tokenizer.json", "prompts.txt", "records.jsonl", "manifest.json"],
+)
+def test_a_named_pipe_is_refused(tmp_path: Path, tokenizer: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    writer = threading.Thread(target=(tmp_path / name).write_text, args=("{}",), daemon=True)
+    writer.start()  # so that who reads it all the same fails instead of waiting
+    with pytest.raises(UserError, match=f"{name} is a named pipe"):
+        READERS[name](tmp_path / name, tokenizer)
+    reader = os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK)  # lets the writer go
+    writer.join()
+    os.close(reader)
+
+
+def test_corpora_come_through_pipes_and_lines_from_the_shell(tmp_path: Path, tokenizer: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    writer = threading.Thread(target=(tmp_path / "a.txt").write_text, args=("some words",), daemon=True)
+    writer.start()
+    assert preprocess([tmp_path / "a.txt"], tokenizer, tmp_path / "out")
+    writer.join()
+    reading, writing = os.pipe()
+    os.write(writing, b"one\ntwo\n")
+    os.close(writing)
+    assert list(text_lines(Path(f"/dev/fd/{reading}"))) == ["one", "two"]
+    os.close(reading)

@@ -14,7 +14,7 @@ from typing import Any
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.json_text import parse_json
-from vishwamai_mp.config.pointers import is_pointer, refuse_pointer
+from vishwamai_mp.config.pointers import is_pointer, refuse_pointer_or_pipe
 from vishwamai_mp.config.resolve_fp8 import SCALING_STATE
 
 NAME = "manifest.json"
@@ -112,12 +112,12 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: there is none, it is not ours, or a newer version of this program wrote it.
     """
     path = folder / NAME
+    refuse_pointer_or_pipe(path)
     try:
         raw = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder}: no checkpoint here ({NAME} is missing)") from None
     except (OSError, ValueError) as error:
-        refuse_pointer(path)
         raise UserError(f"{path} cannot be read ({_one_line(error)})") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:

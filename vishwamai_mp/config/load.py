@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from vishwamai_mp.config.checked_values import check_values
 from vishwamai_mp.config.errors import ConfigError, one_line
 from vishwamai_mp.config.json_text import parse_json
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 from vishwamai_mp.config.resolve_schedule import shortened_schedule
 from vishwamai_mp.config.schema import Blend, PretrainConfig
 from vishwamai_mp.config.yaml_text import read_yaml
@@ -75,7 +75,7 @@ def _read(name: str) -> dict[str, Any]:
     preset = resources.files("vishwamai_mp.config") / "presets" / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml", ".json"):
         try:
-            refuse_pointer(path)
+            refuse_pointer_or_pipe(path)
             text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte order mark
         except UnicodeDecodeError as error:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Tells files apart from what `git clone` leaves in place of large ones without git-lfs."""
+"""Tells files apart from what stands in their place: pointers that `git clone` leaves without git-lfs, named pipes."""
 
 from pathlib import Path
 
@@ -27,3 +27,13 @@ def refuse_pointer(path: Path) -> None:
     """Raise `UserError` where `path` is such a pointer."""
     if is_pointer(path):
         raise UserError(f"{path} is a git-lfs pointer, its content was not downloaded: run git lfs pull in its folder")
+
+
+def refuse_pointer_or_pipe(path: Path) -> None:
+    """Raise `UserError` where `path` is such a pointer, or a named pipe: to read one waits until somebody writes to it.
+
+    What the shell opens for the program (`/dev/stdin`, `<(command)`) is written to and may be read.
+    """
+    refuse_pointer(path)
+    if path.is_fifo() and path.parts[:2] not in (("/", "dev"), ("/", "proc")):
+        raise UserError(f"{path} is a named pipe, and a file is needed: write its content to one")

@@ -11,7 +11,7 @@ from typing import Any
 from vishwamai_mp.config import ConfigError, ModelConfig, PretrainConfig, UserError, load_config, resolve
 from vishwamai_mp.config.errors import one_line
 from vishwamai_mp.config.json_text import parse_json
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 from vishwamai_mp.conversion import components, quantized_weights
 from vishwamai_mp.conversion.families import Family, family_holding
 from vishwamai_mp.conversion.value_kinds import NUMBER, check_kinds
@@ -85,6 +85,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: there is none, or it is no JSON object.
     """
     path = folder / "config.json"
+    refuse_pointer_or_pipe(path)
     try:
         config = parse_json(path.read_bytes())
     except FileNotFoundError:
@@ -94,7 +95,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             ) from None
         raise UserError(f"{folder} is no Hugging Face folder (config.json is missing)") from None
     except (OSError, ValueError) as error:
-        refuse_pointer(path)
         raise UserError(f"{path} cannot be read ({one_line(error)})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object")

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.json_text import parse_json
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -101,7 +101,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         UserError: it is no whole safetensors file.
     """
     try:
-        refuse_pointer(path)
+        refuse_pointer_or_pipe(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _MOST_HEADER_BYTES:
@@ -146,7 +146,7 @@ def are_equal(left: Entry, right: Entry) -> bool:
 
 def _read_indexed(folder: Path) -> dict[str, Entry]:
     path = folder / INDEX
-    refuse_pointer(path)
+    refuse_pointer_or_pipe(path)
     try:
         places = {str(name): str(file) for name, file in parse_json(path.read_bytes())["weight_map"].items()}
     except (OSError, AttributeError, KeyError, TypeError, ValueError):

@@ -21,7 +21,7 @@ from typing import Any
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.errors import one_line
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
 from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE
 
@@ -109,7 +109,7 @@ class ChatTemplate:
 def read_template(path: Path) -> ChatTemplate:
     """The template in a file of its own. Raises `UserError` where it cannot be read or is none."""
     try:
-        refuse_pointer(path)
+        refuse_pointer_or_pipe(path)
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}); mend it or take it away") from None

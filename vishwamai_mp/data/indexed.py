@@ -24,7 +24,7 @@ import numpy as np
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.config.files import aside_of, sync_folder
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -218,7 +218,7 @@ def check_indexed(prefix: str | os.PathLike[str], vocab_size: int | None = None)
             raise UserError(f"no data file {path}: give the prefix that tools/preprocess_data.py printed")
         if path.stat().st_size == 0:
             raise UserError(f"data file {path} is empty: preprocess it again")
-        refuse_pointer(path)
+        refuse_pointer_or_pipe(path)
     dtype, sequences, boundaries = _check_header(idx_path)
     index = np.memmap(idx_path, mode="r")
     try:

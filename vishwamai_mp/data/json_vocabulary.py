@@ -9,7 +9,7 @@ from typing import Any
 
 from vishwamai_mp.config.errors import UserError, one_line
 from vishwamai_mp.config.json_text import parse_json
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 from vishwamai_mp.data.cutting import DIGITS, SPACE_CUTTING
 
 SETTINGS_FILE = "tokenizer_config.json"
@@ -163,7 +163,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A JSON object that may lie beside a tokenizer; empty without one. Raises `UserError` for anything else."""
     if not path.is_file():
         return {}
-    refuse_pointer(path)
+    refuse_pointer_or_pipe(path)
     try:
         settings = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.config.json_text import parse_json
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 
 
 def text_lines(path: Path, errors: str = "strict") -> Iterator[str]:
@@ -22,9 +22,9 @@ def text_lines(path: Path, errors: str = "strict") -> Iterator[str]:
     Raises:
         OSError: the file cannot be read.
         UnicodeDecodeError: it is not UTF-8, under "strict".
-        UserError: it is a pointer of git-lfs.
+        UserError: it is a pointer of git-lfs, or a named pipe.
     """
-    refuse_pointer(path)
+    refuse_pointer_or_pipe(path)
     with path.open(encoding="utf-8-sig", errors=errors, newline="\n") as file:
         for line in file:
             yield line.removesuffix("\n").removesuffix("\r")

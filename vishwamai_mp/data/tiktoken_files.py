@@ -16,7 +16,7 @@ from typing import Any
 
 from vishwamai_mp.config.errors import UserError, one_line
 from vishwamai_mp.config.json_text import parse_json
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 from vishwamai_mp.data.cutting import PATTERNS
 from vishwamai_mp.data.json_vocabulary import byte_alphabet
 
@@ -36,7 +36,7 @@ def tokenizer_json(path: Path, pattern: str | None, special: Sequence[str]) -> s
         UserError: the file is neither, has not all 256 bytes, says nothing of what is left out here, or makes no
             tokenizer with these arguments.
     """
-    refuse_pointer(path)
+    refuse_pointer_or_pipe(path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vishwamai_mp.config.errors import UserError
-from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, JsonVocabulary
 from vishwamai_mp.data.sentencepiece_vocabulary import SentencePieceVocabulary
 
@@ -241,7 +241,7 @@ def check_encodable(text: str) -> None:
 
 def _read_model_file(path: Path) -> bytes:
     try:
-        refuse_pointer(path)
+        refuse_pointer_or_pipe(path)
         proto = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"no tokenizer file {path}: make one with tools/train_tokenizer.py") from None
