@@ -147,7 +147,8 @@ def from_hf(options: argparse.Namespace) -> None:
     for note in notes:
         print(note, file=sys.stderr)
     checkpoint = options.output / "checkpoints/step_00000000"
-    settings = shlex.join([f"checkpoint.load={checkpoint}", "checkpoint.load_optimizer=false"])
+    recipe = options.output / "config.yaml"  # this model and, otherwise, what is usual
+    settings = shlex.join(["--config", str(recipe), f"checkpoint.load={checkpoint}", "checkpoint.load_optimizer=false"])
     print(f"{options.load} → {checkpoint}; train on with {settings}")
 
 

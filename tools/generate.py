@@ -244,6 +244,9 @@ def parse_arguments() -> argparse.Namespace:
                 f"--{name.replace('_', '-')} has no effect on --strategy {options.strategy}; it is for"
                 f" {' and '.join(strategies)}"
             )
+    search = [override for override in options.overrides if override.startswith("tree.")]
+    if search and options.strategy != "tree":
+        raise UserError(f"{search[0]} has no effect on --strategy {options.strategy}; it is for tree")
     if options.draft_model is not None and not options.speculate:
         raise UserError("--draft-model guesses up to --speculate N tokens at a time; add it, --speculate 4 for a start")
     if options.temperature is not None and not options.temperature > 0:

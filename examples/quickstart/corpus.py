@@ -7,12 +7,14 @@ The standard library's sources and the language reference (the `help()` topics),
 FOLDER/train.jsonl and, a hundredth of the files chosen by a hash of their names, FOLDER/held_out.jsonl.
 """
 
+import argparse
 import hashlib
 import json
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from vishwamai_mp.config.errors import UserError, run_program
 
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
 
@@ -31,10 +33,15 @@ def documents() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="made where it is not there")
+    folder = parser.parse_args().folder
     sizes = {"train": 0, "held_out": 0}
-    files = {part: (folder / f"{part}.jsonl").open("w", encoding="utf-8") for part in sizes}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {part: (folder / f"{part}.jsonl").open("w", encoding="utf-8") for part in sizes}
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}); name another folder") from None
     for name, text in documents():
         part = "held_out" if hashlib.sha256(name.encode()).digest()[0] < 3 else "train"
         files[part].write(json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n")
@@ -45,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

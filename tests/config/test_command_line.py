@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +82,11 @@ def test_the_schema_describes_every_section_and_key():
     command = [sys.executable, "-m", "vishwamai_mp.config.schema"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+    read, write = os.pipe()
+    os.close(read)
+    unread = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)  # piped into `head`
+    os.close(write)
+    assert (unread.returncode, unread.stderr) == (141, "")
     found = json.loads(done.stdout)
     assert found == json_schema()
     assert found["additionalProperties"] is False

@@ -268,10 +268,16 @@ def test_settings_that_do_not_fit(books):
 
 def test_a_corpus_of_few_documents_cannot_be_split(tmp_path):
     write_corpus(tmp_path / "one", [np.arange(200)])
+    write_corpus(tmp_path / "one_marks", [np.arange(200)])  # as prepared rows have them
     cause = "corpora are split between documents and .*one has only 1 .*--split-documents-at blank-lines"
     one, evaluated = str(tmp_path / "one"), {"evaluate_every": 5}
     _refused(
         _config(one, split="90,10,0", training=evaluated), f"less than one sequence, for {cause}", kind=ConfigError
+    )
+    _refused(
+        _config(one, split="90,10,0", prepared_rows=True, training={"evaluate_every": 5, "sequence_length": 199}),
+        "less than one sequence, for .*one has only 1 row; raise",
+        kind=ConfigError,
     )
     _refused(_config(one, split="40,60,0", training=evaluated), f"0 tokens for train.*, for {cause}")
 

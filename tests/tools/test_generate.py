@@ -264,6 +264,7 @@ def test_a_broken_newer_checkpoint_is_mentioned(
         (["--strategy", "beam", "--draft-model", "x"], "--draft-model has no effect on --strategy beam"),
         (["--speculate", "-1"], "speculate=-1: use 0 (no guesses) or more"),
         (["--top-k", "3"], "--top-k has no effect on --strategy greedy"),
+        (["tree.max_depth=2"], "tree.max_depth=2 has no effect on --strategy greedy; it is for tree"),
         (["--temperature", "0.7"], "--temperature has no effect on --strategy greedy"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--prompt", ""], "the prompt is empty"),

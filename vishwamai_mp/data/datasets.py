@@ -215,8 +215,8 @@ def _build(config: PretrainConfig, tokenizer: Vocabulary | None, rows: int | Non
     if valid is None and config.training.evaluate_every:
         raise ConfigError(
             f"training.evaluate_every={config.training.evaluate_every} but data.split={data.split} leaves validation"
-            f" less than one sequence{_few_documents(corpora)}; raise its second share, set data.valid or"
-            " training.evaluate_every=null"
+            f" less than one sequence{_few_documents(corpora, data.prepared_rows)}; raise its second share, set"
+            " data.valid or training.evaluate_every=null"
         )
     split = data.split if data.valid is None else None
     identities = tuple(corpus.identity for corpus in corpora)
@@ -224,12 +224,14 @@ def _build(config: PretrainConfig, tokenizer: Vocabulary | None, rows: int | Non
     return Datasets(train, valid, test, eod_id, fingerprint, notes)
 
 
-def _few_documents(corpora: Sequence[_Corpus]) -> str:
+def _few_documents(corpora: Sequence[_Corpus], prepared_rows: bool) -> str:
     """Why shares of a split may be empty, for a message; nothing where documents are many."""
     corpus = min(corpora, key=lambda corpus: len(corpus.indexed))
     if len(corpus.indexed) >= _FEW_DOCUMENTS:
         return ""
     count = len(corpus.indexed)
+    if prepared_rows:
+        return f", for {corpus.source.prefix} has only {count} row{'s' if count > 1 else ''}"
     return (
         f", for corpora are split between documents and {corpus.source.prefix} has only {count} (preprocess plain text"
         " with --split-documents-at blank-lines)"
@@ -313,7 +315,8 @@ def _samples(
             parts.append(part)
             weights.append(corpus.source.weight)
         elif split is Split.train or config.data.valid is not None:
-            raise UserError(f"{problem}{_few_documents([corpus])}; shorten training.sequence_length or use more data")
+            few = _few_documents([corpus], config.data.prepared_rows)
+            raise UserError(f"{problem}{few}; shorten training.sequence_length or use more data")
         else:
             notes.append(f"{problem}: left out of {split.name}")
     if not parts:
