@@ -6,9 +6,10 @@ import torch.distributed as dist
 
 from tests.model.builds import build, pieces, whole_model
 from tests.training.layouts import train
-from tests.training.test_layouts import Curve, assert_equal, curve
+from tests.training.test_layouts import FEW, Curve, assert_equal, curve
 
 _CACHE = [
+    FEW,
     "cache.enabled=true",
     "cache.num_heads=8",
     "cache.layers=[0,2]",
@@ -27,7 +28,8 @@ LAYOUTS = {
     "DP2": (2, ["parallel.use_distributed_optimizer=true"]),
     "recompute": (1, ["training.recompute=full"]),
 }
-_CARRIED = ["cache.carry_state=true", "data.consecutive=true", "data.reset_attention_mask=true"]
+_MANY = "training.global_batch_size=8"
+_CARRIED = [_MANY, "cache.carry_state=true", "data.consecutive=true", "data.reset_attention_mask=true"]
 # name: settings under which layouts must agree too
 VARIANTS = {
     "two-step": ["cache.retrieve_segments=2"],
@@ -67,17 +69,17 @@ def test_layouts_agree_in_variants(workers, one_process, name, variant):
     processes, layout = LAYOUTS[name]
     settings = VARIANTS[variant]
     assert_equal(curve(workers, processes, [*_CACHE, *layout, *settings]), one_process(*settings))
-    assert one_process(*settings) != one_process()
+    assert one_process(*settings) != one_process(*({_MANY} & {*settings}))
 
 
 def test_the_cache_changes_training(workers, one_process):
-    assert one_process() != curve(workers, 1, [])
+    assert one_process() != curve(workers, 1, [FEW])
 
 
 @pytest.mark.parametrize("name", ["TP2 SP", "CP2"])
 def test_bf16_layout_equals_one_process(workers, one_process, name):
     processes, layout = LAYOUTS[name]
-    settings = ["precision=bf16", "model.initializer_range=0.04"]
+    settings = [_MANY, "precision=bf16", "model.initializer_range=0.04"]
     ours = curve(workers, processes, [*_CACHE, *layout, *settings])
     assert_equal(ours, one_process(*settings), loss=5e-4, norm=1e-3)
 

@@ -10,6 +10,7 @@ import torch
 from tests.checkpoint import jobs
 from tests.neural_memory.builds import SETTINGS, drawn_outputs
 from tests.training.layouts import train
+from tests.training.test_layouts import FEW
 from tests.workers import WorkerPool
 from vishwamai_mp.config import MemoryConfig, UserError
 from vishwamai_mp.training import step as training_step
@@ -39,7 +40,7 @@ _CALM = "optimizer.epsilon=1e-6"
 
 def curve(overrides: list[str], steps: int = _STEPS) -> list[tuple[float, float]]:
     with drawn_outputs():
-        return train([*SETTINGS, _CALM, *overrides], steps)
+        return train([*SETTINGS, _CALM, FEW, *overrides], steps)
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +74,14 @@ def test_fp32_layout_equals_one_process(workers, one_process, name, settings):
 
 
 def test_the_memory_is_felt_in_those_curves(workers, one_process):
-    assert furthest(one_process(), workers.run(train, 1, [], _STEPS)[0])[0] > 1e-4
+    assert furthest(one_process(), workers.run(train, 1, [FEW], _STEPS)[0])[0] > 1e-4
 
 
 @pytest.mark.parametrize("name", ["TP2 SP", "PP2", "CP2"])
 def test_bf16_layout_equals_one_process(workers, one_process, name):
     processes, layout = LAYOUTS[name]
-    bf16 = ["precision=bf16", "model.initializer_range=0.04", "training.sequence_length=64"]
+    bf16 = ["precision=bf16", "model.initializer_range=0.04"]
+    bf16 += ["training.sequence_length=64", "training.global_batch_size=8"]
     expected = one_process(*bf16)
     loss, norm = furthest(workers.run(curve, processes, [*layout, *bf16])[0], expected)
     rounding = torch.finfo(torch.bfloat16).eps  # of one activation; a loss is the mean over hundreds of tokens

@@ -61,6 +61,8 @@ VARIANTS = {
     "packed": ["data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true"],
     "window": ["model.sliding_window=7"],
 }
+# Two micro-batches a step in one process, not four: as much as the order of their gradients' sum needs.
+FEW = "training.global_batch_size=4"
 FOR_VARIANTS = ("TP2 SP", "PP2x2", "CP2", "FSDP2")  # one for each way of cutting the model
 Curve = list[tuple[float, float]]
 
@@ -106,9 +108,9 @@ def test_fp32_layout_equals_one_process(workers, one_process, name):
 @pytest.mark.parametrize("name", FOR_VARIANTS)
 def test_layouts_agree_in_variants(workers, one_process, name, variant):
     processes, layout = LAYOUTS[name]
-    settings = VARIANTS[variant]
+    settings = [FEW, *VARIANTS[variant]]
     assert_equal(curve(workers, processes, [*layout, *settings]), one_process(*settings))
-    assert one_process(*settings) != one_process()
+    assert one_process(*settings) != one_process(FEW)
 
 
 # Weights of an ordinary size for once: bf16's rounding grows with the activations.
@@ -152,7 +154,7 @@ def test_moments_may_be_kept_in_bf16(workers, one_process, name):
 def test_on_cpus_all_is_deterministic_as_it_is(workers, name):
     """Nothing that is trained with refuses to be so; and the numbers are the same."""
     processes, layout = LAYOUTS[name]
-    settings = [*layout, *_ALL]
+    settings = [*layout, *_ALL, FEW]
     told = curve(workers, processes, [*settings, "training.deterministic=true"], steps=2)
     assert told == curve(workers, processes, settings, steps=2)
 
@@ -212,12 +214,13 @@ _DROPOUT = ["model.attention_dropout=0.1", "model.hidden_dropout=0.1"]
 def test_recompute_changes_nothing(workers, name):
     """Under dropout, in each kind of layout: recomputed activations see the masks that the first pass saw."""
     processes, layout = LAYOUTS.get(name, (1, []))
-    plain = curve(workers, processes, [*layout, *_DROPOUT], steps=2)
+    settings = [*layout, *_DROPOUT, FEW]
+    plain = curve(workers, processes, settings, steps=2)
     kinds = [["training.recompute=full"], _PARTS]
     if name in ("one process", "TP2 SP", "PP2", "FSDP2"):  # with two layers or more on each stage
         kinds.append(["training.recompute=full", "training.recompute_layers=1"])
     for kind in kinds:
-        again = curve(workers, processes, [*layout, *_DROPOUT, *kind], steps=2)
+        again = curve(workers, processes, [*settings, *kind], steps=2)
         assert_equal(again, plain)
 
 

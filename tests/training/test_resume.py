@@ -8,6 +8,7 @@ import pytest
 
 from tests.synthetic import tiny_corpus
 from tests.training.runs import VOCAB, Outcome, train
+from tests.training.test_layouts import FEW
 from tests.workers import WorkerPool
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 from vishwamai_mp.model import core_attention  # noqa: F401  (makes its choices known)
@@ -19,7 +20,7 @@ _PIPELINE = "parallel.pipeline_model_parallel_size=2"
 _SHARDED_OPTIMIZER = "parallel.use_distributed_optimizer=true"
 _NARROW = "optimizer.moments_in=bf16"
 _DROPOUT = ["model.attention_dropout=0.1", "model.hidden_dropout=0.1"]
-_EVERY_3 = ["checkpoint.save_every=3", "training.max_steps=8"]
+_EVERY_3 = ["checkpoint.save_every=3", "training.max_steps=8", FEW]
 
 # name: (processes, settings)
 LAYOUTS = {
@@ -70,7 +71,7 @@ def test_same_layout_is_bitwise_equal(workers: WorkerPool, uninterrupted, corpus
     folder, whole = uninterrupted(processes, *settings)
     first = workers.run(train, processes, tmp_path, corpus, settings, crash_after=5)
     second = workers.run(train, processes, tmp_path, corpus, settings)
-    assert "resumed from step_00000003, 24 samples in" in second[0].said
+    assert "resumed from step_00000003, 12 samples in" in second[0].said
     for expected, before, after in zip(whole, first, second, strict=True):
         assert before.losses == expected.losses[:5]
         assert after.losses == expected.losses[3:]
@@ -260,5 +261,5 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(workers: WorkerPool, un
     assert lines[0].startswith("step_00000007 skipped: ")
     assert lines[1].startswith("step_00000006 skipped: ")
     assert name in lines[1]
-    assert lines[2] == "resumed from step_00000003, 24 samples in"
+    assert lines[2] == "resumed from step_00000003, 12 samples in"
     assert [outcome.tensors for outcome in resumed] == [outcome.tensors for outcome in whole]
