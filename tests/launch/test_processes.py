@@ -242,11 +242,16 @@ def test_training_stops_in_order_and_shares_its_folder_with_nobody(recipe, tmp_p
     launch = Launch(command, tmp_path / "log", NPROC="2", LOG_DIR=str(tmp_path / "logs"))
     try:
         launch.wait_for(lambda: "step 3/" in launch.text())
+        workers = psutil.Process(launch.process.pid).children(recursive=True)
+        for worker in workers:  # they hold the folder without training on beside the second's imports
+            worker.suspend()
         second = Launch(command, tmp_path / "second", LOG_DIR=str(tmp_path / "logs"), MAX_RESTARTS="3")
         try:
             assert second.wait() == 1
         finally:
             second.kill()
+            for worker in workers:
+                worker.resume()
         (error,) = second.text().splitlines()[-1:]
         assert re.search(rf"error: training not started: training.output_dir={run} is in use by process \d+ on", error)
         launch.process.terminate()
