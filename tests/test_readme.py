@@ -83,7 +83,7 @@ def test_commands(folder):
         done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     metrics = [json.loads(line) for line in (folder / "runs/first/metrics.jsonl").open()]
-    assert metrics[-1]["step"] == 16
+    assert metrics[-1]["step"] == 8
     assert metrics[-1]["lm_loss"] < metrics[0]["lm_loss"]
 
 
