@@ -34,6 +34,14 @@ def test_a_layout_of_training_does_not_either(tmp_path: Path) -> None:
         run.answering(["parallel.sequence_parallel=true"])
 
 
+def test_settings_of_training_alone_are_refused_for_answering(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    for setting in ("training.max_steps=3", "optimizer.learning_rate=1", "checkpoint.load=x", "logging.report_to=[]"):
+        with pytest.raises(UserError, match=rf"^{setting.partition('=')[0]} has no use in generation; leave it out$"):
+            run.answering([setting])
+    assert run.answering(["training.threads=1"]).training.threads == 1
+
+
 def test_the_run_folders_tokenizer_unless_another_is_named(tmp_path: Path) -> None:
     run = run_of(tmp_path, "data.tokenizer=gone.model")
     assert run.answering().data.tokenizer == "gone.model"

@@ -18,6 +18,9 @@ _NOT_FOR_ANSWERING = {
     "virtual_pipeline_model_parallel_size": None,
     "fully_sharded": False,
 }
+_OF_TRAINING = ("optimizer", "schedule", "training", "checkpoint", "logging", "watchdog")  # sections
+# Keys of these that answering reads too; components are checked against the length of training's sequences.
+_OF_BOTH = ("training.threads", "training.deterministic", "training.sequence_length")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class RunFolder:
         )
         config = load_config({**to_dict(kept), "training": training}, overrides)
         refuse_unrepeated(config, overrides, self.folder / "config.yaml")
+        for override in overrides:
+            key = override.partition("=")[0].strip()
+            if key.partition(".")[0] in _OF_TRAINING and key not in _OF_BOTH:
+                raise UserError(f"{key} has no use in generation; leave it out")
         for name, neutral in _NOT_FOR_ANSWERING.items():
             if getattr(config.parallel, name) != neutral:
                 raise UserError(f"parallel.{name} has no use in generation; leave it out")
