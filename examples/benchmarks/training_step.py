@@ -3,15 +3,18 @@
 
     python examples/benchmarks/training_step.py [--precision fp32 bf16] [--rounds 8]
 
-Three arms take turns, one step each, so that a busy machine slows all alike; figures are medians over rounds.
-`ours` is the whole step of the trainer: reading the batch, forward, backward, optimizer, loss guard, metrics record.
-`bare` is forward, backward and megatron-core's optimizer on the same model, nothing else. `transformers` is
-LlamaForCausalLM of the same size with torch's AdamW, under bf16 autocast for bf16, in a process of its own: ours sets
-how memory is allocated in its process. Needs the `hf` extra.
+Arms take turns, one step each, so that a busy machine slows all alike; figures are medians over rounds.
+`ours` is the whole step of the trainer: reading the batch, forward, backward, optimizer, loss guard, metrics record;
+`compiled` the same with training.compile=true, where a C++ compiler is found. `bare` is forward, backward and
+megatron-core's optimizer on the same model, nothing else. `transformers` is LlamaForCausalLM of the same size with
+torch's AdamW, under bf16 autocast for bf16, in a process of its own: ours sets how memory is allocated in its process.
+Needs the `hf` extra.
 """
 
 import argparse
 import multiprocessing
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.planning import flops_per_token
 from vishwamai_mp.runtime import distributed_session, multiplies_natively
 from vishwamai_mp.runtime.device import peak_flops
+from vishwamai_mp.runtime.fusion import set_fusion
 
 # isort: split
 from vishwamai_mp.data.batches import BatchStream, train_stream
@@ -66,6 +70,8 @@ def compare(precision: str, rounds: int, threads: int, folder: Path) -> None:
             "bare": bare_arm(config, runtime, datasets),
             "transformers": transformers_step,
         }
+        if shutil.which(os.environ.get("CXX", "g++")):
+            arms["compiled"] = lambda: compiled(arms["ours"])
         seconds = alternate(arms, rounds)
         print(f"{precision}: {threads} threads, {BATCH} sequences of {LENGTH} tokens, median of {rounds} rounds")
         for name, median in seconds.items():
@@ -76,7 +82,17 @@ def compare(precision: str, rounds: int, threads: int, folder: Path) -> None:
         print(f"  matmul peak {peak / 1e9:.0f} GFLOP/s{note}")
         say_ratio(f"speed of a {precision} step, ours / transformers", seconds["transformers"] / seconds["ours"])
         say_ratio(f"time of a {precision} step, ours / bare", seconds["ours"] / seconds["bare"])
+        if "compiled" in seconds:
+            faster = seconds["transformers"] / seconds["compiled"]
+            say_ratio(f"speed of a {precision} step, compiled / transformers", faster)
+            say_ratio(f"model FLOPs of a compiled {precision} step / matmul peak", flops / seconds["compiled"] / peak)
         say_ratio(f"model FLOPs of a {precision} step / matmul peak", flops / seconds["ours"] / peak)
+
+
+def compiled(step: Callable[[], object]) -> None:
+    set_fusion(True)
+    step()
+    set_fusion(False)
 
 
 def configuration(precision: str, threads: int, folder: Path) -> PretrainConfig:

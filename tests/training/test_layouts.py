@@ -1,5 +1,7 @@
 """Every layout trains the same model from the same seed: losses and gradient norms against one process."""
 
+import shutil
+
 import pytest
 from torch import Tensor
 
@@ -102,6 +104,18 @@ def test_the_model_learns(workers):
 def test_fp32_layout_equals_one_process(workers, one_process, name):
     processes, layout = (LAYOUTS | UNEVEN)[name]
     assert_equal(curve(workers, processes, layout, steps=10), one_process(steps=10))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="training.compile needs a C++ compiler")
+@pytest.mark.parametrize("name", ["DP1 sharded optimizer", "TP2 SP"])
+def test_compiled_steps_are_the_same(workers, one_process, name):
+    """With components, whole layers computed again, gated GELU and rotary positions of half of each head."""
+    settings = [*_ALL, "memory.dropout=0", "cache.dropout=0", "training.recompute=full"]
+    settings += ["model.activation=geglu", "model.rotary_fraction=0.5"]
+    processes, layout = LAYOUTS[name]
+    compiled = curve(workers, processes, [*layout, *settings, "training.compile=true"])
+    assert_equal(compiled, one_process(*settings), loss=2e-6)
+    assert compiled != curve(workers, processes, [*layout, *settings])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vishwamai_mp.runtime.device import row_blocks
+from vishwamai_mp.runtime.fusion import fuses, fusible
 
 
 def vocab_parallel_cross_entropy(
@@ -44,8 +45,11 @@ class _CrossEntropy(torch.autograd.Function):
         log_sums = torch.full(local.shape, -torch.inf, device=logits.device)
         own = torch.zeros(local.shape, device=logits.device)
         if real:
-            for block in row_blocks(rows):
-                log_sums[block] = rows[block].float().logsumexp(-1)
+            if fuses():
+                log_sums = _log_sums(rows)
+            else:
+                for block in row_blocks(rows):
+                    log_sums[block] = _log_sums(rows[block])
             own = rows.gather(-1, local[:, None])[:, 0].float().masked_fill(outside, 0.0)
         if group.size() > 1:
             log_sums = _all_log_sums(log_sums, group)
@@ -58,15 +62,37 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, log_sums, local, outside = ctx.saved_tensors
         rows, grad = logits.flatten(0, 1)[:, : ctx.real], grads[0].flatten()
-        out = torch.zeros_like(logits) if ctx.real < logits.shape[-1] else torch.empty_like(logits)
         # softmax − onehot(target), times the incoming gradient; padding has none.
         onehot = grad.masked_fill(outside, 0.0)
+        if fuses():
+            out = _differentiated(logits.flatten(0, 1), log_sums, grad, local, onehot, ctx.real)
+            return out.view(logits.shape), None, None, None
+        # Contiguous, whatever the logits are: its rows are written through a view.
+        make = torch.zeros_like if ctx.real < logits.shape[-1] else torch.empty_like
+        out = make(logits, memory_format=torch.contiguous_format)
         for block in row_blocks(rows) if ctx.real else ():
             probs = (rows[block] - log_sums[block, None]).exp_().mul_(grad[block, None])
             probs.scatter_add_(-1, local[block, None], -onehot[block, None])
             out.flatten(0, 1)[block, : ctx.real] = probs
             del probs  # before the next block is made
         return out, None, None, None
+
+
+@fusible
+def _log_sums(rows_NV: Tensor) -> Tensor:
+    """log Σexp of each row, in fp32."""
+    return rows_NV.float().logsumexp(-1)
+
+
+@fusible
+def _differentiated(
+    logits_NV: Tensor, log_sums: Tensor, grad: Tensor, local: Tensor, onehot: Tensor, real: int
+) -> Tensor:
+    """The gradient of the logits in one pass, which a comparison with each id costs nothing."""
+    ids = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+    probs = (logits_NV.float() - log_sums[:, None]).exp() * grad[:, None]
+    out = probs - torch.where(ids == local[:, None], onehot[:, None], 0.0)
+    return torch.where(ids < real, out, 0.0).to(logits_NV.dtype)
 
 
 def _all_log_sums(own: Tensor, group: dist.ProcessGroup) -> Tensor:

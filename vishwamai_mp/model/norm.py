@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from vishwamai_mp.runtime.device import row_blocks
+from vishwamai_mp.runtime.fusion import fuses, fusible
 from vishwamai_mp.runtime.triton_kernels import kernels_take, power_of_two, run_kernel, sum_parts
 
 _WIDEST = 8192  # that a kernel holds in registers
@@ -40,13 +41,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         x_ND, scale = x.flatten(0, -2), weight.float() + offset
-        out = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
-        inverse_N1 = torch.empty(len(x_ND), 1, device=x.device)
-        for block in row_blocks(x_ND):
-            rows = x_ND[block].float()
-            squares = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
-            inverse_N1[block] = squares.div_(rows.shape[-1]).add_(eps).rsqrt_()
-            out[block] = rows.mul(inverse_N1[block]).mul_(scale)
+        if fuses():
+            out, inverse_N1 = _normed(x_ND, scale, eps)
+        else:
+            out = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+            inverse_N1 = torch.empty(len(x_ND), 1, device=x.device)
+            for block in row_blocks(x_ND):
+                out[block], inverse_N1[block] = _normed(x_ND[block], scale, eps)
         ctx.save_for_backward(x, weight, inverse_N1)
         ctx.offset = offset
         return out.view(x.shape)
@@ -55,15 +56,32 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse_N1 = ctx.saved_tensors
         x_ND, grad_ND, scale = x.flatten(0, -2), grads[0].flatten(0, -2), weight.float() + ctx.offset
-        dx, dweight = torch.empty_like(x_ND, memory_format=torch.contiguous_format), torch.zeros_like(scale)
-        for block in row_blocks(x_ND):
-            normed = x_ND[block].float() * inverse_N1[block]
-            grad = grad_ND[block].float()
-            product = normed * grad
-            dweight += product.sum(0)
-            along_N1 = (product @ scale).div_(x.shape[-1])[:, None]
-            dx[block] = (grad * scale).sub_(normed.mul_(along_N1)).mul_(inverse_N1[block])
+        if fuses():
+            dx, dweight = _differentiated(x_ND, grad_ND, inverse_N1, scale)
+        else:
+            dx, dweight = torch.empty_like(x_ND, memory_format=torch.contiguous_format), torch.zeros_like(scale)
+            for block in row_blocks(x_ND):
+                dx[block], part = _differentiated(x_ND[block], grad_ND[block], inverse_N1[block], scale)
+                dweight += part
         return dx.view(x.shape), dweight.to(weight.dtype), None, None
+
+
+@fusible
+def _normed(x_ND: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The rows, and what each was multiplied by, (N, 1)."""
+    rows = x_ND.float()
+    squares = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
+    inverse_N1 = squares.div_(rows.shape[-1]).add_(eps).rsqrt_()
+    return rows.mul(inverse_N1).mul_(scale).to(x_ND.dtype), inverse_N1
+
+
+@fusible
+def _differentiated(x_ND: Tensor, grad_ND: Tensor, inverse_N1: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the rows and of the scale."""
+    normed, grad = x_ND.float() * inverse_N1, grad_ND.float()
+    product = normed * grad
+    along_N1 = (product @ scale).div_(x_ND.shape[-1])[:, None]
+    return (grad * scale).sub_(normed.mul_(along_N1)).mul_(inverse_N1).to(x_ND.dtype), product.sum(0)
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:

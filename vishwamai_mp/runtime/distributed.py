@@ -21,6 +21,7 @@ from vishwamai_mp.config.job_environment import check_own_gpu, job_size
 from vishwamai_mp.runtime.determinism import set_determinism
 from vishwamai_mp.runtime.device import device, keep_freed_memory, set_threads
 from vishwamai_mp.runtime.exchange_buffers import close_exchange_buffers
+from vishwamai_mp.runtime.fusion import set_fusion
 
 # Far from each other and from the tracker's own offsets (2718 + rank), so that neighbours' streams are apart.
 _STEP, _PLACE = 1_000_003, 1_618_033_987
@@ -96,6 +97,7 @@ def initialize(config: PretrainConfig) -> Runtime:
     set_threads(config.training.threads)
     keep_freed_memory()
     set_determinism(config.training.deterministic)
+    set_fusion(config.training.compile)
     _join(config.parallel)
     parallel = config.parallel
     with _nccl_file(parallel) as nccl_file:
@@ -209,6 +211,7 @@ def standing_session(config: PretrainConfig) -> Runtime:
         if parallel == config.parallel:
             set_threads(config.training.threads)
             set_determinism(config.training.deterministic)
+            set_fusion(config.training.compile)
             return runtime
         shutdown(keep_world=True)
     runtime = initialize(config)

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from vishwamai_mp.runtime.device import device, is_accelerator
+from vishwamai_mp.runtime.fusion import fusible
 from vishwamai_mp.runtime.rewriting import RewritingLoader
 
 _RANDOM = "megatron.core.tensor_parallel.random"
 _JIT = "megatron.core.jit"
+_ROTARY = "megatron.core.models.common.embeddings.rope_utils"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 IN_PLACE_OF_CUDA = "_vishwamai_device"  # what `torch.cuda` is called in a rewritten module
 
@@ -157,6 +159,8 @@ class _Loader(RewritingLoader):
             logging.getLogger(_RANDOM).setLevel(logging.ERROR)  # it would warn at each use that the CPU's state moved
         elif module.__name__ == _JIT:
             module.disable_jit_fuser()  # seconds at import and first use, no gain here
+        elif module.__name__ == _ROTARY:
+            module._apply_rotary_pos_emb_bshd = fusible(module._apply_rotary_pos_emb_bshd)  # type: ignore[attr-defined]
 
 
 class _Finder(importlib.abc.MetaPathFinder):

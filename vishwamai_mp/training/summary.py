@@ -189,7 +189,8 @@ def _compute(config: PretrainConfig, runtime: Runtime) -> str:
         how = f", emulated by torch's operators and slower than bf16 ({lacking})" if lacking else ""
         return f"{config.precision} on {name}{how}{hint}"
     threads, why = cpu_threads(config.training.threads)
-    return f"{config.precision} on CPU, {threads} thread{'s' if threads > 1 else ''} per process ({why})"
+    fused = ", compiled" if config.training.compile else ""
+    return f"{config.precision} on CPU, {threads} thread{'s' if threads > 1 else ''} per process ({why}){fused}"
 
 
 def _batch(config: PretrainConfig, runtime: Runtime) -> str:

@@ -349,6 +349,7 @@ class TrainingConfig:
     spike_factor: PositiveFloat | None = None  # skip a step whose loss exceeds this multiple of the running mean
     collect_garbage_every: PositiveInt | None = None  # steps; Python's collector on all ranks at once, not by chance
     threads: PositiveInt | None = None  # CPU threads per process; None: OMP_NUM_THREADS, else cores / processes
+    compile: bool = False  # on CPUs: fuse what lies between matrix products by torch.compile; needs a C++ compiler
     loss: Annotated[str, _extension("cross_entropy")] = "cross_entropy"  # or package.module:function
     callbacks: list[Annotated[str, _extension()]] = field(default_factory=list)  # yours, each package.module:Class
     freeze: list[Part] = field(default_factory=list)  # not trained; base: all but components, embedding: both tables
