@@ -1,6 +1,7 @@
 """Text columns of every type in parquet files, and files that unpack to far more than memory should hold."""
 
 import gzip
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -23,6 +24,13 @@ def test_every_type_of_text(tmp_path, type_name):
     column = pyarrow.array([text.encode() for text in TEXTS], getattr(pyarrow, type_name)())
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(text=column))
     assert list(read_documents([tmp_path / "a.parquet"])) == TEXTS
+
+
+def test_without_pyarrow_a_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(text=pyarrow.array(TEXTS)))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"^parquet files need the package pyarrow; pip install"):
+        CorpusReader([tmp_path / "a.parquet"], ["text"])
 
 
 @pytest.mark.parametrize("type_name", ["string", "large_string", "binary"])

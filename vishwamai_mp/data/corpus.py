@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.config.json_text import parse_json
-from vishwamai_mp.data.parquet import row_blocks, rows_of
+from vishwamai_mp.data.parquet import require_pyarrow, row_blocks, rows_of
 from vishwamai_mp.data.streams import COMPRESSED_SUFFIXES, open_stream
 
 Kind = Literal["jsonl", "text", "paragraphs", "parquet"]
@@ -105,6 +105,8 @@ class CorpusReader:
     ) -> None:
         self._sizes = [_size_of(Path(path)) for path in paths]
         self._files = [(Path(path), kind_of(Path(path))) for path in paths]
+        if any(kind == "parquet" for _, kind in self._files):
+            require_pyarrow()
         self._keys = list(keys)
         self._block_bytes = block_bytes
         self._finished_bytes = 0

@@ -1,6 +1,7 @@
 """Texts in parquet files, in slices whose size in memory is bounded, however well a file is packed."""
 
 import faulthandler
+import importlib.util
 import os
 import resource
 import tempfile
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 _BUFFER_BYTES = 1 << 20
 _MAX_ROW_GROUP_BYTES = 1 << 31  # of one column, unpacked
 _MAX_PARQUET_RATIO = 100  # a parquet file is packed within; another program around it gains little
+
+
+def require_pyarrow() -> None:
+    """Refuse parquet files where nothing reads them.
+
+    Raises:
+        UserError: pyarrow is not installed.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("parquet files need the package pyarrow; pip install 'vishwamai-mp[parquet]'")
 
 
 def row_blocks(
