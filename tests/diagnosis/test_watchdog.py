@@ -63,7 +63,10 @@ class Machine:
         path = shared.file_of(self.folder, rank)
         while not path.exists() or not path.stat().st_size:  # made, and then as long as it will be
             time.sleep(0.02)
-        return shared.map_words(path)
+        words = shared.map_words(path)
+        while not words[Word.PID]:  # the last to be written: whoever is killed before it is not known to have ended
+            time.sleep(0.02)
+        return words
 
     def end(self) -> None:
         for process in self.processes.values():
