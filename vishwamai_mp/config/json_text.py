@@ -1,6 +1,7 @@
 """Reads JSON that users hand over or a crash may have torn."""
 
 import json
+from collections import Counter
 from typing import Any
 
 
@@ -19,8 +20,8 @@ class DuplicateKeyError(ValueError):
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise DuplicateKeyError(next(name for at, name in enumerate(names) if name in names[:at]))
+        times = Counter(name for name, _ in pairs)
+        raise DuplicateKeyError(next(name for name in found if times[name] > 1))
     return found
 
 
