@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from vishwamai_mp.model.blocked_attention import blocked_attention
+from vishwamai_mp.model.rebuilt_attention import rebuilt_attention
 from vishwamai_mp.runtime import is_accelerator, multiplies_natively
 from vishwamai_mp.runtime.choices import Choice
 from vishwamai_mp.runtime.device import cpu_multiplies
@@ -125,7 +126,11 @@ _SHORT = 768  # queries; the longer, the more torch's kernel gains
 _ATTENTION = {
     (dtype, long): Choice(
         f"{'long' if long else 'short'}_attention_{name}",
-        {"blocked": blocked_attention, "fused": _fused_attention},
+        {
+            "blocked": blocked_attention,
+            "fused": _fused_attention,
+            **({"rebuilt": rebuilt_attention} if dtype == torch.bfloat16 else {}),
+        },
         partial(_drawn, dtype, 1024 if long else 512),
         trained=True,
     )
