@@ -151,7 +151,7 @@ def test_a_tree_is_the_same_at_every_layout_and_has_a_picture(
 
 
 def test_guesses_leave_the_text_alone_and_are_counted(workers: WorkerPool, run_folder: Path) -> None:
-    options = ["--load", run_folder, "--prompt", "if x: if x: if x:", "--strategy", "sample", "--temperature", 0.3]
+    options = ["--load", run_folder, "--prompt", "if x: if x: if x:", "--strategy", "sample", "--temperature", 0.1]
     plain = json.loads(on(workers, 1, *options, "--json"))
     ((out, said),) = workers.run(call, 1, [*options, "--speculate", 4])
     assert out == plain["text"] + "\n"
