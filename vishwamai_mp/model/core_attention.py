@@ -27,8 +27,9 @@ _LONGEST = 2048  # queries: blocked attention keeps weights, of which there are 
 class CoreAttention(MegatronModule):
     """softmax(QKᵀ/√K + mask)V with grouped queries; under context parallelism keys and values are gathered.
 
-    On CPUs by `blocked_attention` or torch's fused kernel, whichever is faster; beyond `_LONGEST` queries or with
-    dropout by the kernel, which knows no soft cap. In fp32 where the CPU cannot multiply 16-bit matrices in hardware.
+    On CPUs by `blocked_attention`, torch's fused kernel or, in bf16, `rebuilt_attention`, whichever is fastest; beyond
+    `_LONGEST` queries or with dropout by the kernel, which knows no soft cap. In fp32 where the CPU cannot multiply
+    16-bit matrices in hardware.
     """
 
     def __init__(

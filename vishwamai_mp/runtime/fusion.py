@@ -20,6 +20,8 @@ from vishwamai_mp.runtime.device import device, is_accelerator
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_MOST_KINDS = 64
+
 _enabled = False
 
 
@@ -59,8 +61,12 @@ def fusible(function: Function) -> Function:
 
 
 def _try_compiler() -> None:
+    import torch._dynamo.config
     import torch._dynamo.exc
 
+    # Beyond it a function is not compiled for a further kind of tensors (a dtype, a number of dimensions, an order in
+    # memory), and which come last may differ from run to run.
+    torch._dynamo.config.recompile_limit = _MOST_KINDS
     wanted = os.environ.get("CXX", "g++")
     try:
         if shutil.which(wanted) is None:
