@@ -21,7 +21,8 @@ from vishwamai_mp.runtime.fusion import fuses, set_fusion
 # isort: split
 from megatron.core.models.common.embeddings import rope_utils
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="training.compile needs a C++ compiler")
+_CAPPED = "ATEN_CPU_CAPABILITY" in os.environ  # refused by name
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None or _CAPPED, reason="training.compile needs a compiler")
 _WIDTH, _REAL = 72, 61  # not whole vectors of the CPU; ids of a padded vocabulary
 
 
@@ -106,6 +107,7 @@ def test_they_are_compiled(compiling, monkeypatch):
 
 
 def test_without_a_compiler_it_is_refused(compiling, monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     monkeypatch.setenv("CXX", "no-compiler-of-this-name")
     with pytest.raises(ConfigError, match=r"no-compiler-of-this-name is not found.*g\+\+.*leave training.compile out"):
         compiling(True)
@@ -115,7 +117,7 @@ def test_without_a_compiler_it_is_refused(compiling, monkeypatch):
 def test_a_compiler_that_fails_is_refused(tmp_path):
     """In one line; in a process of its own, which must not find what was compiled before."""
     program = "import vishwamai_mp.runtime.fusion as f\ntry: f.set_fusion(True)\nexcept f.ConfigError as e: print(e)"
-    environment = {**os.environ, "CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "", "CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, env=environment)
     assert run.stdout.startswith("training.compile: no C++ compiler that works here"), run
     assert run.stdout.count("\n") == 1
@@ -124,4 +126,10 @@ def test_a_compiler_that_fails_is_refused(tmp_path):
 def test_accelerators_are_refused(compiling, monkeypatch):
     monkeypatch.setattr(fusion, "is_accelerator", lambda _: True)
     with pytest.raises(ConfigError, match="fuses on CPUs alone"):
+        compiling(True)
+
+
+def test_a_capped_instruction_set_is_refused(compiling, monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    with pytest.raises(ConfigError, match="ATEN_CPU_CAPABILITY=avx2.*unset it"):
         compiling(True)

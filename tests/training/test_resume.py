@@ -35,7 +35,6 @@ LAYOUTS = {
     "bf16 moments, DP2 sharded optimizer": (2, [_NARROW, _SHARDED_OPTIMIZER]),
     "bf16 moments, bf16 TP2 SP": (2, [_NARROW, "precision=bf16", _TENSOR, _SEQUENCE]),
     "bf16 moments, FSDP2": (2, [_NARROW, "parallel.fully_sharded=true"]),
-    "compiled bf16": (1, ["precision=bf16", "training.compile=true"]),
     "fp16 DP2": (2, ["precision=fp16", "optimizer.initial_loss_scale=1024", "optimizer.loss_scale_window=2"]),
 }
 

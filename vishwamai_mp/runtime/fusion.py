@@ -67,11 +67,18 @@ def _try_compiler() -> None:
     # Beyond it a function is not compiled for a further kind of tensors (a dtype, a number of dimensions, an order in
     # memory), and which come last may differ from run to run.
     torch._dynamo.config.recompile_limit = _MOST_KINDS
+    if capped := os.environ.get("ATEN_CPU_CAPABILITY"):
+        raise ConfigError(
+            f"training.compile: with ATEN_CPU_CAPABILITY={capped} in the environment compiled functions have been seen"
+            " to compute something else; unset it, or leave training.compile out"
+        )
     wanted = os.environ.get("CXX", "g++")
     try:
         if shutil.which(wanted) is None:
             raise FileNotFoundError(f"{wanted} is not found")
-        torch.compile(_trial)(torch.ones(64))
+        x = torch.linspace(-3, 3, 360).view(5, 72)
+        if not torch.allclose(torch.compile(_trial)(x), _trial(x), rtol=1e-5):
+            raise FileNotFoundError("what is compiled computes something else")
     except (FileNotFoundError, torch._dynamo.exc.TorchDynamoException) as error:
         cause = str(error).strip().splitlines()[0]
         raise ConfigError(
