@@ -131,5 +131,5 @@ def test_accelerators_are_refused(compiling, monkeypatch):
 
 def test_a_capped_instruction_set_is_refused(compiling, monkeypatch):
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    with pytest.raises(ConfigError, match="ATEN_CPU_CAPABILITY=avx2.*unset it"):
+    with pytest.raises(ConfigError, match=r"ATEN_CPU_CAPABILITY=avx2.*unset it"):
         compiling(True)
