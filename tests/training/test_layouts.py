@@ -1,6 +1,5 @@
 """Every layout trains the same model from the same seed: losses and gradient norms against one process."""
 
-import os
 import shutil
 
 import pytest
@@ -107,9 +106,7 @@ def test_fp32_layout_equals_one_process(workers, one_process, name):
     assert_equal(curve(workers, processes, layout, steps=10), one_process(steps=10))
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None or "ATEN_CPU_CAPABILITY" in os.environ, reason="training.compile needs a C++ compiler"
-)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="training.compile needs a C++ compiler")
 @pytest.mark.parametrize("name", ["DP1 sharded optimizer", "TP2 SP"])
 def test_compiled_steps_are_the_same(workers, one_process, name):
     """With components, whole layers computed again, gated GELU and rotary positions of half of each head."""
@@ -169,11 +166,16 @@ def test_moments_may_be_kept_in_bf16(workers, one_process, name):
 
 @pytest.mark.parametrize("name", ["TP2 SP", "CP2"])
 def test_on_cpus_all_is_deterministic_as_it_is(workers, name):
-    """Nothing that is trained with refuses to be so; and the numbers are the same."""
+    """Nothing that is trained with refuses to be so. Told or not, a run repeats its bits, which may differ by the telling."""
     processes, layout = LAYOUTS[name]
     settings = [*layout, *_ALL, FEW]
-    told = curve(workers, processes, [*settings, "training.deterministic=true"], steps=2)
-    assert told == curve(workers, processes, settings, steps=2)
+    told, untold = (
+        [curve(workers, processes, [*settings, *more], steps=2) for _ in range(2)]
+        for more in (["training.deterministic=true"], [])
+    )
+    assert told[0] == told[1]
+    assert untold[0] == untold[1]
+    assert_equal(told[0], untold[0])
 
 
 @pytest.mark.parametrize("name", ["one process", "PP2x2", "TP2 SP"])

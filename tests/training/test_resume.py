@@ -1,7 +1,6 @@
 """A resumed run goes on as if nothing had happened; at another layout too, up to rounding."""
 
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -24,7 +23,7 @@ _NARROW = "optimizer.moments_in=bf16"
 _DROPOUT = ["model.attention_dropout=0.1", "model.hidden_dropout=0.1"]
 _EVERY_3 = ["checkpoint.save_every=3", "training.max_steps=8", FEW]
 
-_UNCOMPILED = shutil.which("g++") is None or "ATEN_CPU_CAPABILITY" in os.environ  # training.compile is refused there
+_COMPILED = {"compiled bf16": (1, ["precision=bf16", "training.compile=true"])} if shutil.which("g++") else {}
 
 # name: (processes, settings)
 LAYOUTS = {
@@ -39,7 +38,7 @@ LAYOUTS = {
     "bf16 moments, DP2 sharded optimizer": (2, [_NARROW, _SHARDED_OPTIMIZER]),
     "bf16 moments, bf16 TP2 SP": (2, [_NARROW, "precision=bf16", _TENSOR, _SEQUENCE]),
     "bf16 moments, FSDP2": (2, [_NARROW, "parallel.fully_sharded=true"]),
-    **({} if _UNCOMPILED else {"compiled bf16": (1, ["precision=bf16", "training.compile=true"])}),
+    **_COMPILED,
     "fp16 DP2": (2, ["precision=fp16", "optimizer.initial_loss_scale=1024", "optimizer.loss_scale_window=2"]),
 }
 

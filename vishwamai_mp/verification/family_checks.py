@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import vishwamai_mp.runtime  # noqa: F401  (before megatron.core)
 
 # isort: split
 import torch
+from torch import Tensor
 
 from vishwamai_mp.checkpoint import CheckpointManager
-from vishwamai_mp.config import ConfigError, UserError, load_config, resolve
+from vishwamai_mp.config import ConfigError, PretrainConfig, UserError, load_config, resolve
 from vishwamai_mp.config.errors import one_line
 from vishwamai_mp.conversion import components, model_config, safetensors_files
 from vishwamai_mp.conversion.dtypes import FP32
@@ -36,7 +38,7 @@ from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.model import build_model
 from vishwamai_mp.planning.parameters import parameter_count
-from vishwamai_mp.runtime import distributed_session
+from vishwamai_mp.runtime import Runtime, distributed_session
 from vishwamai_mp.verification.cut_folder import write_first_layers
 from vishwamai_mp.verification.findings import FAILS, HOLDS, LEFT_OUT, Finding, Report
 from vishwamai_mp.verification.gloo_ranks import release_memory
@@ -44,7 +46,8 @@ from vishwamai_mp.verification.short_training import LAYOUTS, train, training_co
 
 RunRanks = Callable[..., list[Any]]
 _LOGITS_TOLERANCE = 1e-4  # of the largest logit
-_OWN_TOLERANCE = 1e-5  # of the largest logit, between two ways of this package's
+_OWN_TOLERANCE = 1e-5  # of the largest logit, between two ways of this package's, at least
+_ROUNDINGS = 2  # times what moving each weight by its last bit changes
 _LOSS_TOLERANCE = 1e-6  # of the loss
 _TRAINING_BYTES = 18  # per parameter in fp32: weight, gradient, two moments, and copies in passing
 _PROCESS_BYTES = 1 << 30  # the stack itself, and what a short text needs
@@ -69,6 +72,21 @@ class _Work:
     @property
     def exported(self) -> Path:
         return self.place / "exported"
+
+    @cached_property
+    def own_tolerance(self) -> float:
+        """How far logits of two ways of this package's may be apart, of the largest logit.
+
+        Each way rounds elsewhere, and how far that reaches differs from model to model. It is measured: each weight is
+        moved by its last bit.
+        """
+        with _loaded(self) as (config, _, model, text):
+            vocab_size, random = config.model.vocab_size, torch.Generator().manual_seed(2)
+            whole = _logits(model, text, vocab_size)
+            for weight in model.parameters():
+                weight.data *= 1 + (2 * torch.randint(2, weight.shape, generator=random) - 1) * 2**-23
+            moved = float((_logits(model, text, vocab_size) - whole).abs().max() / whole.abs().max())
+        return max(_OWN_TOLERANCE, _ROUNDINGS * moved)
 
     @property
     def is_quantized(self) -> bool:
@@ -311,6 +329,24 @@ def _train(work: _Work, layouts: Sequence[str] | None, run_ranks: RunRanks) -> l
 
 def _decode(work: _Work) -> list[Finding]:
     """Logits of a text read in pieces, from keys and values in blocks, beside those of one pass over it."""
+    allowed = work.own_tolerance
+    with _loaded(work) as (config, runtime, ours, text):
+        engine, sequence, rows = Engine(config, runtime, ours, kv_tokens=256), KvSequence(), []
+        for piece in _pieces(text):
+            output = engine.run([(sequence, piece)], every_token=True)
+            assert output.logits is not None
+            rows.append(output.logits.values[:, : config.model.vocab_size])
+        whole = _logits(ours, text, config.model.vocab_size)
+        relative = float((torch.cat(rows) - whole).abs().max() / whole.abs().max())
+    seen = (
+        f"{len(text)} tokens in {len(rows)} pieces, logits {relative:.1e} of the largest apart from one pass over all"
+    )
+    return [_finding("decoding", relative <= allowed, f"{seen} (allowed: {allowed:.0e})", relative=relative)]
+
+
+@contextmanager
+def _loaded(work: _Work) -> Iterator[tuple[PretrainConfig, Runtime, torch.nn.Module, list[int]]]:
+    """The imported model in this process, ready to answer, and a text for it."""
     model = work.folder.config.model
     count = min(_TEXT, steady_length(model) - 1)
     text = torch.randint(model.vocab_size, (count,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -320,19 +356,13 @@ def _decode(work: _Work) -> list[Finding]:
     with distributed_session(config) as runtime:
         (ours,) = build_model(config, runtime, initialize=False)
         CheckpointManager(checkpoint.parent, config, runtime).load(checkpoint, [ours])
-        ours.eval()
-        engine, sequence, rows = Engine(config, runtime, ours, kv_tokens=256), KvSequence(), []
-        for piece in _pieces(text):
-            output = engine.run([(sequence, piece)], every_token=True)
-            assert output.logits is not None
-            rows.append(output.logits.values[:, : model.vocab_size])
-        with torch.inference_mode():
-            whole = ours(torch.tensor([text]))[:, 0, : model.vocab_size].float()
-        relative = float((torch.cat(rows) - whole).abs().max() / whole.abs().max())
-    seen = f"{count} tokens in {len(rows)} pieces, logits {relative:.1e} of the largest apart from one pass over all"
-    return [
-        _finding("decoding", relative <= _OWN_TOLERANCE, f"{seen} (allowed: {_OWN_TOLERANCE:.0e})", relative=relative)
-    ]
+        yield config, runtime, ours.eval(), text
+
+
+@torch.inference_mode()
+def _logits(model: torch.nn.Module, text: list[int], vocab_size: int) -> Tensor:
+    """Of one pass over the text, (T, V)."""
+    return model(torch.tensor([text]))[:, 0, :vocab_size].float()
 
 
 def _pieces(text: list[int]) -> Iterator[list[int]]:
@@ -355,11 +385,11 @@ def _adapters(work: _Work, run_ranks: RunRanks) -> list[Finding]:
     source = open_source(adapted, work.family)
     export_folder(source, merged, ExportOptions(dtype=FP32))
     with _removed(adapted, merged):
-        found = compare(source, merged, [], min(16, steady_length(work.folder.config.model) - 1), _OWN_TOLERANCE)
+        found = compare(source, merged, [], min(16, steady_length(work.folder.config.model) - 1), work.own_tolerance)
         change = _change(work, merged)
     relative = found.difference / found.largest_logit if found.largest_logit else math.inf
-    seen = _difference(found, relative, _OWN_TOLERANCE)
-    holds = relative <= _OWN_TOLERANCE and not found.different_tokens and change > 0
+    seen = _difference(found, relative, work.own_tolerance)
+    holds = relative <= work.own_tolerance and not found.different_tokens and change > 0
     return [
         _finding(
             "LoRA",
