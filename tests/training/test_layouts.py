@@ -166,7 +166,7 @@ def test_moments_may_be_kept_in_bf16(workers, one_process, name):
 
 @pytest.mark.parametrize("name", ["TP2 SP", "CP2"])
 def test_on_cpus_all_is_deterministic_as_it_is(workers, name):
-    """Nothing that is trained with refuses to be so. Told or not, a run repeats its bits, which may differ by the telling."""
+    """Nothing that is trained with refuses to be so. Told or not, a run repeats its bits."""
     processes, layout = LAYOUTS[name]
     settings = [*layout, *_ALL, FEW]
     told, untold = (
