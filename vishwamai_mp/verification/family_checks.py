@@ -36,7 +36,7 @@ from vishwamai_mp.conversion.to_hf import ExportOptions, export_folder
 from vishwamai_mp.conversion.verify import Comparison, compare, require_transformers, steady_length
 from vishwamai_mp.inference import Engine
 from vishwamai_mp.inference.blocks import KvSequence
-from vishwamai_mp.model import build_model
+from vishwamai_mp.model import VishwamAIModel, build_model
 from vishwamai_mp.planning.parameters import parameter_count
 from vishwamai_mp.runtime import Runtime, distributed_session
 from vishwamai_mp.verification.cut_folder import write_first_layers
@@ -345,7 +345,7 @@ def _decode(work: _Work) -> list[Finding]:
 
 
 @contextmanager
-def _loaded(work: _Work) -> Iterator[tuple[PretrainConfig, Runtime, torch.nn.Module, list[int]]]:
+def _loaded(work: _Work) -> Iterator[tuple[PretrainConfig, Runtime, VishwamAIModel, list[int]]]:
     """The imported model in this process, ready to answer, and a text for it."""
     model = work.folder.config.model
     count = min(_TEXT, steady_length(model) - 1)
@@ -360,7 +360,7 @@ def _loaded(work: _Work) -> Iterator[tuple[PretrainConfig, Runtime, torch.nn.Mod
 
 
 @torch.inference_mode()
-def _logits(model: torch.nn.Module, text: list[int], vocab_size: int) -> Tensor:
+def _logits(model: VishwamAIModel, text: list[int], vocab_size: int) -> Tensor:
     """Of one pass over the text, (T, V)."""
     return model(torch.tensor([text]))[:, 0, :vocab_size].float()
 
