@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.files import aside_of
 from vishwamai_mp.data import preprocess as module
 from vishwamai_mp.data import shuffling
 from vishwamai_mp.data.corpus import CorpusReader, Malformed
@@ -392,5 +393,9 @@ def test_changed_or_damaged_files_are_not_gone_on_from(corpora):
         in runs([[{**run, "output_prefix": str(folder / "other")}, 0]])[0][1]
     )
     assert (other / "thesis.txt").exists()
+    (other / "thesis.txt").unlink()
+    aside_of(other / "mark.json").write_text("{")  # of a run that was killed while it wrote its first mark
+    with UnfinishedRun(other, {}, False) as begun:
+        assert begun.state is None
     with UnfinishedRun(Path(f"{run['output_prefix']}.partial"), {}, True):
         assert "is another run's, which is at work" in runs([[run, 0]])[0][1]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vishwamai_mp.config.errors import UserError
-from vishwamai_mp.config.files import sync_folder, write_whole
+from vishwamai_mp.config.files import leftovers, sync_folder, write_whole
 from vishwamai_mp.config.json_text import parse_json
 
 MARK_SECONDS = 30.0  # between marks
@@ -61,7 +61,8 @@ class UnfinishedRun:
         try:
             self._lock()
             if not (self.folder / _MARK).exists():
-                if any(self.folder.iterdir()):
+                # A first mark may have been begun when its run was killed.
+                if set(self.folder.iterdir()) != set(leftovers(self.folder, _MARK)):
                     raise UserError(f"{self.folder} has files of something else: move it, or write to another place")
             elif not self._restart:
                 self._read_mark()
