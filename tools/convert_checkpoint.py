@@ -140,6 +140,7 @@ def from_hf(options: argparse.Namespace) -> None:
     from vishwamai_mp.conversion.dtypes import by_option
     from vishwamai_mp.conversion.folder import open_folder
     from vishwamai_mp.conversion.from_hf import import_folder
+    from vishwamai_mp.conversion.tokenizer import tokenizer_of_run
 
     folder = open_folder(options.load, options.additions, named_family(options.family))
     dtype = by_option(options.dtype) if options.dtype else None
@@ -148,8 +149,10 @@ def from_hf(options: argparse.Namespace) -> None:
         print(note, file=sys.stderr)
     checkpoint = options.output / "checkpoints/step_00000000"
     recipe = options.output / "config.yaml"  # this model and, otherwise, what is usual
-    settings = shlex.join(["--config", str(recipe), f"checkpoint.load={checkpoint}", "checkpoint.load_optimizer=false"])
-    print(f"{options.load} → {checkpoint}; train on with {settings}")
+    settings = ["--config", str(recipe), f"checkpoint.load={checkpoint}", "checkpoint.load_optimizer=false"]
+    if tokenizer := tokenizer_of_run(options.output):
+        settings.append(f"data.tokenizer={tokenizer}")
+    print(f"{options.load} → {checkpoint}; train on with {shlex.join(settings)}")
 
 
 def verify(options: argparse.Namespace) -> None:
