@@ -140,7 +140,7 @@ def from_hf(options: argparse.Namespace) -> None:
     from vishwamai_mp.conversion.dtypes import by_option
     from vishwamai_mp.conversion.folder import open_folder
     from vishwamai_mp.conversion.from_hf import import_folder
-    from vishwamai_mp.conversion.tokenizer import tokenizer_of_run
+    from vishwamai_mp.conversion.tokenizer_files import tokenizer_of_run
 
     folder = open_folder(options.load, options.additions, named_family(options.family))
     dtype = by_option(options.dtype) if options.dtype else None
@@ -210,7 +210,7 @@ def tokenizer_path(options: argparse.Namespace, source: "Source") -> Path | None
         return None
     if options.tokenizer:
         return Path(options.tokenizer)
-    from vishwamai_mp.conversion.tokenizer import tokenizer_of_run
+    from vishwamai_mp.conversion.tokenizer_files import tokenizer_of_run
 
     return tokenizer_of_run(source.run)
 

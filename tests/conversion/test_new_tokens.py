@@ -15,7 +15,7 @@ from vishwamai_mp.config import ModelConfig, UserError
 from vishwamai_mp.conversion.folder import open_folder
 from vishwamai_mp.conversion.from_hf import import_folder
 from vishwamai_mp.conversion.new_tokens import with_new_tokens
-from vishwamai_mp.conversion.tokenizer import tokenizer_files
+from vishwamai_mp.conversion.tokenizer_files import tokenizer_files
 from vishwamai_mp.data.tokenizer import Tokenizer
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from vishwamai_mp.config import UserError
-from vishwamai_mp.conversion.tokenizer import imported_files
+from vishwamai_mp.conversion.tokenizer_files import imported_files
 from vishwamai_mp.data.tokenizer import companions
 from vishwamai_mp.opening.prompts import PromptTokenizer
 

@@ -47,7 +47,7 @@ def main() -> None:
     os.nice(10)
     from vishwamai_mp.conversion.source import open_source
     from vishwamai_mp.conversion.to_hf import ExportOptions, export_folder
-    from vishwamai_mp.conversion.tokenizer import tokenizer_of_run
+    from vishwamai_mp.conversion.tokenizer_files import tokenizer_of_run
 
     try:
         source = open_source(checkpoint)

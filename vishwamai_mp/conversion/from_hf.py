@@ -43,7 +43,7 @@ from vishwamai_mp.conversion.new_tokens import NewTokens, with_new_rows, with_ne
 from vishwamai_mp.conversion.rows import Piece, RowReader, pieces_of, stored_type
 from vishwamai_mp.conversion.safetensors_files import plan_shards
 from vishwamai_mp.conversion.to_hf import ahead
-from vishwamai_mp.conversion.tokenizer import generation_config, imported_files, without_code
+from vishwamai_mp.conversion.tokenizer_files import generation_config, imported_files, without_code
 from vishwamai_mp.data.corpus_tools import byte_bar
 from vishwamai_mp.data.tokenizer import GENERATION_FILE
 

@@ -29,7 +29,7 @@ from vishwamai_mp.conversion.model_card import model_card
 from vishwamai_mp.conversion.safetensors_files import Planned
 from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.conversion.to_gguf import check_gguf, write_gguf
-from vishwamai_mp.conversion.tokenizer import TokenizerFiles, generation_config, tokenizer_files
+from vishwamai_mp.conversion.tokenizer_files import TokenizerFiles, generation_config, tokenizer_files
 from vishwamai_mp.data.corpus_tools import byte_bar
 from vishwamai_mp.data.tokenizer import tokenizer_file
 

@@ -15,7 +15,7 @@ from vishwamai_mp.config import PretrainConfig
 from vishwamai_mp.runtime import fused_layers
 from vishwamai_mp.runtime.device import compute_on
 from vishwamai_mp.runtime.distributed import Runtime, initialize, shutdown
-from vishwamai_mp.runtime.simulated import device as simulated_device
+from vishwamai_mp.runtime.simulated import registration
 from vishwamai_mp.runtime.simulated.recorder import Recorder
 
 
@@ -34,7 +34,7 @@ class SimulatedJob:
 
 @contextmanager
 def simulated_job(
-    config: PretrainConfig, world_size: int, rank: int, device: str = simulated_device.NAME
+    config: PretrainConfig, world_size: int, rank: int, device: str = registration.NAME
 ) -> Iterator[SimulatedJob]:
     """Meanwhile this process is a rank of a job, on a device without memory and values and without its peers.
 
@@ -50,7 +50,7 @@ def simulated_job(
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a simulated rank has a world of its own"
-    simulated_device.register()
+    registration.register()
     if fused_layers.is_doubled():
         from vishwamai_mp.runtime.simulated.transformer_engine_double.gpu import GPU
         from vishwamai_mp.runtime.simulated.transformer_engine_double.imports import forget

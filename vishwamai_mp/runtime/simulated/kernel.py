@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vishwamai_mp.runtime.simulated.device import NAME
+from vishwamai_mp.runtime.simulated.registration import NAME
 
 NAMESPACE = "simulated_accelerator"
 _library = torch.library.Library(NAMESPACE, "DEF")

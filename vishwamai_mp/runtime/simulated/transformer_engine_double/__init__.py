@@ -32,7 +32,7 @@ def install() -> bool:
 
 def _install(folder: Path) -> None:
     assert "megatron.core" not in sys.modules, "the double of Transformer Engine comes before megatron.core"
-    from vishwamai_mp.runtime.simulated.device import register
+    from vishwamai_mp.runtime.simulated.registration import register
     from vishwamai_mp.runtime.simulated.transformer_engine_double.extension import extension
     from vishwamai_mp.runtime.simulated.transformer_engine_double.imports import import_python
 

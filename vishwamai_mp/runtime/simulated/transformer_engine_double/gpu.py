@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vishwamai_mp.runtime.megatron_cpu import InPlaceOfCuda
-from vishwamai_mp.runtime.simulated.device import NAME
+from vishwamai_mp.runtime.simulated.registration import NAME
 
 
 class _Event:

@@ -15,7 +15,7 @@ from typing import Any
 
 from vishwamai_mp.runtime.megatron_cpu import IN_PLACE_OF_CUDA, ToThisDevice
 from vishwamai_mp.runtime.rewriting import RewritingLoader
-from vishwamai_mp.runtime.simulated.device import NAME
+from vishwamai_mp.runtime.simulated.registration import NAME
 from vishwamai_mp.runtime.simulated.transformer_engine_double.gpu import GPU
 from vishwamai_mp.runtime.simulated.transformer_engine_double.quantizing import pad_columnwise_scale_inv
 

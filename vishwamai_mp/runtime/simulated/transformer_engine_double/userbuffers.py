@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vishwamai_mp.runtime.simulated.device import NAME
 from vishwamai_mp.runtime.simulated.kernel import launch
+from vishwamai_mp.runtime.simulated.registration import NAME
 
 _MX_TILE = 128  # rows and columns that scales of MXFP8 are padded to, which pieces of a matrix cannot be
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vishwamai_mp.config import ModelConfig, UserError
-from vishwamai_mp.conversion.tokenizer import generation_config, imported_files, tokenizer_files
+from vishwamai_mp.conversion.tokenizer_files import generation_config, imported_files, tokenizer_files
 from vishwamai_mp.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
