@@ -2,8 +2,9 @@
 """What the step journal costs: a training step with it and without it, in turns, and each of its entries alone.
 
 Two gloo processes train a small model. Steps with and without the journal alternate, so that both see the same machine,
-in turns either first; differences of neighbours are compared, by their median. What phases and collectives cost alone,
-measured in a loop, times their number in a step is a second answer, which noise of the machine does not reach.
+in turns either first; differences of neighbours are compared, by their median, in seconds on the clock and in those of
+this process's processors, which other programs disturb less. What phases and collectives cost alone, measured in a
+loop, times their number in a step is a second answer, which noise of the machine does not reach.
 
 example: python examples/benchmarks/journal.py --steps 100
 """
@@ -62,43 +63,49 @@ def measure(name: str | dict, steps: int, overrides: Sequence[str] = ()) -> tupl
     text = torch.randint(1, config.model.vocab_size, (training.micro_batch_size, training.sequence_length + 1))
     batches = [make_batch(text, DocumentRules())] * (training.global_batch_size // training.micro_batch_size)
 
-    def one(number: int) -> float:
-        start = time.perf_counter()
+    def one(number: int) -> tuple[float, float]:
+        start, busy = time.perf_counter(), time.process_time()
         with step(number):
             with phase(Phase.BATCH):
                 pass
             train.train(batches, number, 1e-4, float("inf"))
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - busy
 
     one(0)
-    journal, differences, plain = Journal(), [], []
+    journal, pairs = Journal(), []
     for number in range(steps):
         seconds = {}
         for noted in (False, True) if number % 2 else (True, False):  # what comes second may find warmer caches
             with journal_open(journal) if noted else nullcontext():
                 seconds[noted] = one(number)
         journal.words[Word.ENDING] = 0
-        plain.append(seconds[False])
-        differences.append(seconds[True] - seconds[False])
+        pairs.append((seconds[False], seconds[True]))
     kinds = Counter(event.kind for event in events(journal.words) if event.step == steps - 1)
-    return report(plain, differences, kinds[Kind.PHASE], kinds[Kind.BEGINS])
+    return report(pairs, kinds[Kind.PHASE], kinds[Kind.BEGINS])
 
 
-def report(plain: list[float], differences: list[float], phases: int, collectives: int) -> tuple[str, float]:
-    """Both answers in words, and the second."""
-    median = statistics.median(plain)
+def report(pairs: Sequence[Sequence[Sequence[float]]], phases: int, collectives: int) -> tuple[str, float]:
+    """Both answers in words, and the second; of each pair of steps, without and with, clock and processors."""
+    (median, on_clock), (_, busy) = (_difference([(a[i], b[i]) for a, b in pairs]) for i in (0, 1))
     of_phase, of_collective = seconds_alone()
     whole = phases * of_phase + collectives * of_collective
-    middle = statistics.median(differences)
-    # Of a median, from the median distance to it, as if differences were normally distributed.
-    error = 1.253 * 1.483 * statistics.median(abs(one - middle) for one in differences) / len(differences) ** 0.5
     text = (
-        f"a step without the journal: {1e3 * median:.1f} ms (median of {len(plain)})\n"
-        f"with it: {middle / median:+.2%} ± {error / median:.2%} (median difference of neighbours, standard error)\n"
+        f"a step without the journal: {1e3 * median:.1f} ms (median of {len(pairs)})\n"
+        f"with it: {on_clock} on the clock, {busy} of processors' time"
+        " (median difference of neighbours, standard error)\n"
         f"{phases} phases × {1e6 * of_phase:.1f} µs + {collectives} collectives × {1e6 * of_collective:.1f} µs"
         f" = {1e3 * whole:.2f} ms, {whole / median:.3%} of a step"
     )
     return text, whole / median
+
+
+def _difference(pairs: list[tuple[float, float]]) -> tuple[float, str]:
+    """The median of the first, and how much more the second are, in words."""
+    median, differences = statistics.median(a for a, _ in pairs), [b - a for a, b in pairs]
+    middle = statistics.median(differences)
+    # Of a median, from the median distance to it, as if differences were normally distributed.
+    error = 1.253 * 1.483 * statistics.median(abs(one - middle) for one in differences) / len(differences) ** 0.5
+    return median, f"{middle / median:+.2%} ± {error / median:.2%}"
 
 
 def seconds_alone(count: int = 20_000) -> tuple[float, float]:
