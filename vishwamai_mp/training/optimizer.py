@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.utils import to_local_if_dtensor
 from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig
@@ -212,10 +212,15 @@ def gradient_norm(optimizer: ChainedOptimizer) -> float:
 
 @torch.no_grad()
 def clip_and_step(optimizer: ChainedOptimizer, norm: float, max_norm: float) -> None:
-    """Scale gradients of norm `norm` down to `max_norm` (0: as they are) and update the parameters."""
-    if max_norm > 0:
-        for part in optimizer.chained_optimizers:
-            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
-            if parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=norm)
+    """Scale gradients of norm `norm` down to `max_norm` (0: as they are) and update the parameters.
+
+    The factor is megatron-core's, whose own way writes every gradient twice where Transformer Engine is not installed.
+    """
+    factor = max_norm / (norm + 1e-6)
+    if max_norm > 0 and factor < 1:
+        parts = (part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False))
+        parameters = (parameter for part in parts for parameter in part.get_parameters())
+        gradients = [to_local_if_dtensor(one.grad) for one in parameters if one.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
     optimizer.step_with_ready_grads()
