@@ -1,6 +1,7 @@
 """What a program's output meets: an encoding that lacks its characters, a full disk, a closed or broken pipe."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,17 @@ def test_a_closed_output_is_no_fault() -> None:
 
 def test_what_ends_a_line_in_a_message_is_spelled() -> None:
     assert str(UserError("a\nb\x1b[2J\u2028ü\ud800")) == "a\\nb\\x1b[2J\\u2028ü\\ud800"
+
+
+def test_an_interrupt_is_one_line_while_modules_are_imported_too(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    beside = f"import sys\nsys.path.append({str(tmp_path)!r})\n"
+    importing = run("", program=f"{beside}import vishwamai_mp, slow")
+    assert (importing.returncode, importing.stderr) == (-signal.SIGINT, b"interrupted\n")  # a shell makes 130 of it
+    running = run("", program=_PROGRAM.replace("print(sys.argv[1])", "__import__('signal').raise_signal(2)"))
+    assert (running.returncode, running.stderr) == (130, b"interrupted\n")
+
+
+def test_an_interrupt_of_a_users_own_program_keeps_its_stack() -> None:
+    done = run("", program="import vishwamai_mp, signal\ndef own():\n    signal.raise_signal(2)\nown()")
+    assert b"in own\n" in done.stderr

@@ -162,7 +162,7 @@ def test_interrupt_leaves_nothing(folder, tmp_path, sent, workers):
             process.kill()
         assert process.stderr
         errors = process.stderr.read()
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert errors.strip().endswith("interrupted")
     assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

@@ -49,7 +49,7 @@ def one_line(error: BaseException) -> str:
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake.
+    """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake, 130 by Ctrl-C.
 
     Only `UserError`, a user's interrupt and what `about_the_system` knows are turned into a line; anything else is a
     defect of ours and keeps its traceback.
@@ -63,7 +63,9 @@ def run_program(main: Callable[[], int | None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        if sys.stderr is not None:
+            print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         sys.stderr.close()
         sys.exit(141)
