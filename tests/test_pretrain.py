@@ -75,7 +75,7 @@ BAD: dict[str, tuple[int, list[str | Callable[[Path], str]], list[str]]] = {
     "data of another vocabulary": (2, [of_a_larger_vocabulary], ["token 251", "model.vocab_size=250"]),
     "too little data": (2, [too_little], ["little has 15 tokens", "training.sequence_length"]),
     "missing tokenizer": (2, ["data.tokenizer=nowhere.model"], ["nowhere.model", "tools/train_tokenizer.py"]),
-    "world size": (1, ["parallel.tensor_model_parallel_size=2"], ["1 processes", "tensor 2", "multiple of 2"]),
+    "world size": (1, ["parallel.tensor_model_parallel_size=2"], ["1 process ", "tensor 2", "multiple of 2"]),
     "batch": (2, ["training.micro_batch_size=3"], ["training.global_batch_size=8", "not a multiple"]),
     "unknown key": (1, ["training.max_step=3"], ["training.max_step", "training.max_steps"]),
     "wrong type": (1, ["training.max_steps=many"], ["training.max_steps", "many"]),

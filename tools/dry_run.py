@@ -23,6 +23,7 @@ from pathlib import Path
 
 from vishwamai_mp.config import PretrainConfig, load_config, resolve
 from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.observability.page import write_page
 from vishwamai_mp.planning.hardware import find_gpu
 
@@ -87,7 +88,8 @@ def check_all_ranks(config: PretrainConfig, gpus: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:
-        print(f"{found.tensors:,} tensors, {found.numbers:,} numbers, on {found.ranks:,} ranks that differ of {gpus:,}")
+        tensors, ranks = counted(found.tensors, "tensor", ","), counted(found.ranks, "rank", ",")
+        print(f"{tensors}, {found.numbers:,} numbers, on {ranks} that differ of {gpus:,}")
     if found.faults:
         raise UserError("the shards do not make up the model:", *(f"  {fault}" for fault in found.faults))
     if not as_json:

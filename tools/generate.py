@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vishwamai_mp.config import UserError, run_program
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.opening import find_run
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def sample(options: argparse.Namespace, model: "LaidOutModel") -> Iterator[dict[
             answer |= {"passes": done.passes, "guessed": done.guessed, "accepted": done.accepted}
             if model.runtime.reports and not options.json:
                 print(
-                    f"{done.passes} passes wrote {len(done.tokens)} tokens; of {done.guessed} guessed tokens"
+                    f"{counted(done.passes, 'pass')} wrote {counted(len(done.tokens), 'token')}; of"
+                    f" {counted(done.guessed, 'guessed token')}"
                     f" {done.accepted} were right",
                     file=sys.stderr,
                 )

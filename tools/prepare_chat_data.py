@@ -22,6 +22,7 @@ import shlex
 from pathlib import Path
 
 from vishwamai_mp.config.errors import run_program
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.corpus_tools import CorpusProgress, add_encoding, corpus_parser, stop_on_sigterm
 from vishwamai_mp.data.prepare import PrepareReport, prepare
 
@@ -94,8 +95,9 @@ def main() -> None:
             on_skip=progress.skipped,
         )
     print(
-        f"{report.prefix}: {report.conversations} conversations in {report.rows} rows of {report.row_tokens} tokens,"
-        f" {report.filled:.1%} filled; loss on {report.learnt_tokens} of {report.tokens} tokens"
+        f"{report.prefix}: {counted(report.conversations, 'conversation')} in {counted(report.rows, 'row')} of"
+        f" {report.row_tokens} tokens, {report.filled:.1%} filled; loss on {report.learnt_tokens} of"
+        f" {report.tokens} tokens"
     )
     template = report.template
     if template:

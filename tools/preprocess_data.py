@@ -15,6 +15,7 @@ import argparse
 import sys
 
 from vishwamai_mp.config.errors import run_program
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.corpus_tools import CorpusProgress, add_encoding, corpus_parser, stop_on_sigterm
 from vishwamai_mp.data.preprocess import PreprocessReport, preprocess
 
@@ -93,10 +94,11 @@ def main() -> None:
             say=progress.say,
         )
     for key, prefix in report.prefixes.items():
-        print(f"{prefix}: {report.documents} documents, {report.tokens[key]} tokens")
+        print(f"{prefix}: {counted(report.documents, 'document')}, {counted(report.tokens[key], 'token')}")
     if arguments.dedup:
         share = report.repeated_documents / max(1, report.documents + report.repeated_documents)
-        print(f"--dedup {arguments.dedup}: {report.repeated_documents} repeated documents dropped ({share:.1%})")
+        dropped = counted(report.repeated_documents, "repeated document")
+        print(f"--dedup {arguments.dedup}: {dropped} dropped ({share:.1%})")
     if arguments.shuffle_documents:
         print(f"documents shuffled by --seed {seed}")
     if report.documents == 1:
@@ -107,7 +109,7 @@ def main() -> None:
         )
     rate = report.total_bytes / report.seconds / 1e6
     print(
-        f"{report.empty_documents} documents without text, {report.skipped_documents} malformed skipped; "
+        f"{counted(report.empty_documents, 'document')} without text, {report.skipped_documents} malformed skipped; "
         f"{report.seconds:.1f} s, {report.documents / report.seconds:.0f} docs/s, {rate:.2f} MB/s of input"
     )
 

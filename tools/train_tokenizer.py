@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 
 from vishwamai_mp.config.errors import UserError, run_program
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.byte_level_training import train_byte_level
 from vishwamai_mp.data.corpus import CorpusReader, Malformed, read_block
 from vishwamai_mp.data.corpus_tools import CorpusProgress, corpus_parser, stop_on_sigterm
@@ -62,7 +63,7 @@ def texts(reader: CorpusReader, key: str, on_error: str, progress: CorpusProgres
                 yield document[0]
         progress.update(documents, reader.bytes_read)
     progress.close()
-    print(f"{documents} documents read, {skipped} skipped; training", file=sys.stderr)
+    print(f"{counted(documents, 'document')} read, {skipped} skipped; training", file=sys.stderr)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """An OpenAI-compatible endpoint over a checkpoint, and a page to try the model on.
 
-    pip install -c constraints.txt -e .[serve]
+    pip install -c constraints.txt -e '.[serve]'
     python examples/serving/server.py --load runs/tiny --port 8000
     curl localhost:8000/v1/completions -d '{"prompt": "Once upon", "max_tokens": 40, "stream": true}'
 
@@ -23,13 +23,10 @@ def main() -> None:
     options = parse_arguments()
     run = find_run(options.load)
     run.answering(options.overrides)  # mistakes are told before torch is imported
-    try:
-        import uvicorn
+    import uvicorn
 
-        from vishwamai_mp.serving import WEB_OPTIONS, Limits, Service, build_app
-    except ImportError as error:
-        raise UserError(f"serving needs {error.name}; pip install -c constraints.txt -e .[serve]") from None
     from vishwamai_mp.opening import laid_out
+    from vishwamai_mp.serving import WEB_OPTIONS, Limits, Service, build_app
     from vishwamai_mp.tree_of_thoughts import ending_of_thoughts
 
     limits = Limits(**{field.name: value for field in fields(Limits) if (value := getattr(options, field.name, None))})

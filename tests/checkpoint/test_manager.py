@@ -266,7 +266,7 @@ def test_tensors_that_the_model_has_no_place_for_are_refused(workers: WorkerPool
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["tensors"]["decoder.layers.1.compass.output.weight"] = {"shape": [24, 24], "dtype": "float32"}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"has 1 tensors that this model has no place for, decoder\.layers\.1\.compass"):
+    with pytest.raises(UserError, match=r"has 1 tensor that this model has no place for, decoder\.layers\.1\.compass"):
         workers.run(jobs.resume_and_save, 2, path, tmp_path / "other", jobs.config(), 0)
 
 

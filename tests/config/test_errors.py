@@ -73,3 +73,11 @@ def test_an_interrupt_is_one_line_while_modules_are_imported_too(tmp_path: Path)
 def test_an_interrupt_of_a_users_own_program_keeps_its_stack() -> None:
     done = run("", program="import vishwamai_mp, signal\ndef own():\n    signal.raise_signal(2)\nown()")
     assert b"in own\n" in done.stderr
+
+
+def test_a_missing_extra_is_one_line() -> None:
+    missing = "exec(\"raise ModuleNotFoundError(name='matplotlib')\")"
+    done = run("", program=_PROGRAM.replace("print(sys.argv[1])", missing))
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: this program needs matplotlib, which is not installed: pip install ")
+    assert done.stderr.count(b"\n") == 1

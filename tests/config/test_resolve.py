@@ -168,7 +168,7 @@ def _config(*overrides):
         ([f"{_PIPELINE}=2", f"{_FIRST}=9"], ["model.num_layers=8", "9 layers first"]),
         ([f"{_PIPELINE}=2", f"{_FIRST}=8"], ["model.num_layers=8", "8 layers first and even last"]),
         ([f"{_PIPELINE}=2", f"{_FIRST}=3", f"{_LAST}=4"], ["3 layers first and 4 last"]),
-        ([f"{_PIPELINE}=2", f"{_VIRTUAL}=3"], ["4 layers on a pipeline stage", f"{_VIRTUAL}=3", "divisor of 4"]),
+        ([f"{_PIPELINE}=2", f"{_VIRTUAL}=3"], ["a pipeline stage of 4 layers", f"{_VIRTUAL}=3", "divisor of 4"]),
         (
             ["training.sequence_length=4096"],
             ["training.sequence_length=4096", "model.max_position_embeddings=2048", "raise the latter"],

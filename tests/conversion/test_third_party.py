@@ -324,7 +324,7 @@ def test_a_tied_folder_may_repeat_its_embedding(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
     notes = models.import_(tmp_path / "hf", tmp_path / "run")
     assert "output_layer.weight" not in read_manifest(models.step_zero(tmp_path / "run")).tensors
-    assert "left behind: 1 tensors *.rotary_emb.inv_freq, which follow from rope_theta" in notes[-1]
+    assert "left behind: 1 tensor *.rotary_emb.inv_freq, computed from rope_theta" in notes[-1]
 
 
 def test_another_head_than_the_embedding_is_not_tied_whatever_the_configuration_says(

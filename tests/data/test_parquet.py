@@ -29,7 +29,7 @@ def test_every_type_of_text(tmp_path, type_name):
 def test_without_pyarrow_a_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(text=pyarrow.array(TEXTS)))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"^parquet files need the package pyarrow; pip install"):
+    with pytest.raises(UserError, match=r"^reading parquet needs pyarrow, which is not installed: pip install"):
         CorpusReader([tmp_path / "a.parquet"], ["text"])
 
 

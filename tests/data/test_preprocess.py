@@ -192,7 +192,7 @@ def test_failure_under_way_leaves_the_old_pair(tmp_path, tokenizer, corpus, work
     [
         (b"", {}, "the file is empty"),
         (b"", {"on_error": "skip"}, "no text under 'text' in the input .*1 skipped"),
-        (b'{"text": ""}\n', {}, "no text under 'text' in the input .1 documents read"),
+        (b'{"text": ""}\n', {}, "no text under 'text' in the input .1 document read"),
         (b'{"text": "a"}\n', {"workers": 0}, "--workers 0: at least 1"),
         (b'{"text": "a"}\n', {"keys": ["a", "a"]}, "--json-keys a a: name each key once"),
         (b'{"text": "a"}\n', {"keys": ["a/b"]}, "becomes part of a file name"),
@@ -370,7 +370,7 @@ def test_what_a_killed_run_left_is_not_gone_on_from_by_another(corpora):
     assert "bad.partial keeps what is done; run the same command again to go on" in found[7][1]
     assert "going on from" in found[8][1]
     assert len(documents_of(folder / "bad_text_document")) == 401
-    assert "has left out 1 malformed documents: go on with --on-error skip, or begin anew" in found[10][1]
+    assert "has left out 1 malformed document: go on with --on-error skip, or begin anew" in found[10][1]
 
 
 def test_changed_or_damaged_files_are_not_gone_on_from(corpora):

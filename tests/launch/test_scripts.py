@@ -45,7 +45,7 @@ def _error(script, *arguments, **environment):
 )
 def test_shellcheck_is_content(script):
     checker = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert checker, "pip install -c constraints.txt -e .[dev]"
+    assert checker, "pip install -c constraints.txt -e '.[dev]'"
     result = subprocess.run([checker, "-x", script], cwd=_REPOSITORY, capture_output=True, text=True, check=False)
     assert (result.stdout, result.returncode) == ("", 0)
 

@@ -63,7 +63,7 @@ def job(tmp_path):
 
 def test_shellcheck_is_content():
     checker = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert checker, "pip install -c constraints.txt -e .[dev]"
+    assert checker, "pip install -c constraints.txt -e '.[dev]'"
     command = [checker, "-x", "launch/slurm.sbatch"]
     result = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
     assert (result.stdout, result.returncode) == ("", 0)

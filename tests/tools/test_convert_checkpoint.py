@@ -152,7 +152,7 @@ def test_mistakes_are_one_line(
         (["--tokens", "0"], "--tokens 0: use 1 or more"),
         (["--tokens", "99999"], "exceed the model's context"),
         (["--prompt", "a", "--tokenizer", "none"], "has no tokenizer for --prompt"),
-        (["--without-transformers"], "verifying needs transformers; pip install 'vishwamai-mp[hf]'"),
+        (["--without-transformers"], "verifying needs transformers, which is not installed: pip install"),
     ],
 )
 def test_what_cannot_be_verified_is_not_exported(

@@ -67,7 +67,7 @@ def test_as_text_and_what_fp8_becomes_without_transformer_engine(recipe):
     assert run.returncode == 0, run.stderr
     assert "data 0) of 1, torch's layers" in run.stdout
     assert "precision=fp8_current is simulated as bf16" in run.stdout
-    assert "the host waits for the device 1 times" in run.stdout
+    assert "the host waits for the device 1 time:" in run.stdout
     *_, head, row = run.stdout.splitlines()
     assert head.split()[:2] == ["rank", "seconds"]
     assert row.split()[0] == "0"

@@ -271,7 +271,7 @@ def test_a_broken_newer_checkpoint_is_mentioned(
         (["--prompt", "x = 1\n" * 40], "the model's context 64 (model.max_position_embeddings); shorten the prompt"),
         (["parallel.context_parallel_size=2"], "parallel.context_parallel_size has no use in generation"),
         (["parallel.sequence_parallel=true"], "parallel.sequence_parallel has no use in generation"),
-        (["parallel.tensor_model_parallel_size=2"], "1 processes cannot hold tensor 2"),
+        (["parallel.tensor_model_parallel_size=2"], "1 process cannot hold tensor 2"),
         (["parallel.tensor_paralel_size=2"], "unknown key 'parallel.tensor_paralel_size'"),
     ],
 )

@@ -56,7 +56,7 @@ def test_the_best_layout_is_one_that_trains_and_fits(plan, tmp_path, preset, gpu
 
 def test_in_words(plan):
     text = plan("--config", "vishwamai-120l", "--gpus", "1024", "--explain", "--tokens", "1e12", "tree.enabled=true")
-    for expected in ("1,000 B tokens", "pipeline bubble", "optimizer", "a tree search", "the host's memory of a save"):
+    for expected in ("1 T tokens", "pipeline bubble", "optimizer", "a tree search", "the host's memory of a save"):
         assert expected in text
 
 

@@ -64,7 +64,7 @@ def test_one_document_is_warned_of_and_can_be_split(folder, tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(LINES[:40]))
     arguments = ("--input", tmp_path / "a.txt", "--tokenizer", folder / "small.model", "--append-bos", "--append-eod")
     done = run("preprocess_data.py", *arguments, "--output-prefix", tmp_path / "one")
-    assert "1 documents," in done.stdout
+    assert "1 document," in done.stdout
     assert "warning: the corpus is one document" in done.stderr
     assert "--split-documents-at blank-lines" in done.stderr
     split = ("--split-documents-at", "blank-lines", "--output-prefix", tmp_path / "many")

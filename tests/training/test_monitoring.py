@@ -61,8 +61,8 @@ def offline(trainer: Trainer, notes: list[Any]) -> None:
 
 
 def test_wandb_offline_has_all_of_it_and_one_id(workers: WorkerPool, corpus, tmp_path):
-    """Opt-in, for the package is large: pip install 'vishwamai-mp[wandb]', and this test runs."""
-    pytest.importorskip("wandb", reason="wandb is not installed (pip install 'vishwamai-mp[wandb]')")
+    """Opt-in, for the package is large: pip install -e '.[wandb]', and this test runs."""
+    pytest.importorskip("wandb", reason="wandb is not installed (pip install -e '.[wandb]')")
     chosen = settings("logging.report_to=[wandb]")
     workers.run(train, 1, tmp_path, corpus, chosen, stop_after=2, prepare=offline)
     workers.run(train, 1, tmp_path, corpus, chosen, prepare=offline)

@@ -99,7 +99,7 @@ def test_rows_hold_every_rollout_once_as_a_document_of_its_own(rollouts):
 
 
 def test_rows_that_cannot_be_made_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="1 rollouts of up to 9 tokens for rows of 8"):
+    with pytest.raises(UserError, match="1 rollout of up to 9 tokens for rows of 8"):
         rollout_rows([Rollout([1] * 9, {})], 8)
     with pytest.raises(UserError, match="0 rollouts"):
         write_rollouts(tmp_path / "rows", [], sequence_length=8, vocab_size=50)

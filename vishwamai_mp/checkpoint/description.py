@@ -4,6 +4,7 @@ from typing import Any
 
 from vishwamai_mp.checkpoint.manifest import check_files, is_optimizer, read_manifest
 from vishwamai_mp.checkpoint.store import Found
+from vishwamai_mp.config.wording import counted
 
 _LAYOUT_NAMES = {
     "tensor_model_parallel_size": "tensor",
@@ -61,7 +62,7 @@ def render(facts: dict[str, Any]) -> str:
         f"saved as    {layout}; precision {facts['precision']}",
         f"model       {model}",
         f"versions    {versions}",
-        f"size        {size_text(facts['bytes'])} in {len(facts['files'])} files",
+        f"size        {size_text(facts['bytes'])} in {counted(len(facts['files']), 'file')}",
         *(f"note        {line}" for line in facts["skipped"]),
         "",
         *_table(facts["tensors"]),
@@ -86,7 +87,7 @@ def _state(facts: dict[str, Any]) -> str:
 
 
 def _optimizer(sizes: list[int]) -> str:
-    return f"yes, {size_text(sum(sizes))} in {len(sizes)} tensors (--json lists them)"
+    return f"yes, {size_text(sum(sizes))} in {counted(len(sizes), 'tensor')} (--json lists them)"
 
 
 def _table(tensors: dict[str, dict[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.runtime import Runtime  # before megatron.core
 
 # isort: split
@@ -353,12 +354,14 @@ class CheckpointManager:
         request = sharded.split_request(state, shapes, set(found.objects))
         missing = [name for names in _all(on_all_ranks(lambda: request.missing)) for name in names]
         if missing:
-            raise UserError(f"{path} lacks {len(set(missing))} tensors that this model has, {missing[0]} for one")
+            raise UserError(
+                f"{path} lacks {counted(len(set(missing)), 'tensor')} that this model has, {missing[0]} for one"
+            )
         places = {name for names in _all(on_all_ranks(lambda: sharded.names_of(state))) for name in names}
         if unknown := sorted(name for name in found.tensors if name not in places and not sharded.may_be_left(name)):
             raise UserError(
-                f"{path} has {len(unknown)} tensors that this model has no place for, {unknown[0]} for one; load it"
-                " with the settings of its run, in a version of this program that knows them"
+                f"{path} has {counted(len(unknown), 'tensor')} that this model has no place for, {unknown[0]} for one;"
+                " load it with the settings of its run, in a version of this program that knows them"
             )
         loaded = dist_checkpointing.load(request.wanted, str(path), self._load_strategy())
         borrows = any(_all(on_all_ranks(lambda: bool(request.borrowed))))

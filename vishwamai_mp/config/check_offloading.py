@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.resolve_fp8 import rounds_operands
+from vishwamai_mp.config.wording import counted
 
 if TYPE_CHECKING:
     from vishwamai_mp.config.schema import PretrainConfig
@@ -41,6 +42,6 @@ def check_offloading(config: "PretrainConfig", per_stage: Sequence[int]) -> None
     most = max(per_stage) // (config.parallel.virtual_pipeline_model_parallel_size or 1)
     if count >= most:
         raise ConfigError(
-            f"{key}={count}: of the {most} layers of a chunk the last, whose backward pass comes first, stays; use"
-            f" fewer, or {leave_out(key)}"
+            f"{key}={count}: of the {counted(most, 'layer')} of a chunk the last, whose backward pass comes first,"
+            f" stays; use fewer, or {leave_out(key)}"
         )

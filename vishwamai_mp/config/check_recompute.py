@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vishwamai_mp.config.errors import ConfigError, leave_out
+from vishwamai_mp.config.wording import counted
 
 if TYPE_CHECKING:
     from vishwamai_mp.config.schema import TrainingConfig
@@ -37,8 +38,8 @@ def check_recompute(training: "TrainingConfig", per_stage: Sequence[int], chunks
     if training.recompute_layers is not None and training.recompute_layers >= most:
         where = "a chunk of a pipeline stage" if chunks else "a pipeline stage" if len(per_stage) > 1 else "the model"
         raise ConfigError(
-            f"training.recompute_layers={training.recompute_layers}: {where} has no more than {most} layers; use fewer,"
-            f" or, to recompute all, {leave_out('training.recompute_layers')}"
+            f"training.recompute_layers={training.recompute_layers}: {where} has no more than"
+            f" {counted(most, 'layer')}; use fewer, or, to recompute all, {leave_out('training.recompute_layers')}"
         )
 
 

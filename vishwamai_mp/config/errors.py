@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from vishwamai_mp.config.wording import EXTRAS, lacks
+
 USER_ERROR_STATUS = 78  # of a worker in a job, for its launcher: trying again is of no use (EX_CONFIG of sysexits.h)
 HUNG_STATUS = 79  # of a worker that the watchdog ended because the job hung; trying again may help
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of the operating system's errors: a disk or a quota is full
@@ -51,8 +53,8 @@ def one_line(error: BaseException) -> str:
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake, 130 by Ctrl-C.
 
-    Only `UserError`, a user's interrupt and what `about_the_system` knows are turned into a line; anything else is a
-    defect of ours and keeps its traceback.
+    Only `UserError`, a user's interrupt, an extra that is not installed and what `about_the_system` knows are turned
+    into a line; anything else is a defect of ours and keeps its traceback.
     """
     spell_what_the_terminal_cannot()
     try:
@@ -62,6 +64,10 @@ def run_program(main: Callable[[], int | None]) -> None:
         sys.exit(code)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        sys.exit(f"error: {lacks('this program', error.name)}")
     except KeyboardInterrupt:
         if sys.stderr is not None:
             print("interrupted", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.schema import LoggingConfig, PretrainConfig
+from vishwamai_mp.config.wording import counted
 
 MOST_PROFILED_STEPS = 20  # a trace of more is too large for the programs that show it
 
@@ -28,8 +29,8 @@ def check_logging(config: PretrainConfig, world_size: int | None) -> None:
         raise ConfigError(f"logging.profile_ranks={_spelt(ranks)}: name each rank once, at least one")
     if world_size is not None and max(ranks) >= world_size:
         raise ConfigError(
-            f"logging.profile_ranks={_spelt(ranks)}: rank {max(ranks)} is beyond the job's {world_size} processes; use"
-            f" ranks from 0 to {world_size - 1}"
+            f"logging.profile_ranks={_spelt(ranks)}: rank {max(ranks)} is beyond the job's"
+            f" {counted(world_size, 'process')}; use ranks from 0 to {world_size - 1}"
         )
 
 

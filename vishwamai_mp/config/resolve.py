@@ -21,6 +21,7 @@ from vishwamai_mp.config.resolve_rotary import check_rotary, resolve_scaling, tu
 from vishwamai_mp.config.resolve_schedule import resolve_schedule
 from vishwamai_mp.config.resolve_tree import resolve_tree
 from vishwamai_mp.config.schema import ModelConfig, ParallelConfig, PretrainConfig
+from vishwamai_mp.config.wording import counted
 
 
 def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainConfig:
@@ -78,7 +79,7 @@ def data_parallel_size(config: PretrainConfig, world_size: int) -> int:
     ranks = model_parallel_ranks(parallel)
     if world_size % ranks:
         raise ConfigError(
-            f"{world_size} processes cannot hold tensor {parallel.tensor_model_parallel_size}"
+            f"{counted(world_size, 'process')} cannot hold tensor {parallel.tensor_model_parallel_size}"
             f" × pipeline {parallel.pipeline_model_parallel_size} × context {parallel.context_parallel_size}"
             f" = {ranks} ranks per replica; start a multiple of {ranks} processes"
             " (torchrun --nproc-per-node) or change parallel.*"
@@ -243,7 +244,7 @@ def layers_per_stage(config: PretrainConfig) -> list[int]:
     for count in counts:
         if chunks and count % chunks:
             raise ConfigError(
-                f"{count} layers on a pipeline stage do not split into"
+                f"a pipeline stage of {counted(count, 'layer')} does not split into"
                 f" parallel.virtual_pipeline_model_parallel_size={chunks} chunks; use a divisor of {count}"
             )
     return counts

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.finetuning import frozen_parts
 from vishwamai_mp.config.schema import Fp8Config, PretrainConfig
+from vishwamai_mp.config.wording import counted
 
 # Widths and token counts must be multiples of this: of a block of numbers that share a scale, or of the 16 bytes that
 # a GPU's product reads at once: 32 numbers of NVFP4, two of its blocks.
@@ -89,12 +90,13 @@ def _check_layers(config: PretrainConfig) -> None:
             )
         if count > per_stage:
             raise ConfigError(
-                f"fp8.{name}={count} exceeds the {per_stage} layers of a pipeline stage; use at most {per_stage}"
+                f"fp8.{name}={count} exceeds the {counted(per_stage, 'layer')} of a pipeline stage; use at most"
+                f" {per_stage}"
             )
     if options.bf16_layers_at_start + options.bf16_layers_at_end >= layers:
         raise ConfigError(
             f"fp8.bf16_layers_at_start={options.bf16_layers_at_start} and"
-            f" bf16_layers_at_end={options.bf16_layers_at_end} leave none of the {layers} layers in"
+            f" bf16_layers_at_end={options.bf16_layers_at_end} leave none of the {counted(layers, 'layer')} in"
             f" {config.precision}; lower them"
         )
 

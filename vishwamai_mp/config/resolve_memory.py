@@ -6,6 +6,7 @@ from dataclasses import replace
 from vishwamai_mp.config.component_shapes import check_component, memory_widths, placed
 from vishwamai_mp.config.errors import ConfigError, leave_out
 from vishwamai_mp.config.schema import MemoryConfig, PretrainConfig
+from vishwamai_mp.config.wording import counted
 
 
 def resolve_memory(config: PretrainConfig) -> MemoryConfig:
@@ -57,7 +58,7 @@ def _check_shape(memory: MemoryConfig, config: PretrainConfig) -> None:
             " it is the width of all heads together: change one of them"
         )
     heads, tensor = size // head_dim, parallel.tensor_model_parallel_size
-    made = f"memory.memory_size={size} makes {heads} heads of memory.head_dim={head_dim}"
+    made = f"memory.memory_size={size} makes {counted(heads, 'head')} of memory.head_dim={head_dim}"
     if heads % tensor:
         raise ConfigError(
             f"{made}, which parallel.tensor_model_parallel_size={tensor} does not divide;"

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from vishwamai_mp.config.errors import ConfigError
 from vishwamai_mp.config.schema import PretrainConfig, ScheduleConfig
+from vishwamai_mp.config.wording import counted
 
 
 def shortened_schedule(config: PretrainConfig, changed: Sequence[tuple[str, ...]]) -> tuple[PretrainConfig, list[str]]:
@@ -61,6 +62,6 @@ def resolve_schedule(schedule: ScheduleConfig, max_steps: int) -> ScheduleConfig
         )
     if schedule.decay == "wsd" and final > remaining:
         raise ConfigError(
-            f"schedule.wsd_decay_steps={final} exceeds the {remaining} steps after the warm-up; shorten it"
+            f"schedule.wsd_decay_steps={final} exceeds the {counted(remaining, 'step')} after the warm-up; shorten it"
         )
     return replace(schedule, decay_steps=decay_steps, wsd_decay_steps=final)

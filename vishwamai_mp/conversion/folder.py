@@ -11,6 +11,7 @@ from typing import Any
 
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve, to_dict
 from vishwamai_mp.config.pointers import refuse_pointer
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.conversion import components, model_config, quantized_weights, safetensors_files
 from vishwamai_mp.conversion.families import Family, family_of
 from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
@@ -67,7 +68,7 @@ def open_folder(path: Path, additions: Sequence[str] = (), own: type[Family] | N
     notes = [f"{key} of config.json, which is unknown here and switched off" for key in unknown]
     entries = {name: entry for name, entry in tensors.items() if not name.endswith(_BUFFERS)}
     if buffers := len(tensors) - len(entries):
-        notes.append(f"{buffers} tensors *{_BUFFERS[0]}, which follow from rope_theta")
+        notes.append(f"{counted(buffers, 'tensor')} *{_BUFFERS[0]}, computed from rope_theta")
     files = {entry.path for entry in entries.values()}
     notes += _unread(path, files)
     notes = [f"left behind: {'; '.join(notes)}"] if notes else []
@@ -86,7 +87,7 @@ def open_folder(path: Path, additions: Sequence[str] = (), own: type[Family] | N
     if original.model.num_layers > len(entries):
         raise UserError(
             f"{path / 'config.json'}: num_hidden_layers={original.model.num_layers}, and the folder has"
-            f" {len(entries)} tensors only; one of them is of another model"
+            f" {counted(len(entries), 'tensor')} only; one of them is of another model"
         )
     config = _with_additions(original, additions, path)
     shapes = {name: entry.shape for name, entry in entries.items()}

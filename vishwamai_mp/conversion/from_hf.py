@@ -35,6 +35,7 @@ from vishwamai_mp.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from vishwamai_mp.checkpoint.writer import ChecksummedFile
 from vishwamai_mp.config import PretrainConfig, to_yaml
 from vishwamai_mp.config.files import write_through, write_whole
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.conversion.dtypes import DType
 from vishwamai_mp.conversion.folder import Folder
 from vishwamai_mp.conversion.journal import Files, Journal, check_space, disk_errors
@@ -128,7 +129,7 @@ def _not_finite(folder: Folder, files: dict[str, list[Piece]], journal: Journal)
         return []
     theirs = {mapped.name: " + ".join(dict.fromkeys(part.name for part in mapped.parts)) for mapped in folder.mapping}
     named = [f"{count} of {theirs[name]}" for name, count in found.most_common(5)]
-    more = f" and of {len(found) - len(named)} more tensors" if len(found) > len(named) else ""
+    more = f" and of {counted(len(found) - len(named), 'more tensor')}" if len(found) > len(named) else ""
     return [
         f"warning: {found.total()} weights are NaN or infinite, and were imported so: {', '.join(named)}{more};"
         " a model with them computes NaN: download it again, or from elsewhere"

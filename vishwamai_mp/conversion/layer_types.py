@@ -6,6 +6,7 @@ from typing import Any
 
 from vishwamai_mp.config import ModelConfig, UserError
 from vishwamai_mp.config.layer_windows import layer_windows
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.conversion import rope_scaling
 from vishwamai_mp.conversion.value_kinds import NUMBER, check_kinds
 
@@ -57,7 +58,7 @@ def from_hf(config: Mapping[str, Any], path: Path, default: str) -> dict[str, An
         if unknown := [kind for kind in types if kind not in _LETTERS]:
             raise UserError(f"{path}: {unknown[0]!r} in layer_types is not supported; {' and '.join(_LETTERS)} are")
         if len(types) != layers:
-            raise UserError(f"{path}: {len(types)} layer_types of {layers} layers")
+            raise UserError(f"{path}: {len(types)} layer_types of {counted(layers, 'layer')}")
         letters = "".join(_LETTERS[kind] for kind in types)
     if "S" not in letters:
         return {"sliding_window": None, "layer_pattern": None}

@@ -10,6 +10,7 @@ import yaml
 from vishwamai_mp import __version__
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.json_text import parse_json
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.conversion.dtypes import DType
 from vishwamai_mp.conversion.source import Source
 from vishwamai_mp.data.lines import json_records
@@ -56,7 +57,7 @@ def model_card(source: Source, config: Mapping[str, Any], dtype: DType, added: s
 
 
 def _training_facts(run: Path, step: int) -> dict[str, str]:
-    facts = {"Trained for": f"{step:,} steps"}
+    facts = {"Trained for": counted(step, "step", ",")}
     record = _last_record(run / "metrics.jsonl", step)
     if "consumed_tokens" in record:
         facts["Trained for"] += f", {record['consumed_tokens']:,.0f} tokens"

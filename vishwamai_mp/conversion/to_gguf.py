@@ -15,6 +15,7 @@ import torch
 from vishwamai_mp.checkpoint.pieces import bytes_of
 from vishwamai_mp.config import ModelConfig, UserError
 from vishwamai_mp.config.files import leftovers, written_whole
+from vishwamai_mp.config.wording import lacks
 from vishwamai_mp.conversion import dtypes, safetensors_files
 from vishwamai_mp.conversion.families import Family
 from vishwamai_mp.conversion.gguf_form import Form, form_of, metadata, rope_tensors
@@ -99,7 +100,7 @@ def library() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UserError("--gguf needs the package gguf; pip install 'vishwamai-mp[gguf]'") from None
+        raise UserError(lacks("--gguf", "gguf")) from None
     return gguf
 
 

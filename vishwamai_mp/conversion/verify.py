@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vishwamai_mp.checkpoint import CheckpointManager
 from vishwamai_mp.config import ModelConfig, UserError, resolve
+from vishwamai_mp.config.wording import counted, lacks
 from vishwamai_mp.conversion import block_scaled, components, dtypes, model_config
 from vishwamai_mp.conversion.dtypes import BF16, FP8, FP32, DType
 from vishwamai_mp.conversion.families import Family, model_types
@@ -142,7 +143,7 @@ def check_prompts(source: Source, prompts: Sequence[Sequence[int]], new_tokens: 
             raise UserError("a prompt is empty; give at least one token")
         if len(prompt) + new_tokens > model.max_position_embeddings:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens and {new_tokens} new ones exceed the model's context of"
+                f"a prompt of {counted(len(prompt), 'token')} and {new_tokens} new ones exceed the model's context of"
                 f" {model.max_position_embeddings}; shorten the prompt or lower --tokens"
             )
         lengths = (len(prompt), len(prompt) + new_tokens)
@@ -150,14 +151,15 @@ def check_prompts(source: Source, prompts: Sequence[Sequence[int]], new_tokens: 
             # One pass turns all tokens as the longest text's; the first new ones were chosen by a shorter one's.
             assert model.rope_scaling is not None
             raise UserError(
-                f"a prompt of {len(prompt)} tokens and {new_tokens} new ones change their rotary frequencies beyond"
-                f" {model.rope_scaling.original_max_position_embeddings} tokens; shorten the prompt or lower --tokens"
+                f"a prompt of {counted(len(prompt), 'token')} and {new_tokens} new ones change their rotary frequencies"
+                f" beyond {model.rope_scaling.original_max_position_embeddings} tokens; shorten the prompt or lower"
+                " --tokens"
             )
         if cache.enabled and len(prompt) + new_tokens > held:
             # What generation has dropped by then, one pass over the whole text still reads.
             raise UserError(
-                f"a prompt of {len(prompt)} tokens and {new_tokens} new ones exceed the {held} that the model's cache"
-                " holds; shorten the prompt or lower --tokens"
+                f"a prompt of {counted(len(prompt), 'token')} and {new_tokens} new ones exceed the {held} that the"
+                " model's cache holds; shorten the prompt or lower --tokens"
             )
 
 
@@ -189,7 +191,7 @@ def require_transformers() -> None:
         UserError: transformers is not installed.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise UserError("verifying needs transformers; pip install 'vishwamai-mp[hf]'")
+        raise UserError(lacks("verifying", "transformers"))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.config.wording import lacks
 from vishwamai_mp.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from vishwamai_mp.data.tokenizer_training import training_pieces
 
@@ -30,7 +31,7 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, output_prefix: str |
         from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Fast
     except ImportError:
-        raise UserError("--type byte-bpe needs the package tokenizers: pip install tokenizers") from None
+        raise UserError(lacks("--type byte-bpe", "tokenizers")) from None
     if vocab_size < _SMALLEST:
         raise UserError(f"--vocab-size {vocab_size} is too small: bytes and special tokens alone are {_SMALLEST}")
     target = Path(f"{os.fspath(output_prefix)}.json")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, UserError
 from vishwamai_mp.config.schema import DataConfig, TrainingConfig
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.blends import Source, SourceIdentity, identify, parse_blend, parse_split
 from vishwamai_mp.data.consecutive import ConsecutiveSegments
 from vishwamai_mp.data.indexed import check_indexed
@@ -105,8 +106,8 @@ class Datasets:
         if not isinstance(train, TokenSamples | ConsecutiveSegments):
             return []
         return [
-            f"data.train: {source.name}: {share:.1%} of {needed:,} samples of {training.sequence_length} tokens,"
-            f" {needed * share / size:.2f} epochs of {size:,} samples"
+            f"data.train: {source.name}: {share:.1%} of {counted(needed, 'sample', ',')} of {training.sequence_length}"
+            f" tokens, {needed * share / size:.2f} epochs of {counted(size, 'sample', ',')}"
             for source, size, share in zip(self.fingerprint.sources, train.sizes, train.shares, strict=True)
         ]
 
@@ -335,7 +336,9 @@ def _part(
         return rows, f"{prefix} has no row for {split.name}"
     tokens = int(corpus.indexed.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
     if tokens <= length:
-        problem = f"{prefix} has {tokens:,} tokens for {split.name}, fewer than one sequence and its label"
+        problem = (
+            f"{prefix} has {counted(tokens, 'token', ',')} for {split.name}, fewer than one sequence and its label"
+        )
         return None, f"{problem} ({length} + 1)"
     return PackedDocuments(
         corpus.indexed,

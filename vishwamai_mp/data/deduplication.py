@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import IO, Any, Literal, Protocol
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.wording import lacks
 
 Dedup = Literal["exact", "minhash"]
 _HASH_BYTES = 16
@@ -127,5 +128,5 @@ def _rensa() -> Any:
     try:
         import rensa
     except ImportError:
-        raise UserError("--dedup minhash needs the package rensa: pip install 'rensa>=0.5'") from None
+        raise UserError(lacks("--dedup minhash", "rensa")) from None
     return rensa

@@ -12,6 +12,7 @@ import torch
 
 from vishwamai_mp.config import ConfigError, PretrainConfig, UserError
 from vishwamai_mp.config.extensions import find_extension, is_own
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.blends import SourceIdentity
 from vishwamai_mp.data.datasets import Datasets, build_datasets
 from vishwamai_mp.data.items import ItemEncoder
@@ -87,8 +88,8 @@ class StreamedSamples(torch.utils.data.Dataset):
             before = self._read
             yield from self._items
         raise UserError(
-            f"{self._name} ended after {self._read} items and gives none when it is read again; give a list or a"
-            " dataset that does, or train for fewer steps"
+            f"{self._name} ended after {counted(self._read, 'item')} and gives none when it is read again; give a list"
+            " or a dataset that does, or train for fewer steps"
         )
 
 

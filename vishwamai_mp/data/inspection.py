@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.indexed import IndexedStats, check_indexed, document_spans
 from vishwamai_mp.data.tokenizer import Tokenizer
 
@@ -137,7 +138,8 @@ def render_html(inspection: Inspection) -> str:
 
 def _summary(inspection: Inspection) -> str:
     stats = inspection.stats
-    return f"{stats.prefix}: {stats.num_documents} documents, {stats.num_tokens} tokens of {stats.dtype}"
+    documents, tokens = counted(stats.num_documents, "document"), counted(stats.num_tokens, "token")
+    return f"{stats.prefix}: {documents}, {tokens} of {stats.dtype}"
 
 
 def _quantiles(inspection: Inspection) -> str:
@@ -147,7 +149,7 @@ def _quantiles(inspection: Inspection) -> str:
 
 def _heading(shown: ShownDocument) -> str:
     more = f", the first {len(shown.ids)}" if len(shown.ids) < shown.length else ""
-    return f"document {shown.number}: {shown.length} tokens{more}"
+    return f"document {shown.number}: {counted(shown.length, 'token')}{more}"
 
 
 def _range(low: int, high: int) -> str:

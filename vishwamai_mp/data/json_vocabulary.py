@@ -10,6 +10,7 @@ from typing import Any
 from vishwamai_mp.config.errors import UserError, one_line
 from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
+from vishwamai_mp.config.wording import lacks
 from vishwamai_mp.data.cutting import DIGITS, SPACE_CUTTING
 
 SETTINGS_FILE = "tokenizer_config.json"
@@ -53,7 +54,7 @@ class JsonVocabulary:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise UserError(f"tokenizer {path} needs the package tokenizers: pip install tokenizers") from None
+            raise UserError(lacks(f"tokenizer {path}", "tokenizers")) from None
         self.proto: bytes | None = None
         self._path = path
         with self._its_faults():

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from vishwamai_mp.config.errors import UserError, one_line
+from vishwamai_mp.config.wording import counted, lacks
 from vishwamai_mp.data.streams import COMPRESSED_SUFFIXES
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def require_pyarrow() -> None:
         UserError: pyarrow is not installed.
     """
     if importlib.util.find_spec("pyarrow") is None:
-        raise UserError("parquet files need the package pyarrow; pip install 'vishwamai-mp[parquet]'")
+        raise UserError(lacks("reading parquet", "pyarrow"))
 
 
 def row_blocks(
@@ -191,6 +192,6 @@ def _check_row_groups(
             if column.path_in_schema in keys and column.total_uncompressed_size > limit:
                 raise UserError(
                     f"{path}: row group {number} has {column.total_uncompressed_size >> 20} MiB of"
-                    f" {column.path_in_schema!r} in {group.num_rows} rows, at most {limit >> 20} can be read: write it"
-                    " in smaller row groups"
+                    f" {column.path_in_schema!r} in {counted(group.num_rows, 'row')}, at most {limit >> 20} can be"
+                    " read: write it in smaller row groups"
                 )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vishwamai_mp.config import ConfigError
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.blends import SourceIdentity
 
 _REPEAT = "samples already seen may repeat"
@@ -73,8 +74,8 @@ class DataPosition:
         if current.sequence_length != stored.sequence_length:
             raise ConfigError(
                 f"training.sequence_length {stored.sequence_length} -> {current.sequence_length}: the position,"
-                f" {self.consumed_samples} samples of {stored.sequence_length} tokens, means other samples now;"
-                f" set it back, or start a new training.output_dir from these weights with checkpoint.load"
+                f" {counted(self.consumed_samples, 'sample')} of {stored.sequence_length} tokens, means other samples"
+                f" now; set it back, or start a new training.output_dir from these weights with checkpoint.load"
                 " and checkpoint.load_optimizer=false"
             )
         if current.rows != stored.rows:

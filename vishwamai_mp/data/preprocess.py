@@ -23,6 +23,7 @@ from typing import IO, Any, Literal, Protocol, TypeVar, cast
 import numpy as np
 
 from vishwamai_mp.config.errors import UserError
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.corpus import Block, CorpusReader, Malformed, Position, read_block
 from vishwamai_mp.data.corpus_tools import byte_bar
 from vishwamai_mp.data.deduplication import Dedup, KeptPrints, prints
@@ -283,12 +284,12 @@ def _begin(
     report = PreprocessReport(**unfinished.state["report"])
     if report.skipped_documents and on_error == "stop":
         raise UserError(
-            f"{unfinished.folder} has left out {report.skipped_documents} malformed documents: go on with"
+            f"{unfinished.folder} has left out {counted(report.skipped_documents, 'malformed document')}: go on with"
             " --on-error skip, or begin anew with --restart"
         )
     reader.start = Position(*unfinished.state["position"])
     if say:
-        say(f"going on from {unfinished.folder}: {report.documents} documents are done")
+        say(f"going on from {unfinished.folder}: {counted(report.documents, 'document')} done")
     return report, unfinished.state["token_bytes"]
 
 
@@ -304,7 +305,7 @@ def _write_shuffled(shufflers: Sequence[DocumentShuffler], writers: Sequence[Ind
 def _publish(writers: Sequence[IndexedWriter], report: PreprocessReport, unfinished: UnfinishedRun) -> None:
     for key, tokens in report.tokens.items():
         if tokens == 0:
-            of_what = f"{report.documents} documents read, {report.skipped_documents} skipped"
+            of_what = f"{counted(report.documents, 'document')} read, {report.skipped_documents} skipped"
             raise UserError(f"no text under {key!r} in the input ({of_what}); nothing was written")
     for writer in writers:
         writer.finish()

@@ -17,6 +17,7 @@ from typing import Any
 from vishwamai_mp.config.errors import UserError, one_line
 from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
+from vishwamai_mp.config.wording import counted, lacks
 from vishwamai_mp.data.cutting import PATTERNS
 from vishwamai_mp.data.json_vocabulary import byte_alphabet
 
@@ -69,7 +70,7 @@ def _try(path: Path, described: str, pattern: str) -> None:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise UserError("this needs the package tokenizers: pip install tokenizers") from None
+        raise UserError(lacks(f"converting {path}", "tokenizers")) from None
     try:
         Tokenizer.from_str(described)
     except Exception as error:  # the library raises nothing narrower
@@ -122,12 +123,14 @@ def _read_tekken(
     _refuse_equal(path, ranks)
     if not named:
         if not special:
-            raise UserError(f"{path} does not name its {reserved} special tokens: give the first ones in order")
+            raise UserError(
+                f"{path} does not name its {counted(reserved, 'special token')}: give the first ones in order"
+            )
         named = dict(enumerate(special))
     elif special:
         raise UserError(f"--special-tokens: {path} names its own")
     if beyond := [token for number, token in named.items() if number >= reserved]:
-        raise UserError(f"{path} has room for {reserved} special tokens, and none for {beyond[0]}")
+        raise UserError(f"{path} has room for {counted(reserved, 'special token')}, and none for {beyond[0]}")
     own = {named.get(number, f"<SPECIAL_{number}>"): number for number in range(reserved)}
     return ranks, reserved, own, pattern
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.config.files import leftovers, sync_folder, write_whole
 from vishwamai_mp.config.json_text import parse_json
+from vishwamai_mp.config.wording import counted
 
 MARK_SECONDS = 30.0  # between marks
 _MARK = "mark.json"
@@ -172,7 +173,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
             for old, new in zip(was, is_now, strict=False):
                 if old != new:
                     return f"{old[0]} has changed since" if old[0] == new[0] else f"{old[0]} was where {new[0]} is"
-            return f"{len(was)} input files, now {len(is_now)}"
+            return f"{counted(len(was), 'input file')}, now {len(is_now)}"
         if name in ("--tokenizer", "format"):
             return f"another {name}"
         return f"{name} was {_words(was)}, now {_words(is_now)}"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.inference.batch import Work
 from vishwamai_mp.inference.blocks import KvSequence
 from vishwamai_mp.inference.stage import Stage
@@ -90,7 +91,7 @@ class Engine:
             if self.outgrows(sequence, len(tokens)):
                 assert self.config.model.rope_scaling is not None
                 raise UserError(
-                    f"a text outgrows the {sequence.length} tokens whose rotary frequencies it was read with"
+                    f"a text outgrows the {counted(sequence.length, 'token')} whose rotary frequencies it was read with"
                     f" (model.rope_scaling of rope_type={self.config.model.rope_scaling.rope_type}); only sampling and"
                     " greedy decoding read such a text again: shorten the prompt or lower max_new_tokens"
                 )

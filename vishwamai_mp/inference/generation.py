@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.inference.added_text import AddedText, Decode, find_stop
 from vishwamai_mp.inference.beginnings import Beginnings
 from vishwamai_mp.inference.blocks import BLOCK_TOKENS, KvSequence
@@ -250,7 +251,7 @@ class Generator:
         """
         for text in texts:
             if len(text) < 2:
-                raise UserError(f"a text of {len(text)} tokens has nothing to score; give at least 2 tokens")
+                raise UserError(f"a text of {counted(len(text), 'token')} has nothing to score; give at least 2 tokens")
             check_fits(len(text) - 1, self.engine.context)
         return [[log_prob for log_prob, _ in self.score_tokens(text)] for text in texts]
 

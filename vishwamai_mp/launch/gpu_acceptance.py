@@ -22,6 +22,7 @@ import yaml
 
 from vishwamai_mp.config import PretrainConfig, UserError, load_config, resolve, run_program
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
 from vishwamai_mp.observability.page import page, render, write_page
 from vishwamai_mp.planning.footprint_advice import rank_memory
@@ -128,7 +129,7 @@ def speed_trials(gpus: int) -> list[Trial]:
 def compare_losses(trial: str, losses: Sequence[float], expected: Sequence[float], share: float) -> Verdict:
     """Whether a run shows the losses of another."""
     if len(losses) != len(expected) or not losses:
-        return Verdict(trial, "failed", f"{len(losses)} steps were logged, not {len(expected)}")
+        return Verdict(trial, "failed", f"logged: {counted(len(losses), 'step')}, not {len(expected)}")
     largest = max(abs(a - b) / abs(b) if a == a else float("inf") for a, b in zip(losses, expected, strict=True))
     figures = {"losses": list(losses), "largest_difference": largest}
     says = f"losses differ by {largest:.2g} at most ({share:.2g} allowed)"
@@ -208,7 +209,7 @@ class Acceptance:
             for trial in trials:
                 found = dry_run(self.config(trial), trial.gpus, 0)
                 sound = found.updated and sum(found.host_waits.values()) == 1
-                says = f"a step of rank 0 runs; the host waits {sum(found.host_waits.values())} times"
+                says = f"a step of rank 0 runs; the host waits {counted(sum(found.host_waits.values()), 'time')}"
                 figures = {"peak_bytes": found.peak_bytes, "predicted_bytes": found.predicted_bytes}
                 state = "passed" if sound else "failed"
                 verdicts.append(Verdict(f"{kind}: {trial.name}", state, says, {**figures, "double": doubled}))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import Counter
 
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.launch.checks import Finding, judge
 
 _CHECKS = ("gpus", "gpu memory", "driver", "clocks", "ecc")
@@ -129,7 +130,7 @@ def _ecc(gpus: list[Gpu]) -> list[Finding]:
         if gpu["ecc.mode.current"] == "Disabled":
             faults.append(f"{name}: ECC is off; nvidia-smi -e 1 and a restart")
         if errors:
-            faults.append(f"{name}: {errors:.0f} uncorrected memory errors since the driver was loaded")
+            faults.append(f"{name}: {counted(int(errors), 'uncorrected memory error')} since the driver was loaded")
         if gpu["remapped_rows.failure"] == "Yes":
             faults.append(f"{name}: a row of memory could not be remapped; the GPU must be replaced")
         elif gpu["remapped_rows.pending"] == "Yes":

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.launch.checks import Finding, judge
 
 _BYTES = {"nccl": 256 << 20, "gloo": 16 << 20}
@@ -70,7 +71,7 @@ def judge_links(hosts: list[str], speeds: list[float], gpu: str, network_gb_s: f
             faults.append(f"{link}: {speed:.2f} GB/s, {table:g} GB/s by the table")
         elif speed < statistics.median(alike) * _SLOW:
             faults.append(f"{link}: {speed:.2f} GB/s, the median of such links is {statistics.median(alike):.2f} GB/s")
-    fine = f"{len(speeds)} links, {min(speeds, default=0):.2f} to {max(speeds, default=0):.2f} GB/s"
+    fine = f"{counted(len(speeds), 'link')}, {min(speeds, default=0):.2f} to {max(speeds, default=0):.2f} GB/s"
     return judge("links", faults, fine, links=lines)
 
 

@@ -14,6 +14,7 @@ import torch
 import vishwamai_mp
 from vishwamai_mp.config import PretrainConfig, to_yaml
 from vishwamai_mp.config.files import write_whole
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.tokenizer import kept_files
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.choices import ways_in_force
@@ -31,7 +32,7 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
         # torch's own word names the CUDA that it was built for.
         "packages": {"torch": str(torch.__version__), **{name: _version(name) for name in _PACKAGES}},
         "world_size": runtime.world_size,
-        "device": gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "device": gpu or f"{platform.processor() or platform.machine()}, {counted(os.cpu_count() or 1, 'core')}",
         "threads": torch.get_num_threads(),
         "ways": ways_in_force(),
         "command": sys.argv,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config.wording import count_text, counted
 from vishwamai_mp.observability.page import page, render
 from vishwamai_mp.planning.footprint import Footprint, stage_footprint
 from vishwamai_mp.planning.footprint_advice import size_text
@@ -46,7 +47,7 @@ def plan_page(plan: Plan, config: PretrainConfig, tokens: float, nearest: Candid
     best = plan.fitting[0] if plan.fitting else None
     values: dict[str, Any] = {
         "title": title,
-        "facts": f"{len(plan.fitting):,} layouts fit, {len(plan.too_large):,} need more memory,"
+        "facts": f"Layouts: {len(plan.fitting):,} fit, {len(plan.too_large):,} need more memory,"
         f" {sum(plan.refused.values()):,} are not possible.",
         "cards": _cards(plan, best, tokens) if best else [],
         "missing": _missing(plan, nearest) if best is None else "",
@@ -68,7 +69,7 @@ def _cards(plan: Plan, best: Candidate, tokens: float) -> list[tuple[str, str]]:
         (f"{best.time.total:.3g} s", "a step"),
         (f"{mfu(best, plan):.1%}", "MFU"),
         (size_text(best.footprint.total), f"of {size_text(plan.machine.gpu.memory)} per GPU"),
-        (f"{seconds / 86400:,.1f} days", f"for {tokens / 1e9:,.0f} B tokens"),
+        (f"{seconds / 86400:,.1f} days", f"for {count_text(tokens)} tokens"),
         (f"${dollars:,.0f}", f"at ${plan.machine.gpu.dollars} per GPU hour"),
     ]
 
@@ -224,4 +225,4 @@ def _rejected(plan: Plan) -> list[tuple[str, str]]:
         (one.label, f"lacks {size_text(one.footprint.total - plan.room)} of memory")
         for one in plan.too_large[:_REJECTED]
     ]
-    return [(f"{count:,} layouts", reason) for reason, count in plan.refused.items()] + lacking
+    return [(counted(count, "layout", ","), reason) for reason, count in plan.refused.items()] + lacking

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.observability.chart import FEW, Line, legend, line_chart
 from vishwamai_mp.observability.curves import STRETCHES
 from vishwamai_mp.observability.goodput_ledger import NOTE
@@ -76,12 +77,14 @@ def _finite(curve: Curve | None) -> Curve | None:
 
 def _facts(runs: Sequence[Run], half_life: int | None) -> str:
     longest = max(len(curve.steps) for run in runs for curve in run.metrics.values())
-    facts = f"Up to {longest:,} logged steps."
+    facts = f"Up to {counted(longest, 'logged step', ',')}."
     if longest > 5 * STRETCHES:
         facts += (
             f" Curves are thinned: of each of {STRETCHES} stretches the first, lowest, highest and last value are"
             " drawn, so no peak is lost."
         )
     if half_life is not None:
-        facts += f" Smoothed: a mean in which a value {half_life:,} steps away, before or after, counts half."
+        facts += (
+            f" Smoothed: a mean in which a value {counted(half_life, 'step', ',')} away, before or after, counts half."
+        )
     return facts

@@ -15,6 +15,7 @@ from typing import Any
 
 from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.config.json_text import parse_json
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.diagnosis import shared
 from vishwamai_mp.diagnosis.shared import Group, Kind, Operation, Phase
 
@@ -138,7 +139,7 @@ def stragglers(timeline: Timeline) -> list[str]:
         if slow.phase != WAITING and seconds > 1.2 * slow.median and seconds - slow.median > 0.05 * whole:
             found.append(
                 f"rank {rank} on {host} is slow: {slow.phase} takes it {seconds:.3g} s a step, the median rank"
-                f" {slow.median:.3g} s (over {timeline.steps} steps)"
+                f" {slow.median:.3g} s (over {counted(timeline.steps, 'step')})"
             )
     return found
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.observability.page import page, render
 from vishwamai_mp.tree_of_thoughts import SearchResult
 from vishwamai_mp.tree_of_thoughts.picture import text_of, to_svg
@@ -48,8 +49,8 @@ def to_html(results: Sequence[SearchResult], title: str = "Tree of thoughts") ->
 def _search(result: SearchResult) -> dict[str, str]:
     pruned = sum(node.status == "pruned" for node in result.nodes)
     facts = (
-        f"{len(result.nodes) - 1} thoughts, {result.generated_tokens} tokens generated, {len(result.answer)} of them in"
-        f" the answer; {pruned} pruned. Search ended: {result.reason}."
+        f"{counted(len(result.nodes) - 1, 'thought')}, {counted(result.generated_tokens, 'token')} generated,"
+        f" {len(result.answer)} of them in the answer; {pruned} pruned. Search ended: {result.reason}."
     )
     answer = "".join(text_of(result, result.nodes[i]) for i in result.path[1:])
     return {"facts": facts, "answer": answer, "picture": Markup(to_svg(result))}

@@ -11,6 +11,7 @@ from vishwamai_mp.config import ConfigError, PretrainConfig, UserError, to_dict
 from vishwamai_mp.config.errors import one_line
 from vishwamai_mp.config.files import write_whole
 from vishwamai_mp.config.json_text import parse_json
+from vishwamai_mp.config.wording import lacks
 from vishwamai_mp.data.lines import text_lines
 from vishwamai_mp.observability.panels import tensorboard_layout
 
@@ -116,9 +117,7 @@ def _import_wandb() -> Any:
         import wandb
     except Exception as error:  # whatever a package's own modules raise
         if isinstance(error, ModuleNotFoundError) and error.name == "wandb":
-            raise ConfigError(
-                "logging.report_to names wandb, which is not installed; pip install 'vishwamai-mp[wandb]'"
-            ) from None
+            raise ConfigError(lacks("logging.report_to=[wandb]", "wandb")) from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             f"logging.report_to names wandb, which is installed and cannot be imported ({reason}); mend the"

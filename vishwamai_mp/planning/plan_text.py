@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config.wording import count_text
 from vishwamai_mp.planning.flops import training_flops_per_token
 from vishwamai_mp.planning.footprint import (
     activations_host_bytes,
@@ -88,9 +89,9 @@ def plan_text(plan: Plan, config: PretrainConfig, top: int, tokens: float, neare
     """A table of the fastest layouts, or what is missing."""
     gpu = plan.machine.gpu
     lines = [
-        f"{total_parameters(config) / 1e9:.3g} B parameters on {plan.world_size} × {gpu.title}"
+        f"{count_text(total_parameters(config))} parameters on {plan.world_size} × {gpu.title}"
         f" ({size_text(plan.room)} usable each), program: {plan.machine.stack.name}",
-        f"{len(plan.fitting)} layouts fit, {len(plan.too_large)} need more memory,"
+        f"layouts: {len(plan.fitting)} fit, {len(plan.too_large)} need more memory,"
         f" {sum(plan.refused.values())} are not possible",
     ]
     if not plan.fitting:
@@ -116,7 +117,7 @@ def plan_text(plan: Plan, config: PretrainConfig, top: int, tokens: float, neare
     seconds, dollars = budget(plan.fitting[0], plan, tokens)
     lines += [
         "",
-        f"{tokens / 1e9:,.0f} B tokens with the first: {seconds / 86400:,.1f} days without interruptions,"
+        f"{count_text(tokens)} tokens with the first: {seconds / 86400:,.1f} days without interruptions,"
         f" {dollars:,.0f} $ at {gpu.dollars} $ per GPU and hour",
     ]
     return "\n".join(lines)

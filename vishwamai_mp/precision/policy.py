@@ -8,6 +8,7 @@ import torch
 
 from vishwamai_mp.config import ConfigError, Fp8Config, PretrainConfig
 from vishwamai_mp.config.resolve_fp8 import MULTIPLE
+from vishwamai_mp.config.wording import lacks
 from vishwamai_mp.runtime import device, has_transformer_engine, is_accelerator
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,10 +148,7 @@ def check_fp8_hardware(policy: PrecisionPolicy) -> None:
     if policy.fp8 is None or not is_accelerator(device()):
         return
     if not has_transformer_engine():
-        raise ConfigError(
-            f"precision={policy.name}: on a GPU it needs Transformer Engine, which is not installed;"
-            " install the extra: pip install vishwamai-mp[te], or use precision=bf16"
-        )
+        raise ConfigError(f"{lacks(f'precision={policy.name} on a GPU', 'transformer_engine')}; or use precision=bf16")
     if policy.fp8.recipe == "nvfp4" and use_transformer_engine(policy):
         switches = sorted(name for name in os.environ if name.startswith(_SWITCHES))
         if switches:

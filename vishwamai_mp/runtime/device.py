@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.runtime.products import linear_fp32
 
 # Dense peaks of 16 bits in TFLOP/s, from data sheets, by words of CUDA's names; the longest that match win.
@@ -132,7 +133,7 @@ def cpu_threads(configured: int | None) -> tuple[int, str]:
             return _MOST_PER_CORE * allowed, f"OMP_NUM_THREADS={said}, cut down to {_MOST_PER_CORE} a core"
         return int(said), "OMP_NUM_THREADS"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    shared = f"{allowed} core{'s' if allowed > 1 else ''} / {processes} process{'es' if processes > 1 else ''}"
+    shared = f"{counted(allowed, 'core')} / {counted(processes, 'process')}"
     return max(1, allowed // processes), f"{shared}; training.threads changes it"
 
 

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from vishwamai_mp.config import ConfigError, PretrainConfig
+from vishwamai_mp.config.wording import counted
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
 _STRATEGIES = ("no", "steps", "epoch")
@@ -199,7 +200,7 @@ class TrainingArguments:
             ),
             (
                 warmup >= steps,
-                f"warmup_steps={warmup} in a run of {steps} steps: the learning rate stays below its peak",
+                f"warmup_steps={warmup} in a run of {counted(steps, 'step')}: the learning rate stays below its peak",
             ),
             (self.save_strategy == "no", "save_strategy='no': the last step is saved all the same"),
             (

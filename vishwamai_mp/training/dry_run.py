@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from vishwamai_mp.config import PretrainConfig, UserError, micro_batches_per_step
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.batches import Batch, DocumentRules, make_batch
 from vishwamai_mp.model import build_model
 from vishwamai_mp.model.fully_sharded import FullySharded
@@ -217,7 +218,7 @@ def render(found: DryRun) -> str:
         *(f"    {part:24} {count:,}" for part, count in found.launches_by_part.items()),
         "collectives (operation, group × ranks, count, size):",
         *(f"  {c.operation:14} {c.group} × {c.size}  {c.count:,}  {_size(c.bytes)}" for c in found.collectives),
-        f"the host waits for the device {sum(found.host_waits.values()):,} times:",
+        f"the host waits for the device {counted(sum(found.host_waits.values()), 'time', ',')}:",
         *(f"  {place}  {count:,}" for place, count in found.host_waits.items()),
     ]
     return "\n".join(lines)

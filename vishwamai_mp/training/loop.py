@@ -14,6 +14,7 @@ from vishwamai_mp.checkpoint import CheckpointManager, locate
 from vishwamai_mp.checkpoint.collective import Failure, on_first_rank
 from vishwamai_mp.checkpoint.lock import RunLock
 from vishwamai_mp.config import PretrainConfig, UserError
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.batches import BatchStream, evaluation_stream, train_stream
 from vishwamai_mp.data.datasets import Datasets
 from vishwamai_mp.data.position import DataPosition
@@ -214,7 +215,7 @@ class Trainer:
         if found.path is not None:
             self._refuse_other_tokenizer()
             self._load_state_dict(self.checkpoints.load(found.path, self.chunks, self.optimizer))
-            self.say(f"resumed from {found.path.name}, {self.state.consumed_samples:,} samples in")
+            self.say(f"resumed from {found.path.name}, {counted(self.state.consumed_samples, 'sample', ',')} in")
             for section in (self.config.memory, self.config.cache):
                 if section.enabled and section.carry_state:
                     self.say("carry_state: what rows remember is not in a checkpoint; they start empty")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from vishwamai_mp.config import TrainingConfig, UserError
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.batches import Batch
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.training.step import StepResult, TrainStep
@@ -59,9 +60,9 @@ class LossGuard:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.config.max_skipped_steps:
             raise UserError(
-                f"{self.skipped_in_a_row} steps in a row could not be used (loss {result.lm_loss:.4g}, gradient norm"
-                f" {result.grad_norm:.4g}); lower optimizer.learning_rate, lengthen schedule.warmup_steps or look at"
-                " the data; training.max_skipped_steps sets the patience"
+                f"{counted(self.skipped_in_a_row, 'step')} in a row could not be used (loss {result.lm_loss:.4g},"
+                f" gradient norm {result.grad_norm:.4g}); lower optimizer.learning_rate, lengthen"
+                " schedule.warmup_steps or look at the data; training.max_skipped_steps sets the patience"
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
+from vishwamai_mp.config.wording import count_text, counted
 from vishwamai_mp.observability.goodput_ledger import Ledger
 from vishwamai_mp.planning import total_parameters, training_flops_per_token
 from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token, cache_parameters
@@ -35,7 +36,7 @@ def opening_lines(config: PretrainConfig, runtime: Runtime, step: int) -> str:
     lines["batch"] = _batch(config, runtime)
     lines["footprint"] = _footprint(config, runtime)
     steps = config.training.max_steps
-    begins = f"continues after step {step} of {steps}" if step else f"a new run of {steps} steps"
+    begins = f"continues after step {step} of {steps}" if step else f"a new run of {counted(steps, 'step')}"
     lines["output"] = f"{config.training.output_dir}, {begins}"
     return _table(lines)
 
@@ -115,14 +116,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def count_text(number: float) -> str:
-    """A large number in three digits and a letter, as in 1.35 M."""
-    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}" if number < 999.5 * size else f"{number / size:.0f}{letter}"
-    return f"{number:.0f}"
-
-
 def _table(lines: Mapping[str, str]) -> str:
     width = max(len(label) for label in lines) + 2
     indented = {label: text.replace("\n", "\n" + " " * width) for label, text in lines.items()}
@@ -131,12 +124,12 @@ def _table(lines: Mapping[str, str]) -> str:
 
 def _model(config: PretrainConfig) -> str:
     model = config.model
-    heads = f"{model.num_attention_heads} heads"
+    heads = counted(model.num_attention_heads, "head")
     if model.num_key_value_heads != model.num_attention_heads:
         heads += f" ({model.num_key_value_heads} of keys and values)"
     whole = total_parameters(config) + (model.hidden_size + 1 if config.tree.enabled else 0)
     return (
-        f"{count_text(whole)} parameters: {model.num_layers} layers × {model.hidden_size}, {heads},"
+        f"{count_text(whole)} parameters: {counted(model.num_layers, 'layer')} × {model.hidden_size}, {heads},"
         f" vocabulary {model.vocab_size:,}"
     )
 
@@ -174,7 +167,7 @@ def _layout(config: PretrainConfig, runtime: Runtime) -> str:
         if on
     ]
     return (
-        f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''}: tensor"
+        f"{counted(runtime.world_size, 'process')}: tensor"
         f" {parallel.tensor_model_parallel_size} × pipeline {parallel.pipeline_model_parallel_size} × context"
         f" {parallel.context_parallel_size} × data {runtime.data_parallel_size}" + "".join(f", {x}" for x in extras)
     )
@@ -190,7 +183,7 @@ def _compute(config: PretrainConfig, runtime: Runtime) -> str:
         return f"{config.precision} on {name}{how}{hint}"
     threads, why = cpu_threads(config.training.threads)
     fused = ", compiled" if config.training.compile else ""
-    return f"{config.precision} on CPU, {threads} thread{'s' if threads > 1 else ''} per process ({why}){fused}"
+    return f"{config.precision} on CPU, {counted(threads, 'thread')} per process ({why}){fused}"
 
 
 def _batch(config: PretrainConfig, runtime: Runtime) -> str:
@@ -198,8 +191,8 @@ def _batch(config: PretrainConfig, runtime: Runtime) -> str:
     tokens = training.global_batch_size * training.sequence_length
     passes = micro_batches_per_step(config, runtime.world_size)
     return (
-        f"{training.global_batch_size} sequences × {training.sequence_length} = {tokens:,} tokens a step, in"
-        f" {passes} pass{'es' if passes > 1 else ''} of {training.micro_batch_size} per replica;"
+        f"{counted(training.global_batch_size, 'sequence')} × {training.sequence_length} = {tokens:,} tokens a step, in"
+        f" {counted(passes, 'pass')} of {training.micro_batch_size} per replica;"
         f" {count_text(tokens * training.max_steps)} tokens in all"
     )
 

@@ -4,6 +4,7 @@ it), and as indented plain text for logs."""
 import html
 from dataclasses import dataclass
 
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.tree_of_thoughts.result import Node, SearchResult
 
 _COLUMN, _ROW, _WIDTH, _HEIGHT, _MARGIN = 250, 46, 190, 34, 24  # pixels
@@ -118,7 +119,7 @@ def _tip(result: SearchResult, node: Node) -> str:
         lines += [
             "",
             f"score {node.score:.3f}{value}, mean log-probability {node.mean_log_prob:.3f}",
-            f"{len(node.tokens)} tokens, ended by {node.ending}; {_STATUS_TEXT[node.status]}",
+            f"{counted(len(node.tokens), 'token')}, ended by {node.ending}; {_STATUS_TEXT[node.status]}",
         ]
     if node.solved is not None:
         lines.append("solved" if node.solved else "does not solve the task")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vishwamai_mp.config import UserError
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.bins import best_fit
 from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
 from vishwamai_mp.data.marks import BEGINS, JUDGED, SOLVED, SUFFIX
@@ -73,7 +74,9 @@ def rollout_rows(rollouts: Sequence[Rollout], sequence_length: int, padding: int
     """
     longest = max((len(rollout.tokens) for rollout in rollouts), default=0)
     if not 0 < longest <= sequence_length:
-        raise UserError(f"{len(rollouts)} rollouts of up to {longest} tokens for rows of {sequence_length}")
+        raise UserError(
+            f"{counted(len(rollouts), 'rollout')} of up to {counted(longest, 'token')} for rows of {sequence_length}"
+        )
     layout = best_fit([len(rollout.tokens) for rollout in rollouts], sequence_length)
     rows = np.zeros((len(layout), 2, sequence_length + 1), dtype=np.int64)
     rows[:, 0] = padding

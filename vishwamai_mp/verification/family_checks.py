@@ -24,6 +24,7 @@ from torch import Tensor
 from vishwamai_mp.checkpoint import CheckpointManager
 from vishwamai_mp.config import ConfigError, PretrainConfig, UserError, load_config, resolve
 from vishwamai_mp.config.errors import one_line
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.conversion import components, model_config, safetensors_files
 from vishwamai_mp.conversion.dtypes import FP32
 from vishwamai_mp.conversion.families import Family, family_of
@@ -172,7 +173,7 @@ def _check_room(folder: Folder, layers: int, place: Path) -> None:
         fits = max((count for count in range(1, layers) if needed(count) <= free), default=0)
         mend = f"verify the first layers alone, with --layers {fits}" if fits else "not even one layer fits"
         raise UserError(
-            f"{folder.path}: training {layers} layers needs {needed(layers) / 1e9:.1f} GB of memory"
+            f"{folder.path}: training {counted(layers, 'layer')} needs {needed(layers) / 1e9:.1f} GB of memory"
             f" ({_TRAINING_BYTES} bytes a parameter), {free / 1e9:.1f} GB are free; {mend}"
         )
     parameters = parameter_count(replace(model, num_layers=layers))
@@ -196,7 +197,7 @@ def _import(work: _Work) -> list[Finding]:
     # Numbers in blocks times their scales have more digits than bf16: transformers' in fp32 are these.
     import_folder(work.folder, work.run, FP32 if work.is_quantized else None)
     files = {entry.path for entry in work.folder.entries.values()}
-    return [Finding("import", HOLDS, f"{len(work.folder.entries)} tensors of {len(files)} files")]
+    return [Finding("import", HOLDS, f"{counted(len(work.folder.entries), 'tensor')} of {counted(len(files), 'file')}")]
 
 
 def _compare(work: _Work, tokens: int) -> list[Finding]:
@@ -338,9 +339,8 @@ def _decode(work: _Work) -> list[Finding]:
             rows.append(output.logits.values[:, : config.model.vocab_size])
         whole = _logits(ours, text, config.model.vocab_size)
         relative = float((torch.cat(rows) - whole).abs().max() / whole.abs().max())
-    seen = (
-        f"{len(text)} tokens in {len(rows)} pieces, logits {relative:.1e} of the largest apart from one pass over all"
-    )
+    pieces = counted(len(rows), "piece")
+    seen = f"{len(text)} tokens in {pieces}, logits {relative:.1e} of the largest apart from one pass over all"
     return [_finding("decoding", relative <= allowed, f"{seen} (allowed: {allowed:.0e})", relative=relative)]
 
 

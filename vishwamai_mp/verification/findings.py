@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vishwamai_mp.config.wording import counted
+
 HOLDS, FAILS, LEFT_OUT = "holds", "fails", "left out"
 
 
@@ -55,7 +57,7 @@ class Report:
 
     def render(self) -> str:
         """A table."""
-        layers = f"{self.layers} layers"
+        layers = counted(self.layers, "layer")
         if self.layers < self.all_layers:
             layers = f"the first {self.layers} of {self.all_layers} layers"
         width = max((len(finding.check) for finding in self.findings), default=0)

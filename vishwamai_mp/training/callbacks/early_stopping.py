@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from vishwamai_mp.config.wording import counted
 from vishwamai_mp.training.callbacks.base import Callback, Order
 
 if TYPE_CHECKING:
@@ -32,6 +33,5 @@ class EarlyStopping(Callback):
     def _stop_if_due(self, trainer: "Trainer") -> None:
         count = trainer.state.evaluations_since_best
         if count >= self.patience and trainer.stop_reason is None:
-            trainer.stop_reason = (
-                f"{count} evaluations without a new lowest validation loss (training.early_stopping_patience)"
-            )
+            since = counted(count, "evaluation")
+            trainer.stop_reason = f"{since} without a new lowest validation loss (training.early_stopping_patience)"
