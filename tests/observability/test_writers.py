@@ -94,7 +94,7 @@ def test_report_to_chooses_the_writers(tmp_path, report_to, kinds):
 
 def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"logging.report_to=\[wandb\] needs wandb, which is not installed: pip install"):
+    with pytest.raises(ConfigError, match=r"logging.report_to=\[wandb\] needs wandb, .*pip install"):
         open_writers(tmp_path, PretrainConfig(logging=LoggingConfig(report_to=["wandb"])), 0)
 
 

@@ -157,7 +157,7 @@ def test_guesses_leave_the_text_alone_and_are_counted(workers: WorkerPool, run_f
     assert out == plain["text"] + "\n"
     done = json.loads(on(workers, 4, *options, "--speculate", 4, "--json", *_TP2_PP2))
     assert done["new_tokens"] == plain["new_tokens"]
-    assert 0 < done["accepted"] < done["guessed"]
+    assert 0 < done["accepted"] <= done["guessed"]
     assert done["passes"] + done["accepted"] == len(done["new_tokens"]) + (done["finish"] == "stop")
     assert f"of {done['guessed']} guessed tokens {done['accepted']} were right" in said
 
