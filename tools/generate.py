@@ -68,7 +68,10 @@ def sample(options: argparse.Namespace, model: "LaidOutModel") -> Iterator[dict[
     chosen = given(options, "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
     chosen["temperature"] = 0.0 if options.strategy == "greedy" else options.temperature or 1.0
     sampling = SamplingOptions(
-        **chosen, stop_tokens=model.tokenizer.end_tokens, stop_strings=tuple(options.stop or ()), log_probs=options.json
+        **chosen,
+        stop_tokens=model.tokenizer.ends(options.stop or ()),
+        stop_strings=tuple(options.stop or ()),
+        log_probs=options.json,
     )
     generator = model.generator(speculate=options.speculate or 0)
     for prompt in options.prompt:
@@ -224,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
-        help="begin prompts with the tokenizer's BOS (default: as tokenizer_config.json beside it says, or else not)",
+        help="begin prompts with the tokenizer's BOS (default: as tokenizer.json, or else tokenizer_config.json, has it)",
     )
     parser.add_argument(
         "--weights",

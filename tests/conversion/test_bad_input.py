@@ -123,6 +123,22 @@ def test_an_index_that_lies_is_refused(
     assert message in refusal(lambda: models.import_(sharded, tmp_path / "out"))
 
 
+def test_a_file_beside_an_index_of_others_is_refused(sharded: Path) -> None:
+    """transformers would read it instead of them."""
+    first = next(path for path in sharded.glob("*.safetensors"))
+    (sharded / "model.safetensors").write_bytes(first.read_bytes())
+    said = refusal(lambda: open_folder(sharded))
+    assert "has model.safetensors, and model.safetensors.index.json, which names other files" in said
+
+
+def test_ends_of_texts_that_give_way_to_others_are_told(hf: Path, tmp_path: Path) -> None:
+    described = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**described, "eos_token_id": [5, 7]}))
+    (hf / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    notes = "\n".join(models.import_(hf, tmp_path / "run"))
+    assert "eos_token_id=[5, 7] of config.json gives way to [7, 9] of generation_config.json" in notes
+
+
 def test_pickles_are_refused_with_the_reason(hf: Path, tmp_path: Path) -> None:
     (hf / "model.safetensors").unlink()
     (hf / "pytorch_model.bin").write_bytes(b"")

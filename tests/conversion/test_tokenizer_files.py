@@ -274,6 +274,19 @@ def test_an_import_takes_the_file_that_has_all_tokens(path: Path, tmp_path: Path
     assert Tokenizer(tmp_path / "run").find("<|im_end|>") == VOCAB
 
 
+def test_an_import_takes_the_file_that_transformers_goes_by(path: Path, tmp_path: Path) -> None:
+    automatic(path, tmp_path / "hf")
+    assert run_folder(tmp_path / "hf", tmp_path / "alike", VOCAB) is None
+    assert (tmp_path / "alike/tokenizer.model").exists()
+    file = tmp_path / "hf/tokenizer.json"
+    described = json.loads(file.read_text())
+    described["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, described["normalizer"]]}
+    file.write_text(json.dumps(described))
+    note = str(run_folder(tmp_path / "hf", tmp_path / "run", VOCAB))
+    assert "its tokenizer.model cuts 'Hello world' otherwise than its tokenizer.json" in note
+    assert Tokenizer(tmp_path / "run").encode("Hello") == Tokenizer(path).encode("hello")
+
+
 def test_settings_beside_a_sentencepiece_model_are_added_to_what_is_made_of_it(path: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -185,6 +185,64 @@ def test_settings_beside_the_file_say_what_ends_a_text(folders, tmp_path):
         Tokenizer(tmp_path)
 
 
+_LISTED = {"content": "<|extra|>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"401": {**_LISTED, "special": True}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"401": {**_LISTED, "special": False}}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|extra|>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<|extra|>"}}),
+        ("tokenizer_config.json", {"sep_token": "<|extra|>"}),
+        ("tokenizer_config.json", {"split_special_tokens": True}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"400": {**_LISTED, "content": "[STEP]"}}}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<|extra|>"]}),
+        ("added_tokens.json", {"<|extra|>": 401}),
+    ],
+)
+def test_tokens_that_files_beside_it_add_are_those_of_transformers(folders, tmp_path, name, content):
+    (tmp_path / "tokenizer.json").write_bytes((folders["byte_level"] / "tokenizer.json").read_bytes())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / name).write_text(json.dumps(content if name != "tokenizer_config.json" else settings | content))
+    theirs, ours = PreTrainedTokenizerFast.from_pretrained(tmp_path), Tokenizer(tmp_path)
+    assert len(theirs) == ours.vocab_size
+    encoder = DocumentEncoder(ours, np.dtype(np.uint16))
+    for text in ("The <|extra|> fox", "a <|eot_id|>b", "a [STEP] <|extra|><|extra|>"):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text) == ids
+        assert np.frombuffer(encoder.encode(text), np.uint16).tolist() == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_a_new_token_for_padding_alone_needs_no_row_of_the_model(folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folders["byte_level"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    assert Tokenizer(tmp_path).vocab_size == Tokenizer(folders["byte_level"]).vocab_size
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[PAD]", "sep_token": "[PAD2]"}')
+    assert Tokenizer(tmp_path).pad_id == 401
+
+
+@pytest.mark.parametrize(("kind", "puts_first", "said"), [("byte_level", True, False), ("unigram", False, True)])
+def test_whether_bos_comes_first_is_said_by_the_file_and_not_by_settings(folders, tmp_path, kind, puts_first, said):
+    (tmp_path / "tokenizer.json").write_bytes((folders[kind] / "tokenizer.json").read_bytes())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": said}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)("fox").input_ids
+    prompts = PromptTokenizer(tmp_path, Tokenizer(tmp_path).vocab_size)
+    assert prompts.encode("fox") == theirs
+    assert bool(prompts.first) == puts_first
+    assert f"add_bos_token={json.dumps(said)}, but tokenizer.json puts" in prompts.notes[0]
+
+
+def test_a_stop_text_that_spells_a_control_token_is_that_token(folders):
+    prompts = PromptTokenizer(folders["byte_level"], 401)
+    assert prompts.ends([" fox", "<|eot_id|>"]) == (1, 2)  # the text itself never has it
+    assert PromptTokenizer(folders["sentencepiece"], 420).ends(["<s>"]) == (1, 2)
+
+
 def test_half_a_surrogate_pair_is_no_token(folders, tmp_path, tokenizer):
     """JSON can spell one: as a stop text, or as the name of a token."""
     assert tokenizer.find("\ud800<s>") is None

@@ -206,3 +206,23 @@ def sent(what: str, vocab_size: int) -> int:
 
 def alone() -> Any:
     return mock.Mock(rank=lambda: 0, size=lambda: 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-300, 1e39, 1e300])
+def test_at_any_temperature_what_is_never_generated_stays_so(
+    workers: Any, temperature: float, options: dict[str, Any]
+) -> None:
+    assert workers.run(_never, 1, temperature, options) == [True]
+
+
+def _never(temperature: float, options: dict[str, Any]) -> bool:
+    """In a worker."""
+    values = logits(250, torch.float32)
+    values[:, 200:] = -torch.inf  # as rows beyond a tokenizer's tokens
+    draw = sample_among if options else sample
+    ids = draw(own_shard(values), temperature, names(), **options)
+    endless = penalise_repetition(
+        own_shard(values.clamp(max=0)), torch.tensor([[5, 7]] * _ROWS), torch.full((_ROWS,), torch.inf)
+    )
+    return bool((ids < 200).all()) and not bool(endless.values.isnan().any())

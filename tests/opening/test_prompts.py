@@ -85,7 +85,7 @@ def test_ends(folder: Path) -> None:
     assert opened(folder).end_tokens == (2, 300, 301)  # the settings stay; the tokenizer has no token 9999
 
 
-@pytest.mark.parametrize("place", ["own file", "settings", "named"])
+@pytest.mark.parametrize("place", ["own file", "settings", "named", "by name"])
 def test_chat_is_what_transformers_makes_of_it(folder: Path, place: str) -> None:
     from transformers import AutoTokenizer
 
@@ -101,6 +101,8 @@ def test_chat_is_what_transformers_makes_of_it(folder: Path, place: str) -> None
         settings["chat_template"] = _TEMPLATE
     elif place == "named":
         settings["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": _TEMPLATE}]
+    elif place == "by name":
+        settings["chat_template"] = {"tool_use": "x", "default": _TEMPLATE}
     prompts = opened(folder, settings, _TEMPLATE if place == "own file" else None)
     assert prompts.render(_MESSAGES) == "<s>[INST] The fox [/INST] Once upon</s>[INST] the house. [/INST]"
     theirs = AutoTokenizer.from_pretrained(folder)
@@ -168,6 +170,14 @@ def test_a_template_that_writes_tokens_which_are_not_there_is_refused(folder: Pa
     prompts = opened(folder, settings, "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match=r"writes <\|im_start\|>, which the tokenizer .* lacks"):
         prompts.chat(_MESSAGES)
+
+
+def test_a_token_that_only_other_files_name_is_lacking(folder: Path) -> None:
+    (folder / "added_tokens.json").write_text('{"<|im_start|>": 5000}')
+    with pytest.raises(UserError, match=r"writes <\|im_start\|>, which the tokenizer .* lacks"):
+        opened(folder, {}, "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}").chat(_MESSAGES)
+    _, note = imported_files(folder, opened(folder).tokenizer.vocab_size)
+    assert "lacks tokens that files beside it add, and cuts them like any text: <|im_start|>" in str(note)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ PROMPT = "once upon a time"
 class Letters:
     """A token is a letter; a conversation is its messages in a row."""
 
-    end_tokens: tuple[int, ...] = ()
     template: str | None = "{{ messages }}"
 
     def encode(self, text: str) -> list[int]:
@@ -22,6 +21,9 @@ class Letters:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(self.spell, ids))
+
+    def ends(self, stops: Sequence[str]) -> tuple[int, ...]:
+        return ()
 
     def spell(self, token: int) -> str:
         return chr(97 + token % 26)

@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from vishwamai_mp.serving.limits import Limits, Refusal
+from vishwamai_mp.config import UserError
+from vishwamai_mp.serving.limits import Limits, Refusal, refusal_of
 from vishwamai_mp.serving.requests import ChatRequest, CompletionRequest, messages_of, parse, prompts_of
 
 _LIMITS = Limits()
@@ -180,3 +181,22 @@ def test_what_is_no_message(message: dict[str, Any], said: str) -> None:
         messages_of(chat(messages=[message]))
     with pytest.raises(Refusal, match="messages: is empty"):
         messages_of(chat(messages=[]))
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ("messages.3: the chat template leaves this message out", "messages"),
+        ("messages: the chat template does not take them", "messages"),
+        ("top_p=2.0: use a number up to 1", "top_p"),
+        ("the prompt is empty; give at least one token", "prompt"),
+        ("the model has no chat template", None),
+    ],
+)
+def test_what_is_refused_behind_the_request_names_its_field(message: str, field: str | None) -> None:
+    assert refusal_of(UserError(message)).parameter == field
+
+
+def test_a_stop_text_of_another_kind_is_named_without_the_names_of_types() -> None:
+    with pytest.raises(Refusal, match=r"^stop: input should be a valid string"):
+        completion(stop=5)

@@ -388,6 +388,27 @@ def test_no_client_holds_up_the_others(workers: WorkerPool) -> None:
     assert found["after"][0] == 200
 
 
+def after_a_mistake() -> dict[str, Any]:
+    """Runs in a worker: a text that cannot be told, and one after it."""
+    with server() as (service, port):
+        decode, service.generator.decode = service.generator.decode, lambda ids: ids[10**6]
+        body = {"prompt": PROMPT, "max_tokens": 3}
+        found = {"whole": post(port, **body), "stream": post(port, **body, stream=True)}
+        service.generator.decode = decode
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("PUT", "/v1/completions", "{}", {"Content-Type": "application/json"})
+        found["allowed"] = connection.getresponse().getheader("allow")
+        return {**found, "after": post(port, **body), "blocks": service.generator.engine.pool.used_blocks}
+
+
+def test_a_text_that_cannot_be_told_ends_alone(workers: WorkerPool) -> None:
+    found = workers.run(after_a_mistake, 1)[0]
+    assert (found["whole"][0], found["stream"][0], found["after"][0]) == (500, 500, 200)
+    assert "IndexError" in found["whole"][1]
+    assert found["blocks"] == 0
+    assert found["allowed"] == "POST"
+
+
 def seen_in_a_browser() -> dict[str, Any]:
     """Runs in a worker: what the page shows when text is streamed, a tree grows, a reader stops, and of mistakes."""
     with server() as (service, port), browser_window() as browser:

@@ -8,7 +8,7 @@ import json
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -116,8 +116,23 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None, new_tokens:
         store.publish(partial, _STEP)
         shutil.rmtree(output / _ADDED, ignore_errors=True)
         journal.close()
-    notes = [f"{folder.path}: {line}" for line in (note, of_code, *folder.notes) if line]
+    others = _other_token_ids(folder.token_ids, generation)
+    notes = [f"{folder.path}: {line}" for line in (note, of_code, others, *folder.notes) if line]
     return [*notes, *([_said(added, original.config.model.vocab_size, config.model.vocab_size)] if added else [])]
+
+
+def _other_token_ids(described: Mapping[str, Any], generation: Mapping[str, Any]) -> str | None:
+    """Ids of `config.json` that give way to others in `generation_config.json`."""
+    told = [
+        f"{name}={described[name]} of config.json gives way to {generation[name]} of {GENERATION_FILE}"
+        for name in described
+        if any(i not in _as_list(generation[name]) for i in _as_list(described[name]))
+    ]
+    return "; ".join(told) or None
+
+
+def _as_list(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [ids]
 
 
 def _not_finite(folder: Folder, files: dict[str, list[Piece]], journal: Journal) -> list[str]:

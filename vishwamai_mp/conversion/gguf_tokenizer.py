@@ -13,7 +13,7 @@ from typing import Any
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.config.json_text import parse_json
-from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
+from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, JsonVocabulary, read_settings
 from vishwamai_mp.data.tokenizer import CHAT_TEMPLATE_FILE, GENERATION_FILE, JSON_FILE, Tokenizer, has_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # as SentencePiece's types of pieces
@@ -57,6 +57,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
         return GgufTokenizer({"ggml.model": "none"})
     tokenizer, settings = Tokenizer(folder), read_settings(folder / SETTINGS_FILE)
     described = parse_json((folder / JSON_FILE).read_bytes()) if (folder / JSON_FILE).is_file() else {}
+    if isinstance(tokenizer.vocabulary, JsonVocabulary):
+        described = tokenizer.vocabulary.described
     if tokenizer.proto is not None:
         keys = _of_sentencepiece(tokenizer)
     elif described.get("model", {}).get("type") != "BPE":
@@ -73,7 +75,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
         keys["ggml.scores"] += [-10000.0] * missing
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eod_id, "padding": tokenizer.pad_id, "unknown": tokenizer.unk_id}
     keys |= {f"ggml.{name}_token_id": i for name, i in ids.items() if i >= 0}
-    begins = settings.get("add_bos_token", tokenizer.vocabulary.puts_bos_first)
+    begins = tokenizer.vocabulary.puts_bos_first
+    begins = settings.get("add_bos_token") if begins is None else begins
     keys["ggml.add_bos_token"] = bool(begins) and tokenizer.bos_id >= 0
     keys["ggml.add_eos_token"] = bool(settings.get("add_eos_token"))
     ends = _further_ends(folder, tokenizer)

@@ -23,7 +23,7 @@ from vishwamai_mp.conversion.folder import Folder
 from vishwamai_mp.conversion.mapping import Mapped, Part
 from vishwamai_mp.conversion.rows import RowReader, pieces_of
 from vishwamai_mp.conversion.safetensors_files import Entry, read_header
-from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
+from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, add_tokens_beside, read_settings
 from vishwamai_mp.data.tokenizer import ADDED_TOKENS_FILE, JSON_FILE, MODEL_FILE, Tokenizer
 
 _SUFFIX = ".new_tokens"  # behind the name of a table, for its new rows
@@ -123,6 +123,7 @@ def _in_json(path: Path, ids: Mapping[str, int]) -> bytes:
     from tokenizers import Tokenizer as Library
 
     library = Library.from_file(str(path))
+    add_tokens_beside(library, path)
     library.add_tokens([AddedToken(token, special=False, normalized=False) for token in ids])
     if {token: library.token_to_id(token) for token in ids} != ids:
         raise UserError(f"--add-tokens: {path} leaves out numbers between its tokens, so none can be added behind them")

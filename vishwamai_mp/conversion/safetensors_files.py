@@ -82,7 +82,13 @@ def read_folder(folder: Path) -> dict[str, Entry]:
         UserError: no safetensors files, a damaged one, or an index that says what the files do not.
     """
     if (folder / INDEX).is_file():
-        return _read_indexed(folder)
+        found = _read_indexed(folder)
+        single = folder / SINGLE
+        if single.is_file() and all(entry.path != single for entry in found.values()):
+            raise UserError(
+                f"{folder} has {SINGLE}, and {INDEX}, which names other files: take away what is not the model"
+            )
+        return found
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))

@@ -23,6 +23,7 @@ from vishwamai_mp.config.json_text import parse_json
 from vishwamai_mp.conversion.model_config import token_ids
 from vishwamai_mp.data.file_kinds import foreign_tokenizer
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
+from vishwamai_mp.data.spelled_tokens import lacking
 from vishwamai_mp.data.tokenizer import (
     ADDED_TOKENS_FILE,
     CHAT_TEMPLATE_FILE,
@@ -39,6 +40,7 @@ _SPACE = "\u2581"  # SentencePiece's own mark for one
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # types of pieces
 _BPE = 2  # type of model
 _MOST_TOLD = 8  # added tokens
+_CUT_TEXTS = ("Hello world", "The end.\nThe  end", "12 345", "na\u00efve \ufb01sh \u6771\u4eac")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,11 @@ def imported_files(folder: Path, vocab_size: int, added: int = 0) -> tuple[list[
     if len(choices) > 1 and (added or sizes[path] < sizes[choices[1]]):
         notes.append(f"its {MODEL_FILE} lacks tokens that its {JSON_FILE} has, and is left behind")
         choices.remove(path)
+    if len(choices) > 1 and (text := _cut_otherwise(*choices)):
+        notes.append(
+            f"its {MODEL_FILE} cuts {text!r} otherwise than its {JSON_FILE}, transformers' choice, and is left behind"
+        )
+        choices.remove(path)
     if not choices:
         notes.append("it has no tokenizer that can be used here: set data.tokenizer to train on texts")
     elif (size := sizes[choices[0]] + added) < vocab_size:
@@ -145,7 +152,23 @@ def imported_files(folder: Path, vocab_size: int, added: int = 0) -> tuple[list[
         notes.append(
             f"its {choices[0].name} has {size} tokens{new}, the model {vocab_size}: no text here leads to those beyond"
         )
+    if choices and (unknown := lacking(Tokenizer(choices[0]))):
+        more = f" and {len(unknown) - _MOST_TOLD} more" if len(unknown) > _MOST_TOLD else ""
+        notes.append(
+            f"its {choices[0].name} lacks tokens that files beside it add, and cuts them like any text:"
+            f" {', '.join(unknown[:_MOST_TOLD])}{more}"
+        )
     return [*choices, *files], "; ".join(notes) or None
+
+
+def _cut_otherwise(model_file: Path, json_file: Path) -> str | None:
+    """A text that two tokenizers with the same tokens cut differently; None where none of a few is.
+
+    None of these begins with a space: of a SentencePiece model's own space before a text and such a space, libraries
+    make one or two.
+    """
+    one, other = Tokenizer(model_file), Tokenizer(json_file)
+    return next((text for text in _CUT_TEXTS if one.encode(text) != other.encode(text)), None)
 
 
 def without_code(contents: Mapping[str, bytes], folder: Path) -> tuple[dict[str, bytes], str | None]:

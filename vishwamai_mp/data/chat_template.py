@@ -132,7 +132,9 @@ def template_beside(tokenizer: Path, settings: Mapping[str, Any] | None = None) 
     if settings is None:
         settings = read_settings(tokenizer.with_name(SETTINGS_FILE))
     template = settings.get("chat_template")
-    if isinstance(template, list):
+    if isinstance(template, dict):
+        template = template.get("default")
+    elif isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[-1].get("template") if named else None
     return ChatTemplate(template, SETTINGS_FILE) if isinstance(template, str) else None

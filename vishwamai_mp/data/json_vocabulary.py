@@ -14,6 +14,7 @@ from vishwamai_mp.config.wording import lacks
 from vishwamai_mp.data.cutting import DIGITS, SPACE_CUTTING
 
 SETTINGS_FILE = "tokenizer_config.json"
+ADDED_TOKENS_FILE = "added_tokens.json"  # spellings with their ids, beyond those of the vocabulary proper
 _SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 # What these tokens are usually spelled, for a file without settings beside it. The first that it has is meant.
 _USUAL = {
@@ -48,6 +49,9 @@ class JsonVocabulary:
     Args:
         path: of the file; what lies beside it is read as well.
         content: the file's.
+
+    Attributes:
+        described: the file's JSON, with the tokens that are added by what lies beside it.
     """
 
     def __init__(self, path: Path, content: bytes) -> None:
@@ -65,9 +69,13 @@ class JsonVocabulary:
             )
         with self._its_faults():
             self._tokenizer = Tokenizer.from_buffer(content)
+            if add_tokens_beside(self._tokenizer, path):
+                described["added_tokens"] = parse_json(self._tokenizer.to_str())["added_tokens"]
+        self.described: dict[str, Any] = described
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = False
+        self._settings = settings_beside(path)
+        self._tokenizer.encode_special_tokens = self._settings.get("split_special_tokens") is True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise UserError(f"tokenizer {path} has no tokens: copy it again")
@@ -77,10 +85,6 @@ class JsonVocabulary:
         self._added = {i: token.content for i, token in added.items()}
         self._special = {token.content: i for i, token in added.items() if token.special}
         self._bytes = byte_alphabet() if '"ByteLevel"' in json.dumps(described.get("decoder")) else None
-        self._settings = {
-            **read_settings(path.with_name(_SPECIAL_TOKENS_FILE)),
-            **read_settings(path.with_name(SETTINGS_FILE)),
-        }
         self.cuts_at_spaces = _cuts_at_spaces(described)
         self.unk_id = self._named("unk_token", described.get("model", {}).get("unk_token"))
         self.bos_id = self._named("bos_token")
@@ -139,7 +143,7 @@ class JsonVocabulary:
         """Makes what the package raises over a damaged file a `UserError`; a panic of its Rust code is no Exception."""
         try:
             yield
-        except (KeyboardInterrupt, SystemExit, MemoryError):
+        except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
             raise
         except BaseException as error:
             reason = one_line(error)[:200]
@@ -172,6 +176,82 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no JSON object; mend it or take it away")
     return settings
+
+
+def settings_beside(path: Path) -> dict[str, Any]:
+    """`tokenizer_config.json` and `special_tokens_map.json` beside a tokenizer's file. Of a name that both have the
+    latter counts, unless the former lists the added tokens: as transformers has it."""
+    settings, special = (read_settings(path.with_name(name)) for name in (SETTINGS_FILE, _SPECIAL_TOKENS_FILE))
+    return {**special, **settings} if "added_tokens_decoder" in settings else {**settings, **special}
+
+
+def tokens_beside(path: Path) -> list[dict[str, Any]]:
+    """Tokens that the files beside a tokenizer's add to it, in transformers' order, with the flags of `AddedToken`.
+
+    Those that the vocabulary has are among them: what is said here of them counts.
+    """
+    settings = settings_beside(path)
+    named = {name: value for name, value in settings.items() if name.endswith("_token") and _token(value)}
+    further = [settings.get(name) or [] for name in ("extra_special_tokens", "additional_special_tokens")]
+    others = [one for some in further for one in (some.values() if isinstance(some, dict) else _list(some))]
+    special = [{**token, "special": True} for token in map(_token, [*named.values(), *others]) if token]
+    found: dict[str, dict[str, Any]] = {}
+    if "added_tokens_decoder" in settings:
+        listed = settings["added_tokens_decoder"]
+        numbered = [(int(i), _token(one)) for i, one in listed.items() if i.isdecimal()] if _object(listed) else []
+        for _, token in sorted((pair for pair in numbered if pair[1]), key=lambda pair: pair[0]):
+            found[token["content"]] = {"special": False, **token}
+    else:
+        names = {token["content"] for token in special}
+        numbers = read_settings(path.with_name(ADDED_TOKENS_FILE))
+        for content, _ in sorted(numbers.items(), key=lambda pair: pair[1] if type(pair[1]) is int else 0):
+            if token := _token(content):
+                found[content] = {**token, "special": content in names}
+    for token in special:
+        found.setdefault(token["content"], token)
+    return list(found.values())
+
+
+def add_tokens_beside(library: Any, path: Path) -> bool:
+    """Add `tokens_beside` to a tokenizer of Hugging Face's library. Returns whether there were any.
+
+    What is only named, not listed, has no effect on a token that the tokenizer has as an added one. A new token for
+    padding is left out where it would be the last: no text has it, and many models have no row for it.
+    """
+    from tokenizers import AddedToken
+
+    settings = settings_beside(path)
+    listed = settings.get("added_tokens_decoder")
+    known = {token.content for token in library.get_added_tokens_decoder().values()}
+    overriding = {one.get("content") for one in listed.values() if _object(one)} if _object(listed) else set()
+    tokens = [token for token in tokens_beside(path) if token["content"] in overriding or token["content"] not in known]
+    padding = _token(settings.get("pad_token"))
+    is_last = tokens and padding and tokens[-1]["content"] == padding["content"]
+    if is_last and library.token_to_id(tokens[-1]["content"]) is None:
+        tokens.pop()
+    library.add_tokens([AddedToken(**{"normalized": not token["special"], **token}) for token in tokens])
+    return bool(tokens)
+
+
+def _token(value: Any) -> dict[str, Any] | None:
+    """A token as these files have it, a text or an object; None where it is neither."""
+    if isinstance(value, dict):
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        content = value.get("content")
+        kept = {flag: value[flag] for flag in flags if isinstance(value.get(flag), bool)}
+    else:
+        content, kept = value, {}
+    if not isinstance(content, str) or not content or any("\ud800" <= c <= "\udfff" for c in content):
+        return None  # half a surrogate pair is no text, so no text has it
+    return {"content": content, **kept}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _cuts_at_spaces(described: Mapping[str, Any]) -> bool:

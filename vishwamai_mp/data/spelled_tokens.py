@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from vishwamai_mp.config.errors import UserError
-from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
+from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings, settings_beside, tokens_beside
 from vishwamai_mp.data.tokenizer import Tokenizer
 
 _Placed = tuple[int, int, int]  # a token's id, and from and to which character of the text it is; often one is empty
@@ -24,7 +23,7 @@ class SpelledTokens:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.settings = read_settings(tokenizer.path.with_name(SETTINGS_FILE))
-        self._lacking = list(_lacking(self.settings, tokenizer.vocab_size))
+        self._lacking = lacking(tokenizer)
         self._marks = tokenizer.control_tokens() if tokenizer.proto is not None else {}
         pattern = "|".join(re.escape(mark) for mark in sorted(self._marks, key=len, reverse=True))
         self._pattern = re.compile(f"({pattern})") if pattern else None
@@ -117,9 +116,13 @@ class SpelledTokens:
         return self._said(name) or (tokenizer.id_to_token(ids[name]) if ids[name] >= 0 else None)
 
 
-def _lacking(settings: dict[str, Any], vocab_size: int) -> Iterator[str]:
-    """Tokens that were added to the model's vocabulary behind the tokenizer's."""
-    added = settings.get("added_tokens_decoder")
-    for number, entry in added.items() if isinstance(added, dict) else ():
-        if str(number).isdigit() and int(number) >= vocab_size and isinstance(entry, dict):
-            yield str(entry["content"])
+def lacking(tokenizer: Tokenizer) -> list[str]:
+    """Tokens but padding that files beside a tokenizer's add to it, and that it has not.
+
+    A `tokenizer.json` is given them when it is read.
+    """
+    if tokenizer.proto is None:
+        return []
+    padding = settings_beside(tokenizer.path).get("pad_token")
+    tokens = (token["content"] for token in tokens_beside(tokenizer.path))
+    return [token for token in tokens if token != padding and tokenizer.find(token) is None]

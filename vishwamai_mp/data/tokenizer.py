@@ -7,14 +7,13 @@ from typing import Protocol
 
 from vishwamai_mp.config.errors import UserError
 from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
-from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, JsonVocabulary
+from vishwamai_mp.data.json_vocabulary import ADDED_TOKENS_FILE, SETTINGS_FILE, JsonVocabulary
 from vishwamai_mp.data.sentencepiece_vocabulary import SentencePieceVocabulary
 
 SPECIAL_TOKENS = ("[MEMORY]", "[REASONING]", "[CACHE]", "[STEP]")
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
-ADDED_TOKENS_FILE = "added_tokens.json"  # spellings with their ids, beyond those of the vocabulary proper
 _COMPANIONS = (
     SETTINGS_FILE,
     CHAT_TEMPLATE_FILE,

@@ -169,7 +169,7 @@ def penalise_repetition(shard: Shard, seen_BK: Tensor, penalty: Tensor) -> Shard
     outside = (local < 0) | (local >= shard.values.shape[1])
     local = local.masked_fill(outside, 0)
     seen = torch.zeros_like(shard.values, dtype=torch.int32).scatter_add_(1, local, (~outside).int()) > 0
-    factor = penalty[:, None]
+    factor = penalty[:, None].clamp(1e-15, 1e15)  # far from where fp32 has infinities
     penalised = torch.where(shard.values > 0, shard.values / factor, shard.values * factor)
     return shard.like(torch.where(seen, penalised, shard.values))
 
@@ -198,8 +198,9 @@ def _perturbed(shard: Shard, temperature: float, names: NoiseNames) -> Shard:
 
 
 def _divided(values: Tensor, temperature: float) -> Tensor:
-    """Logits at a temperature. At 1e-30 the likeliest has all there is already; below, fp32 would have infinities."""
-    return values / max(temperature, 1e-30)
+    """Logits at a temperature. At 1e-30 the likeliest has all there is already, at 1e30 all are alike; beyond, fp32
+    would have infinities, and NaN of ids that are never generated."""
+    return values / min(max(temperature, 1e-30), 1e30)
 
 
 def _integer_mass(values: Tensor, highest: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Beside a tokenizer's file may lie what Hugging Face keeps there: `tokenizer_conf
 `generation_config.json`. They go along when a folder is imported and when a run is trained on.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ class PromptTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
+    def ends(self, stops: Sequence[str]) -> tuple[int, ...]:
+        """`end_tokens`, and control tokens that are spelled as one of these stop texts: no text ever has them."""
+        control = self.tokenizer.control_tokens()
+        return tuple(sorted({*self.end_tokens, *(control[stop] for stop in stops if stop in control)}))
+
     def content_of(self, token: int) -> bytes:
         """What one token stands for in UTF-8, which may be a part of a character."""
         return self.tokenizer.content_of(token)
@@ -128,9 +134,14 @@ class PromptTokenizer:
                 )
 
     def _adds_bos(self) -> bool:
-        said = self._settings.get("add_bos_token")
-        if said is None and self.tokenizer.vocabulary.puts_bos_first is not None:
-            return self.tokenizer.vocabulary.puts_bos_first
+        said, does = self._settings.get("add_bos_token"), self.tokenizer.vocabulary.puts_bos_first
+        if does is not None:  # what transformers goes by, whatever the settings say
+            if said is not None and bool(said) != does:
+                self.notes.append(
+                    f"{SETTINGS_FILE} has add_bos_token={json.dumps(said)}, but {self.tokenizer.path.name} puts"
+                    f" {'BOS' if does else 'nothing'} before a text: so do prompts, without --bos or --no-bos"
+                )
+            return does
         if said is None:
             return str(self._settings.get("tokenizer_class", "")).removesuffix("Fast") in _BEGIN_WITH_BOS
         return bool(said)

@@ -105,7 +105,7 @@ def completion_jobs(request: CompletionRequest, prompts: Prompts, limits: Limits
     """What is to be done for a request: the text of each prompt, and `best_of` jobs for each. Raises `UserError`."""
     seed = secrets.randbits(31)
     count = _TOKENS_BY_DEFAULT if request.max_tokens is None else request.max_tokens
-    options = request.options(seed, count, prompts.end_tokens)
+    options = request.options(seed, count, prompts.ends(request.stops))
     best_of = request.best_of or request.n
     wanted = request.logprobs
     if wanted is not None or best_of > request.n:
@@ -197,7 +197,7 @@ def _completion_log_probs(request: CompletionRequest, text: _Text, piece: Piece)
 def chat_job(request: ChatRequest, prompts: Prompts) -> Job:
     """What is to be done for a conversation. Raises `UserError`."""
     count = request.max_completion_tokens or request.max_tokens or _CHAT_TOKENS_BY_DEFAULT
-    options = request.options(secrets.randbits(31), count, prompts.end_tokens)
+    options = request.options(secrets.randbits(31), count, prompts.ends(request.stops))
     if request.logprobs:
         options = replace(options, log_probs=True, top_log_probs=request.top_logprobs)
     return Job(prompts.chat(messages_of(request)), options)

@@ -195,7 +195,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     """As OpenAI's clients read it."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
+    headers = error.headers if isinstance(error, HTTPException) else None  # such as which methods are allowed
     if isinstance(error, HTTPException):
         error = Refusal(f"{request.method} {request.url.path}: {error.detail.lower()}", status=error.status_code)
     refusal = refusal_of(error, "messages" if request.url.path.endswith("/chat/completions") else "prompt")
-    return JSONResponse(refusal.body(), refusal.status)
+    return JSONResponse(refusal.body(), refusal.status, headers)

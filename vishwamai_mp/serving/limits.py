@@ -1,9 +1,12 @@
 """What one client may ask for, and how it is told that it may not."""
 
+import re
 from dataclasses import dataclass
 
 from vishwamai_mp.config import UserError
 from vishwamai_mp.inference import ContextLengthError
+
+_FIELD = re.compile(r"(\w+)(?:\.\d+|: |=)")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,6 @@ def refusal_of(error: Exception, prompt: str = "prompt") -> Refusal:
         return Refusal(f"{type(error).__name__}: {message}", status=500)
     if isinstance(error, ContextLengthError):
         return Refusal(message, prompt, code="context_length_exceeded")  # what clients shorten conversations at
-    # Options are refused as "top_p=2.0: use …", prompts as "the prompt …".
-    field = message.partition("=")[0]
-    return Refusal(message, prompt if message.startswith("the prompt") else field if field.isidentifier() else None)
+    # Options are refused as "top_p=2.0: use …", conversations as "messages.0: …", prompts as "the prompt …".
+    named = _FIELD.match(message)
+    return Refusal(message, prompt if message.startswith("the prompt") else named and named[1])

@@ -66,6 +66,10 @@ class Common(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: float = 1.0
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
     def options(self, seed: int, max_tokens: int, end_tokens: tuple[int, ...]) -> SamplingOptions:
         """How tokens are chosen. Raises `UserError` that begins with the name of a field."""
         greedy = self.temperature == 0
@@ -78,7 +82,7 @@ class Common(BaseModel):
             repetition_penalty=self.repetition_penalty,
             seed=self.seed if self.seed is not None else seed,
             stop_tokens=end_tokens,
-            stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_strings=self.stops,
         )
 
 
@@ -137,7 +141,8 @@ def parse(kind: type[T], raw: bytes, limits: Limits) -> T:
         request = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]"))  # no names of types
+        is_type = [str(part) == "str" or str(part).endswith("]") for part in first["loc"]]
+        place = ".".join(str(part) for part, named in zip(first["loc"], is_type, strict=True) if not named)
         problem = "is not known here; leave it out" if first["type"] == "extra_forbidden" else first["msg"].lower()
         raise Refusal(f"{place}: {problem}", str(first["loc"][0])) from None
     _check(request, limits)
@@ -159,9 +164,9 @@ def _check(request: Common, limits: Limits) -> None:
     given = request.model_fields_set
     if "stream_options" in given and not request.stream:
         raise Refusal("stream_options: is for stream=true; leave it out", "stream_options")
-    if isinstance(request.stop, list) and len(request.stop) > _MOST_STOPS:
-        raise Refusal(f"stop: {len(request.stop)} texts; at most {_MOST_STOPS}", "stop")
-    if "" in ([request.stop] if isinstance(request.stop, str) else request.stop) and "stop" in given:
+    if len(request.stops) > _MOST_STOPS:
+        raise Refusal(f"stop: {len(request.stops)} texts; at most {_MOST_STOPS}", "stop")
+    if "" in request.stops:
         raise Refusal("stop: a stop text is empty; leave it out", "stop")
     _at_most("n", request.n, limits.choices)
     if isinstance(request, ChatRequest):

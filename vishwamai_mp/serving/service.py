@@ -30,14 +30,14 @@ TokenScore = tuple[float, list[tuple[int, float]]]  # log-probability of a token
 class Prompts(Protocol):
     """What the service needs of `opening.prompts.PromptTokenizer`."""
 
-    end_tokens: tuple[int, ...]
-
     @property
     def template(self) -> object | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
+
+    def ends(self, stops: Sequence[str]) -> tuple[int, ...]: ...
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
 
@@ -297,7 +297,15 @@ class Service:
                 self._report(ticket)
 
     def _report(self, ticket: _Ticket) -> None:
-        """Send the text that is certain; with the last of it, the ticket is done."""
+        """Send the text that is certain; with the last of it, the ticket is done. What goes wrong is the client's to
+        hear, and the thread goes on with others."""
+        try:
+            self._send(ticket)
+        except Exception as error:
+            self._leave(ticket.client)
+            ticket.client.report(error)
+
+    def _send(self, ticket: _Ticket) -> None:
         completion, text = ticket.completion, ""
         finish: str | None = "length"
         tokens: list[int] = []
