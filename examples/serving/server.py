@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
-        help="begin prompts with the tokenizer's BOS (default: as tokenizer.json, or else tokenizer_config.json, has it)",
+        help="begin prompts with the tokenizer's BOS (default: as tokenizer.json, else tokenizer_config.json, has it)",
     )
     parser.add_argument(
         "--speculate",

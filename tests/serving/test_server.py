@@ -393,7 +393,7 @@ def after_a_mistake() -> dict[str, Any]:
     with server() as (service, port):
         decode, service.generator.decode = service.generator.decode, lambda ids: ids[10**6]
         body = {"prompt": PROMPT, "max_tokens": 3}
-        found = {"whole": post(port, **body), "stream": post(port, **body, stream=True)}
+        found: dict[str, Any] = {"whole": post(port, **body), "stream": post(port, **body, stream=True)}
         service.generator.decode = decode
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("PUT", "/v1/completions", "{}", {"Content-Type": "application/json"})

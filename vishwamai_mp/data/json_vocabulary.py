@@ -197,10 +197,10 @@ def tokens_beside(path: Path) -> list[dict[str, Any]]:
     special = [{**token, "special": True} for token in map(_token, [*named.values(), *others]) if token]
     found: dict[str, dict[str, Any]] = {}
     if "added_tokens_decoder" in settings:
-        listed = settings["added_tokens_decoder"]
-        numbered = [(int(i), _token(one)) for i, one in listed.items() if i.isdecimal()] if _object(listed) else []
-        for _, token in sorted((pair for pair in numbered if pair[1]), key=lambda pair: pair[0]):
-            found[token["content"]] = {"special": False, **token}
+        listed = _object(settings["added_tokens_decoder"])
+        for i in sorted((i for i in listed if i.isdecimal()), key=int):
+            if token := _token(listed[i]):
+                found[token["content"]] = {"special": False, **token}
     else:
         names = {token["content"] for token in special}
         numbers = read_settings(path.with_name(ADDED_TOKENS_FILE))
@@ -221,9 +221,9 @@ def add_tokens_beside(library: Any, path: Path) -> bool:
     from tokenizers import AddedToken
 
     settings = settings_beside(path)
-    listed = settings.get("added_tokens_decoder")
+    listed = _object(settings.get("added_tokens_decoder"))
     known = {token.content for token in library.get_added_tokens_decoder().values()}
-    overriding = {one.get("content") for one in listed.values() if _object(one)} if _object(listed) else set()
+    overriding = {_object(one).get("content") for one in listed.values()}
     tokens = [token for token in tokens_beside(path) if token["content"] in overriding or token["content"] not in known]
     padding = _token(settings.get("pad_token"))
     is_last = tokens and padding and tokens[-1]["content"] == padding["content"]
@@ -250,8 +250,8 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _object(value: Any) -> bool:
-    return isinstance(value, dict)
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _cuts_at_spaces(described: Mapping[str, Any]) -> bool:
