@@ -81,7 +81,7 @@ title "tokenizer and token files"
     python tools/train_tokenizer.py --input "$WORK/train.jsonl" --vocab-size 8192 --output-prefix "$WORK/tokenizer"
 for part in train held_out; do
     python tools/preprocess_data.py --input "$WORK/$part.jsonl" --tokenizer "$WORK/tokenizer.model" --append-eod \
-        --workers 2 --output-prefix "$WORK/$part"
+        --workers 2 --restart --output-prefix "$WORK/$part"
 done
 
 title "pretraining with two processes, killed on the way"

@@ -87,7 +87,7 @@ def prepare_data(options: argparse.Namespace) -> list[str]:
     for name, part in parts.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
     tokenizer = train_tokenizer([*texts, *parts["train"]], options.vocab_size, folder / "tokenizer").path
-    preprocess([folder / "corpus.jsonl"], tokenizer, folder / "corpus", append_eod=True)
+    preprocess([folder / "corpus.jsonl"], tokenizer, folder / "corpus", append_eod=True, restart=True)
     for name in parts:
         source, length = folder / f"{name}.jsonl", options.sequence_length
         report = prepare([source], tokenizer, folder / name, sequence_length=length, too_long="skip")

@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -270,6 +271,8 @@ def test_files_that_cannot_be_read(tmp_path):
         CorpusReader([tmp_path], ["text"])
     with pytest.raises(UserError, match=r"a\.csv\.gz: unknown suffix; known are \.jsonl"):
         kind_of(tmp_path / "a.csv.gz")
+    with pytest.raises(UserError, match=r"/dev/stdin has no suffix .* write it to a file that ends in \.jsonl"):
+        kind_of(Path("/dev/stdin"))
     (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match="plain text and has no keys"):
         CorpusReader([tmp_path / "a.txt"], ["q", "a"])

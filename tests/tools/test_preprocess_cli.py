@@ -56,8 +56,15 @@ def test_files_of_several_formats(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     stats = check_indexed(tmp_path / "out_text_document", vocab_size=400)
     assert stats.num_documents == 301
-    assert f"out_text_document: 301 documents, {stats.num_tokens} tokens" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out_text_document.bin", "out_text_document.idx"]
+    counts = f"out_text_document: 301 documents, {stats.num_tokens} tokens"
+    assert counts in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"out_text_document.{suffix}" for suffix in ("bin", "idx", "json")
+    ]
+    again = run("preprocess_data.py", "--input", *inputs, *tokenizer, "--output-prefix", tmp_path / "out")
+    assert again.returncode == 0
+    assert counts in again.stdout
+    assert "nothing to do" in again.stdout
 
 
 def test_one_document_is_warned_of_and_can_be_split(folder, tmp_path):

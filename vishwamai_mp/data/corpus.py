@@ -163,7 +163,10 @@ def kind_of(path: Path) -> Kind:
     """How `path` is read, by its suffix; `UserError` where the suffix is not known."""
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
     if suffix not in KINDS:
-        raise UserError(f"{path}: unknown suffix; known are {' '.join(KINDS)}, each also with .gz or .zst")
+        known = f"{' '.join(KINDS)}, each also with .gz or .zst"
+        if path.parts[:2] in (("/", "dev"), ("/", "proc")):  # /dev/stdin, <(command)
+            raise UserError(f"{path} has no suffix that says what it holds: write it to a file that ends in {known}")
+        raise UserError(f"{path}: unknown suffix; known are {known}")
     return KINDS[suffix]
 
 
