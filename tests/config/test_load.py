@@ -217,6 +217,13 @@ def test_a_home_folder_is_not_made_here(key):
     resolve(load_config("tiny", [f"{key}=./~/runs"]))
 
 
+@pytest.mark.parametrize("key", ["training.output_dir", "data.tokenizer", "checkpoint.load", "tree.prompts"])
+def test_an_empty_path_in_a_recipe_is_not_the_folder_a_program_runs_in(key: str) -> None:
+    section, name = key.split(".")
+    with pytest.raises(ConfigError, match=f"{key} is empty; write a path, or take the key out"):
+        resolve(load_config({section: {name: ""}}))
+
+
 # --- properties
 
 

@@ -30,11 +30,14 @@ def check_values(config: PretrainConfig) -> None:
 
 
 def check_paths(config: PretrainConfig) -> None:
-    """Refuse `~` at the beginning of a path."""
+    """Refuse empty paths, which the operating system takes for the folder that a program runs in, and `~` at the
+    beginning of one."""
     for section, name in _PATHS:
         value = getattr(getattr(config, section), name)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
+                if not text.strip():
+                    raise ConfigError(f"{section}.{name} is empty; write a path, or take the key out")
                 refuse_home(f"{section}.{name}=", text)
 
 
