@@ -1,8 +1,10 @@
 """The endpoint over real HTTP: a server on a thread in a worker, and Python's own client and OpenAI's."""
 
 import http.client
+import io
 import itertools
 import json
+import logging
 import re
 import threading
 import time
@@ -17,6 +19,22 @@ from tests.workers import WorkerPool
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
+
+
+def to_a_web_socket(port: int, text: str) -> tuple[int, str]:
+    """Runs in a worker: the answer, of which the server warns nobody."""
+    log, output = logging.getLogger("uvicorn.error"), io.StringIO()
+    level, handler = log.level, logging.StreamHandler(output)
+    log.setLevel(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        log.warning("a warning of another kind")
+        status, answer = send(port, text, Connection="Upgrade", Upgrade="websocket")
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    assert output.getvalue() == "a warning of another kind\n"
+    return status, answer
 
 
 def conversation() -> dict[str, Any]:
@@ -50,7 +68,7 @@ def conversation() -> dict[str, Any]:
                 send(port, json.dumps(body), Origin="http://other.example"),
                 send(port, json.dumps(body), **{"Content-Type": "text/plain"}),
             ],
-            "to a WebSocket": send(port, json.dumps(body), Connection="Upgrade", Upgrade="websocket"),
+            "to a WebSocket": to_a_web_socket(port, json.dumps(body)),
             "by another name": send(port, json.dumps(body), Host="models.example"),
             "parallel": in_parallel(port, body),
         }

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import html
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection
 from pathlib import Path
@@ -33,6 +34,8 @@ _LOOK_SECONDS = 0.2  # between two looks whether a client that waits is still th
 # What uvicorn is to be told of the application. A request to change over to a WebSocket is answered as any other:
 # uvicorn would hand it to a library for these, which leaves a POST without an answer.
 WEB_OPTIONS: dict[str, Any] = {"ws": "none"}
+# Of its warnings, those that call such a request unsupported and advise to install that library.
+_UPGRADE_WARNINGS = ("Unsupported upgrade request", "No supported WebSocket library")
 
 Result = TypeVar("Result")
 
@@ -46,6 +49,7 @@ def build_app(service: Service, name: str, hosts: Collection[str] = ()) -> Starl
         hosts: names of this machine by which clients may reach it, beside localhost.
     """
     endpoint = _Endpoint(service, name)
+    logging.getLogger("uvicorn.error").addFilter(_is_of_use)
     return Starlette(
         routes=[
             Route("/", endpoint.page),
@@ -58,6 +62,10 @@ def build_app(service: Service, name: str, hosts: Collection[str] = ()) -> Starl
         middleware=[Middleware(_Door, hosts=hosts)],
         exception_handlers=dict.fromkeys((Exception, HTTPException, UserError, ClientDisconnect), _refuse),
     )
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_UPGRADE_WARNINGS)
 
 
 class _Door:
