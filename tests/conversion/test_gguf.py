@@ -237,6 +237,8 @@ def test_all_chat_templates_and_ends_of_texts_go_along(tmp_path: Path) -> None:
     keys = write("tokenizer_config.json", {"chat_template": [plain, {"name": "tool-use", "template": "tools"}]})
     found = {key: value for key, value in keys.items() if key.startswith("chat_template")}
     assert found == {"chat_template": "plain", "chat_templates": ["tool_use"], "chat_template.tool_use": "tools"}
+    named = write("tokenizer_config.json", {"chat_template": {"default": "plain", "tool-use": "tools"}})
+    assert {key: value for key, value in named.items() if key.startswith("chat_template")} == found
     assert "chat_templates" not in write("tokenizer_config.json", {"chat_template": "plain"})
     assert "ggml.eot_token_id" not in write("generation_config.json", {"eos_token_id": eos})
     keys = write("generation_config.json", {"eos_token_id": [eos, 7, 9999, 8]})

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import types
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -92,8 +93,9 @@ def test_report_to_chooses_the_writers(tmp_path, report_to, kinds):
     assert (tmp_path / "tensorboard").exists() == (TensorBoard in kinds)
 
 
-def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+@pytest.mark.parametrize("module", [None, types.SimpleNamespace(__file__=None)], ids=["nothing", "a folder"])
+def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.raises(ConfigError, match=r"logging.report_to=\[wandb\] needs wandb, .*pip install"):
         open_writers(tmp_path, PretrainConfig(logging=LoggingConfig(report_to=["wandb"])), 0)
 
@@ -110,6 +112,10 @@ def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
         (
             "class Error(Exception): ...\ndef init(**settings): raise Error('No API key.\\nUse `wandb login`.')",
             r"cannot begin a run: No API key\. Use `wandb login`\. Set WANDB_API_KEY, set WANDB_MODE=offline",
+        ),
+        (
+            "def init(**settings): raise ValueError('API key must be 40 characters long, yours was 3')",
+            r"cannot begin a run: API key must be 40 characters long, yours was 3",
         ),
     ],
 )

@@ -202,6 +202,8 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
     """The template, and those that have another name than "default", with a list of these names."""
     file = folder / CHAT_TEMPLATE_FILE
     said = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if isinstance(said, dict):
+        said = [{"name": name, "template": text} for name, text in said.items()]
     said = said if isinstance(said, list) else [{"name": "default", "template": said}]
     named = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}
     found = {re.sub("[^A-Za-z0-9]", "_", name): text for name, text in named.items() if name and isinstance(text, str)}

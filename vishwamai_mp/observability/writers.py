@@ -86,20 +86,15 @@ class WeightsAndBiases:
     WANDB_MODE=offline keeps all in `wandb/` of the run folder, for `wandb sync` to send later.
 
     Raises:
-        ConfigError: the package is missing or broken, or cannot begin a run: no key, no network.
+        ConfigError: the package is missing or broken, or cannot begin a run: no key or a wrong one, no network.
     """
 
     def __init__(self, folder: Path, config: PretrainConfig) -> None:
         wandb = _import_wandb()
+        options = {"project": config.logging.project, "dir": str(folder), "id": _run_id(folder / "wandb_id")}
         try:
-            self._run = wandb.init(
-                project=config.logging.project,
-                dir=str(folder),
-                id=_run_id(folder / "wandb_id"),
-                resume="allow",
-                config=to_dict(config),
-            )
-        except wandb.Error as error:
+            self._run = wandb.init(**options, resume="allow", config=to_dict(config))
+        except Exception as error:  # wandb.Error, but of a key of the wrong length, ValueError
             raise ConfigError(
                 f"logging.report_to names wandb, which cannot begin a run: {one_line(error)} Set"
                 " WANDB_API_KEY, set WANDB_MODE=offline to send the run later, or leave wandb out"
@@ -123,6 +118,8 @@ def _import_wandb() -> Any:
             f"logging.report_to names wandb, which is installed and cannot be imported ({reason}); mend the"
             " installation, or leave wandb out"
         ) from error
+    if wandb.__file__ is None:  # a folder of that name, as wandb makes one where runs are begun
+        raise ConfigError(lacks("logging.report_to=[wandb]", "wandb"))
     return wandb
 
 
