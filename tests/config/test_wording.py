@@ -27,6 +27,14 @@ def test_a_noun_agrees_with_its_number(number: int, noun: str, spec: str, text: 
     assert wording.counted(number, noun, spec) == text
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(7, "7"), (1234, "1.23 k"), (999_600, "1000 k"), (2_030_000, "2.03 M"), (98_123_000_000, "98.1 B"), (2e12, "2 T")],
+)
+def test_a_large_number_has_a_unit(number: float, text: str) -> None:
+    assert wording.count_text(number) == text
+
+
 def test_each_package_is_in_the_extra_that_is_named_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     described: dict[str, dict[str, list[str]]] = {}
     monkeypatch.setattr(setuptools, "setup", lambda **named: described.update(named))

@@ -11,8 +11,8 @@ import torch
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.observability.goodput_ledger import Attempt, Ledger
 from vishwamai_mp.training.summary import (
+    building_line,
     closing_lines,
-    count_text,
     duration,
     loss_text,
     losses_of,
@@ -30,11 +30,11 @@ def test_losses_are_those_that_were_trained():
     assert losses_of({"lm_loss": 0.0, "value_loss": 0.7, "value_auc": 0.5}) == {"value loss": 0.7}
 
 
-@pytest.mark.parametrize(
-    ("number", "text"), [(7, "7"), (1234, "1.23 k"), (999_600, "1e+03 k"), (98_123_000_000, "98.1 B"), (2e12, "2 T")]
-)
-def test_counts(number, text):
-    assert count_text(number) == text.replace("1e+03", "1000")
+def test_a_model_that_takes_long_to_make_is_told_of_before():
+    runtime: Any = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+    small, large = (building_line(resolve(load_config(name), 1), runtime) for name in ("tiny", "125m"))
+    assert small == ""
+    assert large.startswith("making a model of 134 M parameters: 2.2 GiB per process")
 
 
 def test_a_small_loss_keeps_its_digits():

@@ -36,6 +36,7 @@ from vishwamai_mp.training.loss_guard import LossGuard, explain
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.schedule import learning_rate
 from vishwamai_mp.training.step import StepResult, TrainStep
+from vishwamai_mp.training.summary import building_line
 from vishwamai_mp.training.watching import watched
 
 # Errors of files that stay until somebody mends them: another user's, read-only, a folder where a file should be.
@@ -87,6 +88,8 @@ class Trainer:
         self.lock = RunLock(self.folder, self.say)
         if too_much := check_memory(config, runtime.world_size):
             self.say(too_much)
+        if building := building_line(config, runtime):
+            self.say(building)
         self.chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
         self.optimizer = build_optimizer(config, runtime, self.chunks)
         self.steps = TrainStep(config, runtime, self.chunks, self.optimizer)

@@ -22,6 +22,24 @@ from vishwamai_mp.precision import PrecisionPolicy, lacking_hardware
 from vishwamai_mp.runtime import Runtime
 from vishwamai_mp.runtime.device import cpu_threads, machine_memory, peak_flops
 
+_LARGE = 2**30  # bytes of a process that are made within a few seconds
+
+
+def building_line(config: PretrainConfig, runtime: Runtime) -> str:
+    """What is being made, where that takes long enough for a silent program to seem hung; otherwise empty.
+
+    Args:
+        config: resolved.
+        runtime: of the job.
+    """
+    states = rank_memory(config, runtime.world_size, runtime.device.type == "cuda").states
+    if states < _LARGE:
+        return ""
+    return (
+        f"making a model of {count_text(total_parameters(config))} parameters: {size_text(states)} per process for"
+        " weights, gradients and optimizer state"
+    )
+
 
 def opening_lines(config: PretrainConfig, runtime: Runtime, step: int) -> str:
     """Model, components, layout, batch, predicted footprint and output of a run that begins.
