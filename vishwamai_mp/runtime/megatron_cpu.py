@@ -76,7 +76,9 @@ class InPlaceOfCuda(types.ModuleType):
 
     @staticmethod
     def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
-        if not is_accelerator(device()):
+        if is_accelerator(device()):
+            torch.get_device_module(device().type).set_rng_state(state)
+        else:
             torch.set_rng_state(state)
 
     @staticmethod

@@ -12,17 +12,29 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-_ACTIVATIONS, _OPTIMIZER = "activations", "optimizer"
+_ACTIVATIONS, _OPTIMIZER, _GRAPHS = "activations", "optimizer", "graphs"
 _SPANS = 512  # of a step's course, at least, once there are as many events
 _BLOCK = 512  # bytes: CUDA's allocator gives whole ones
+
+
+class GraphPool:
+    """Memory of CUDA graphs: what one of them lets go of another of the same pool may take, and nobody else.
+
+    Attributes:
+        live: bytes of tensors in it.
+        held: the most of these that there ever were, which stay taken.
+    """
+
+    def __init__(self) -> None:
+        self.live = self.held = 0
 
 
 class Memory:
     """Bytes in use on a device.
 
     What is allocated is of a kind: `claim` says which tensors are parameters and gradients; what an optimizer makes in
-    its step is the optimizer's; all else are activations, told apart by the class of the module in whose forward pass
-    they were made, or "backward".
+    its step is the optimizer's; pools of CUDA graphs are "graphs"; all else are activations, told apart by the class of
+    the module in whose forward pass they were made, or "backward".
 
     Args:
         device: whose tensors count.
@@ -41,7 +53,9 @@ class Memory:
         self.now = self.peak = 0
         self.at_peak: dict[str, int] = {}
         self.activations_at_peak: dict[str, int] = {}
-        self._held: dict[int, tuple[Any, int, str, str]] = {}  # by storage: reference, bytes, kind, class of module
+        # By storage: reference, bytes, kind, class of module, pool.
+        self._held: dict[int, tuple[Any, int, str, str, GraphPool | None]] = {}
+        self._pool: GraphPool | None = None
         self._by_kind: Counter[str] = Counter()
         self._by_module: Counter[str] = Counter()
         self._kind = _ACTIVATIONS
@@ -65,7 +79,7 @@ class Memory:
             return
         reference = weakref.ref(storage, lambda _: self._drop(key))
         module = self._modules[-1] if self._modules else "backward"
-        self._hold(key, reference, storage.nbytes(), self._kind, module)
+        self._hold(key, reference, storage.nbytes(), self._kind, module, self._pool)
 
     def claim(self, kind: str, *tensors: Tensor) -> None:
         """Say what tensors are that were or were not seen before."""
@@ -74,7 +88,7 @@ class Memory:
             entry = self._held.get(tensor.untyped_storage()._cdata)
             if entry:
                 self._drop(tensor.untyped_storage()._cdata)
-                self._hold(tensor.untyped_storage()._cdata, entry[0], entry[1], kind, entry[3])
+                self._hold(tensor.untyped_storage()._cdata, entry[0], entry[1], kind, *entry[3:])
 
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
@@ -84,6 +98,15 @@ class Memory:
             yield
         finally:
             self._kind = before
+
+    @contextmanager
+    def allocating_from(self, pool: GraphPool) -> Iterator[None]:
+        """What is allocated meanwhile is of a pool of CUDA graphs."""
+        self._pool = pool
+        try:
+            yield
+        finally:
+            self._pool = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -96,7 +119,7 @@ class Memory:
             entry = self._held.get(key)
             if entry is not None:
                 self._drop(key)
-                self._hold(key, entry[0], storage.nbytes(), entry[2], entry[3])
+                self._hold(key, entry[0], storage.nbytes(), *entry[2:])
             return result
 
         handles = [
@@ -128,9 +151,13 @@ class Memory:
         while self._modules and self._modules.pop() != type(module).__name__:
             pass
 
-    def _hold(self, key: int, reference: Any, size: int, kind: str, module: str) -> None:
+    def _hold(self, key: int, reference: Any, size: int, kind: str, module: str, pool: GraphPool | None) -> None:
         size = -(-size // self.block) * self.block
-        self._held[key] = reference, size, kind, module
+        self._held[key] = reference, size, kind, module, pool
+        if pool:
+            pool.live += size
+            kind, size = _GRAPHS, max(0, pool.live - pool.held)
+            pool.held += size
         self.now += size
         self._by_kind[kind] += size
         if kind == _ACTIVATIONS:
@@ -140,7 +167,10 @@ class Memory:
         self._note_course()
 
     def _drop(self, key: int) -> None:
-        _, size, kind, module = self._held.pop(key)
+        _, size, kind, module, pool = self._held.pop(key)
+        if pool:
+            pool.live -= size
+            return
         self.now -= size
         self._by_kind[kind] -= size
         if kind == _ACTIVATIONS:

@@ -2,7 +2,9 @@
 
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from vishwamai_mp.runtime.simulated.memory import Memory
+from vishwamai_mp.runtime.simulated.memory import GraphPool, Memory
 
 _aten = torch.ops.aten
 # Operators that make or describe a tensor without running a kernel, views aside.
@@ -68,6 +70,16 @@ class Communication:
     bytes: int
 
 
+@dataclass
+class Captured:
+    """What a CUDA graph holds: as of `Recorder`, of one replay."""
+
+    flops: Counter[str] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+    launches_within: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    sent: dict[tuple[str, str, int], list[int]] = field(default_factory=dict)
+
+
 class Recorder(TorchDispatchMode):
     """Counts what is dispatched for a device.
 
@@ -79,7 +91,9 @@ class Recorder(TorchDispatchMode):
     Attributes:
         memory: bytes in use.
         flops: of matrix products and attention, a multiply-add counted as two; by operator.
-        launches: operators that ran a kernel on the device, by operator.
+        launches: operators that ran a kernel on the device, by operator; "graph": replays of CUDA graphs.
+        replayed: kernels within those, by operator.
+        captured: the graph that is being captured, if one is.
         launches_within: the same by the classes of the modules in whose forward pass they ran, outermost first; of
             backward passes by none.
         waits: reads of the device by the host, by place in the program ("file:line").
@@ -89,6 +103,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, device: torch.device, simulates: bool) -> None:
         super().__init__()
         self.device, self.simulates, self.memory = device, simulates, Memory(device)
+        self.captured: Captured | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -97,6 +112,7 @@ class Recorder(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
         self.launches_within: Counter[tuple[str, ...]] = Counter()
+        self.replayed: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.host_copies: Counter[str] = Counter()
         self._sent: dict[tuple[str, str, int], list[int]] = {}
@@ -109,7 +125,43 @@ class Recorder(TorchDispatchMode):
     def note_wait(self) -> None:
         """The host waits for the device, in the program's line that is running."""
         if self.device.type != "cpu":
+            self.refuse_in_capture("the host waits for the device")
             self.waits[_place()] += 1
+
+    @contextmanager
+    def capturing(self, pool: GraphPool) -> Iterator[Captured]:
+        """What is dispatched meanwhile is of a CUDA graph, and what is allocated is of its pool."""
+        self.refuse_in_capture("another graph is to be captured")
+        outside = self.flops, self.launches, self.launches_within, self._sent
+        self.captured = one = Captured()
+        self.flops, self.launches, self.launches_within, self._sent = (
+            one.flops,
+            one.launches,
+            one.launches_within,
+            one.sent,
+        )
+        try:
+            with self.memory.allocating_from(pool):
+                yield one
+        finally:
+            self.captured = None
+            self.flops, self.launches, self.launches_within, self._sent = outside
+
+    def replay(self, graph: Captured) -> None:
+        """Count what a graph holds, as one launch."""
+        self.refuse_in_capture("a graph is replayed")
+        self._launched("graph")
+        self.flops.update(graph.flops)
+        self.replayed.update(graph.launches)
+        for key, (count, size) in graph.sent.items():
+            entry = self._sent.setdefault(key, [0, 0])
+            entry[0] += count
+            entry[1] += size
+
+    def refuse_in_capture(self, what: str) -> None:
+        """Raise as CUDA does where a capture would have to be left, and say in which line."""
+        if self.captured is not None:
+            raise RuntimeError(f"{_place()}: operation not permitted while a CUDA graph is captured: {what}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -157,6 +209,7 @@ class Recorder(TorchDispatchMode):
         if self._is_here(source) and to == "cpu" and waits:
             self.note_wait()
         elif source.device.type == "cpu" and to == self.device.type:
+            self.refuse_in_capture("a copy from the host")
             self.host_copies[_place()] += 1
             if isinstance(source, FakeTensor):
                 source.constant = None  # a number that torch remembers; it would try to copy it to the device

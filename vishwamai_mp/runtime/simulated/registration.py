@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 NAME = "simulated"
+_OF_GRAPHS = {"CUDAGraph", "graph", "graph_pool_handle", "is_current_stream_capturing"}
 _kernels: list[torch.library.Library] = []  # alive as long as the process
 
 
@@ -48,10 +49,20 @@ class _Module:
 
     @staticmethod
     def set_rng_state(*_: Any) -> None:
-        """There is no state."""
+        _graphs().refuse_in_capture("the state of random numbers is set")
+
+    @staticmethod
+    def synchronize(*_: Any) -> None:
+        _graphs().refuse_in_capture("the host waits for the device")
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cpu, name)
+        return getattr(_graphs() if name in _OF_GRAPHS else torch.cpu, name)
+
+
+def _graphs() -> Any:
+    from vishwamai_mp.runtime.simulated import graphs  # which needs what counts, and that this device's name
+
+    return graphs
 
 
 @cache

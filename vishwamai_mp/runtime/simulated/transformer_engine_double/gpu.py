@@ -90,7 +90,7 @@ class Gpu(InPlaceOfCuda):
 
     @staticmethod
     def is_current_stream_capturing() -> bool:
-        return False
+        return torch.get_device_module(NAME).is_current_stream_capturing()
 
     @staticmethod
     def _lazy_init() -> None:
