@@ -40,7 +40,7 @@ from vishwamai_mp.model.initialization import copy_components
 from vishwamai_mp.neural_memory import ReasoningMemoryTransformer
 from vishwamai_mp.observability.environment import write_run_description
 from vishwamai_mp.opening.loaded_model import LoadedModel, check_runs_alone, load_model
-from vishwamai_mp.runtime import is_accelerator, standing_session
+from vishwamai_mp.runtime import device, is_accelerator, standing_session
 from vishwamai_mp.runtime.distributed import world_size
 from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
 from vishwamai_mp.training.arguments import TrainingArguments
@@ -182,8 +182,8 @@ class VishwamAIPretrainer:
         short = {"schedule.warmup_steps": 0, "schedule.decay_steps": None, "training.max_steps": 1}
         if self.args.eval_strategy != "no":
             short["training.evaluate_every"] = 1
-        resolve(changed(config, short), world_size())
-        return config
+        checked = resolve(changed(config, short), world_size())
+        return changed(config, {"training.cuda_graphs": self.args.takes_graphs(checked, is_accelerator(device()))})
 
     def _start(self) -> dict[str, Any]:
         """Which weights it begins with."""

@@ -23,6 +23,7 @@ _FIRST = "parallel.num_layers_in_first_pipeline_stage"
 _LAST = "parallel.num_layers_in_last_pipeline_stage"
 _TENSOR = "parallel.tensor_model_parallel_size"
 _OVERLAP = "parallel.overlap_tensor_parallel=true"
+_GRAPHS = "training.cuda_graphs=true"
 _SPLIT = [f"{_TENSOR}=2", "parallel.sequence_parallel=true"]
 _ROPE = "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 4}"
 
@@ -113,6 +114,34 @@ def _config(*overrides):
             ["training.offload_layers=1 with parallel.fully_sharded=true", "set parallel.fully_sharded=false"],
         ),
         (["training.offload_layers=8"], ["training.offload_layers=8", "of the 8 layers of a chunk", "use fewer"]),
+        *(
+            (
+                [_GRAPHS, setting],
+                [f"{_GRAPHS} with {told or setting}: ", f"; {mend}", ", or set training.cuda_graphs=false"],
+            )
+            for setting, told, mend in (
+                ("precision=fp8_delayed", "", "set precision=bf16"),
+                ("precision=nvfp4", "", "set precision=bf16"),
+                ("data.reset_attention_mask=true", "", "set data.reset_attention_mask=false"),
+                ("data.prepared_rows=true", "data.reset_attention_mask=true", "set data.reset_attention_mask=false"),
+                ("data.reset_position_ids=true", "", "set data.reset_position_ids=false"),
+                ("model.attention_dropout=0.1", "", "set model.attention_dropout=0"),
+                ("model.hidden_dropout=0.1", "", "set model.hidden_dropout=0"),
+                ("training.recompute=selective", "", "set training.recompute=none"),
+                ("training.offload_layers=1", "", "leave it out"),
+                ("parallel.fully_sharded=true", "", "set parallel.fully_sharded=false"),
+                ("lora.enabled=true", "", "set lora.enabled=false"),
+                ("training.freeze=[embedding]", "", "leave it out"),
+            )
+        ),
+        (
+            [_GRAPHS, _OVERLAP, *_SPLIT],
+            [f"{_GRAPHS} with {_OVERLAP}: its buffers", "set parallel.overlap_tensor_parallel=false, or set"],
+        ),
+        (
+            [_GRAPHS, "model.num_layers=1", "memory.enabled=true", "memory.layers=[0]"],
+            [f"{_GRAPHS} has no effect: every layer has memory or cache", "set it to false"],
+        ),
         (
             ["training.recompute_layers=2"],
             ["training.recompute_layers=2 has no effect at training.recompute=none", "set training.recompute=full"],

@@ -102,6 +102,14 @@ def test_only_what_applies_is_named(overrides, world_size, on_gpu, named, unname
     assert not unnamed & set(steps)
 
 
+def test_graphs_go_before_what_cannot_be_had_with_them():
+    config = configure("tiny", 1, "training.micro_batch_size=1", _GRAPHS)
+    _, steps = told(config, 1)
+    named = list(steps)
+    assert named[0] == "training.cuda_graphs=false"
+    assert "training.recompute=full" in named
+
+
 def test_where_nothing_is_left_the_model_is_too_large():
     """One head and one layer do not split."""
     alone = ["model.num_attention_heads=1", "model.num_key_value_heads=1", "model.num_layers=1", "model.head_dim=32"]
@@ -129,6 +137,7 @@ def test_components_count_where_they_stand():
 
 
 _BOTH = ["memory.enabled=true", "cache.enabled=true"]
+_GRAPHS = "training.cuda_graphs=true"
 _LORA = "lora.enabled=true"
 _FULL = "training.recompute=full"
 _FUSED, _BF16 = "parallel.fuse_grad_accumulation=true", "parallel.reduce_grads_in=bf16"
@@ -231,6 +240,12 @@ def _offloaded(layers: int) -> str:
         (4, 0, 4, [*_BOTH, *_PARTS, *_split(1, 2)], 1617),
         (2, 0, 1, [*_BOTH, *_PARTS, "model.sliding_window=256", "precision=fp8_current"], 3234),
         (2, 0, 1, [_LORA, *_PARTS], 810),
+        (1, 0, 1, [_GRAPHS], 4142),
+        (1, 0, 1, [*_BOTH, _GRAPHS], 4463),
+        (2, 0, 1, [*_split(2), "parallel.sequence_parallel=true", _GRAPHS], 2089),
+        (4, 3, 8, [*_split(1, 4), _GRAPHS], 1205),
+        (4, 1, 8, [*_BOTH, *_split(1, 4, 2), _GRAPHS], 2125),
+        (2, 0, 2, [_BF16, _GRAPHS], 2900),
     ],
 )
 def test_the_simulated_peak_with_components(ranks, stage, batch, overrides, measured):

@@ -138,8 +138,19 @@ def test_what_acts_says_nothing():
         "memory_loss_weight": 0.1,
     }
     assert TrainingArguments(**options).notes(applied(**options), on_gpu=False) == []
-    graphs = TrainingArguments(cuda_graphs=True).notes(applied(), on_gpu=True)
-    assert graphs == ["cuda_graphs=True has no effect: this program does not capture CUDA graphs"]
+
+
+def test_graphs_are_a_gpus_and_of_what_can_have_them():
+    arguments, plain = TrainingArguments(cuda_graphs=True), applied(gradient_checkpointing=False)
+    assert arguments.takes_graphs(plain, on_gpu=True)
+    assert not arguments.takes_graphs(plain, on_gpu=False)
+    assert not TrainingArguments().takes_graphs(plain, on_gpu=True)
+    graphed = replace(plain, training=replace(plain.training, cuda_graphs=True))
+    assert arguments.notes(graphed, on_gpu=True) == []
+    recomputed = applied(gradient_checkpointing=True)
+    assert not arguments.takes_graphs(recomputed, on_gpu=True)
+    [note] = arguments.notes(recomputed, on_gpu=True)
+    assert note.startswith("cuda_graphs=True has no effect: training.cuda_graphs=true with training.recompute=full: ")
 
 
 def test_transformers_own_names_of_choices_are_taken():

@@ -214,6 +214,7 @@ def train_offloaded(overrides: list[str]) -> tuple[Curve, int]:
 _FOR_GPUS = {
     "parallel.fuse_grad_accumulation=true": "only Transformer Engine's layers on GPUs do so; set it to false",
     "optimizer.moments_on_host=true": "on CPUs they lie nowhere else; set it to false",
+    "training.cuda_graphs=true": "only GPUs are launched by graphs; set it to false",
     "training.offload_layers=1": "on CPUs activations lie nowhere else; leave it out",
     "parallel.nccl={dp_cp: {max_ctas: 8}}": "CPUs communicate by gloo; leave it out",
 }

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from vishwamai_mp.config.check_cuda_graphs import check_cuda_graphs
 from vishwamai_mp.config.check_fully_sharded import check_fully_sharded
 from vishwamai_mp.config.check_gradients import check_gradients
 from vishwamai_mp.config.check_offloading import check_offloading
@@ -52,6 +53,7 @@ def resolve(config: PretrainConfig, world_size: int | None = None) -> PretrainCo
     config = resolve_fp8(config)
     check_trained_parts(config)
     check_verdicts(config)
+    check_cuda_graphs(config)
     _check_order(config)
     _check_training(config)
     check_logging(config, world_size)

@@ -47,6 +47,7 @@ class VishwamAILayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, **options)
         self.offloading: Callable[[], AbstractContextManager[Any]] = nullcontext  # around a forward pass
+        self.graphs: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None  # runtime/layer_graphs.py
         self.component_names, self.kind, self.is_turned = tuple(components), kind, is_turned
         self.residual_multiplier = 1.0 if residual_multiplier is None else residual_multiplier
         if residual_multiplier is not None:
@@ -87,6 +88,12 @@ class VishwamAILayer(TransformerLayer):
             rotary_pos_emb: angles of one kind of layers or of several (rotary.py).
             **options: megatron-core's.
         """
+        if self.graphs and self.training and torch.is_grad_enabled() and inference_context is None:
+
+            def run(given: Tensor) -> Tensor:
+                return self._run(given, attention_mask, context, None, rotary_pos_emb, options)[0]
+
+            return self.graphs(run, hidden_states), context
         with self.offloading():
             return self._run(hidden_states, attention_mask, context, inference_context, rotary_pos_emb, options)
 

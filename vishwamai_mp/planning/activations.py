@@ -133,6 +133,8 @@ class StageActivations:
         passed: of `kept`, what is gone when the backward pass comes to a layer that is recomputed, or was offloaded;
             none where all are.
         remade: `again` of that layer, with what comes back.
+        pools: what CUDA graphs hold beside `kept`, and all of which they never give back: for each micro-batch that
+            waits, room for `again`, and hidden states and a gradient where the graphs find them.
     """
 
     kept: float
@@ -140,10 +142,17 @@ class StageActivations:
     head: float
     passed: float
     remade: float
+    pools: float = 0.0
 
     @property
     def total(self) -> float:
+        if self.pools:
+            return self.kept + self.pools + self.head
         return self.kept + max(self.again, self.head, self.remade - self.passed)
+
+    def beside(self, copies: float) -> float:
+        """The most there is, when the optimizer's step makes `copies` after the backward passes."""
+        return max(self.total, copies + (self.kept + self.pools if self.pools else 0))
 
 
 def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on_gpu: bool) -> StageActivations:
@@ -188,8 +197,13 @@ def stage_activations(config: PretrainConfig, stage: int, micro_batches: int, on
     if config.training.recompute == "full" or offloaded:
         remade += max(carried.values(), default=0.0)  # of the one layer that is made again
     head, buffer = (_head(config, on_gpu), _gathered_for_head(config, on_gpu)) if stage == stages - 1 else (0.0, 0.0)
-    kept = micro_batches_underway(config, stage, micro_batches) * kept + buffer
-    return StageActivations(kept, whole.again if rest else remade, head, passed if rest else 0.0, remade)
+    underway, pools = micro_batches_underway(config, stage, micro_batches), 0.0
+    if config.training.cuda_graphs:
+        places = _graph_places(config, stage, micro_batches)
+        hidden = tokens * number_bytes(config) * config.model.hidden_size / _sequence_shards(config)
+        underway, pools = places / chunks, places * (layer.again + 2 * hidden)
+    kept = underway * kept + buffer
+    return StageActivations(kept, whole.again if rest else remade, head, passed if rest else 0.0, remade, pools)
 
 
 def micro_batches_underway(config: PretrainConfig, stage: int, micro_batches: int) -> float:
@@ -205,6 +219,25 @@ def micro_batches_underway(config: PretrainConfig, stage: int, micro_batches: in
     if chunks:  # the interleaved schedule starts more of them (section 4.2.3), in passes through single chunks
         return min((2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks, micro_batches)
     return min(stages - stage, micro_batches)
+
+
+def _graph_places(config: PretrainConfig, stage: int, micro_batches: int) -> float:
+    """Passes through a chunk that CUDA graphs are captured for: for each chunk the most that wait at a time.
+
+    The interleaved schedule is at the most of one chunk and of another at different times; graphs keep their memory.
+    """
+    stages = config.parallel.pipeline_model_parallel_size
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    if not chunks:
+        return micro_batches_underway(config, stage, micro_batches)
+    early, waiting, most = 2 * (stages - stage - 1) + (chunks - 1) * stages, Counter[int](), Counter[int]()
+    for number in range(chunks * micro_batches):
+        chunk = number // stages % chunks
+        waiting[chunk] += 1
+        most[chunk] = max(most[chunk], waiting[chunk])
+        if number >= early:
+            waiting[chunks - 1 - (number - early) // stages % chunks] -= 1
+    return most.total()
 
 
 def _between_layers(config: PretrainConfig, stages: int) -> float:

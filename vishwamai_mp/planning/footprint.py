@@ -65,7 +65,7 @@ def stage_footprint(config: PretrainConfig, world_size: int, stage: int) -> Foot
             "weights": number_bytes(config) * stage_parameters(config, stage),
             "gradients": gradient_bytes(config) * trained + fused_gradients(config),
             "optimizer": (moments_on_device(config) + main) * trained / owners,
-            "activations": max(activations.total, optimizer_copies(config, stage, world_size)),
+            "activations": activations.beside(optimizer_copies(config, stage, world_size)),
         }
         parts["weights"] += fp8_weights(config, stage, micro_batches)
     groups = [parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, shards]

@@ -51,7 +51,7 @@ def stage_memory(config: PretrainConfig, world_size: int, stage: int, on_gpu: bo
         kept = parts.pop("activations")
         return RankMemory(sum(parts.values()) + workspace, kept)
     workspace += fused_gradients(config) + exchange_buffers(config)
-    later = max(activations.total, optimizer_copies(config, stage, world_size))
+    later = activations.beside(optimizer_copies(config, stage, world_size))
     return RankMemory(stage_states(config, stage, world_size) + workspace, later)
 
 
@@ -71,7 +71,8 @@ def advice(config: PretrainConfig, world_size: int, on_gpu: bool) -> str:
         for processes in (world_size, 2 * world_size) if name.endswith("parallel_size") else (world_size,):
             changed = _changed(config, section, name, value, processes)
             after = need if changed is None else rank_memory(changed, processes, on_gpu)
-            if changed is not None and need.total - after.total > _WORTH * need.total:
+            worth = 0.0 if name == "cuda_graphs" else _WORTH * need.total
+            if changed is not None and need.total - after.total > worth:
                 more = f" on {processes} processes" if processes > world_size else ""
                 written = "null" if value is None else str(value).lower()
                 steps.append((f"{section}.{name}={written}{more}", need.total - after.total))
@@ -93,6 +94,7 @@ def _changes(config: PretrainConfig, on_gpu: bool) -> list[tuple[str, str, objec
         size = size // 2
         sizes.append(("training", "micro_batch_size", size))
     return [
+        *([("training", "cuda_graphs", False)] if training.cuda_graphs else []),  # others cannot be had with them
         ("parallel", "sequence_parallel", True),
         ("parallel", "use_distributed_optimizer", True),
         ("parallel", "overlap_tensor_parallel", False),

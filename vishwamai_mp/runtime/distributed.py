@@ -98,6 +98,10 @@ def initialize(config: PretrainConfig) -> Runtime:
     keep_freed_memory()
     set_determinism(config.training.deterministic)
     set_fusion(config.training.compile)
+    if config.training.cuda_graphs:
+        # NCCL would register the buffers of captured exchanges, which the allocator's expandable segments
+        # (launch/environment.sh) do not allow: megatron-core warns of illegal accesses to memory.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     _join(config.parallel)
     parallel = config.parallel
     with _nccl_file(parallel) as nccl_file:

@@ -6,11 +6,12 @@ that has no name here (layout, sequence length, layers of the components, ...).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from vishwamai_mp.config import ConfigError, PretrainConfig
+from vishwamai_mp.config.check_cuda_graphs import check_cuda_graphs
 from vishwamai_mp.config.wording import counted
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
@@ -187,7 +188,10 @@ class TrainingArguments:
             "tree_loss_weight": (self.tree_loss_weight, config.tree.enabled, "value head"),
         }
         told = [
-            (self.cuda_graphs, f"cuda_graphs=True has no effect: {_no_graphs(on_gpu)}"),
+            (
+                self.cuda_graphs and not config.training.cuda_graphs,
+                f"cuda_graphs=True has no effect: {_against_graphs(config) if on_gpu else 'there is no GPU here'}",
+            ),
             (
                 self.dataloader_prefetch_factor and not self.dataloader_num_workers,
                 f"dataloader_prefetch_factor={self.dataloader_prefetch_factor} has no effect at"
@@ -214,6 +218,11 @@ class TrainingArguments:
             ),
         ]
         return [note for applies, note in told if applies]
+
+    def takes_graphs(self, config: PretrainConfig, on_gpu: bool) -> bool:
+        """Whether a resolved configuration shall have CUDA graphs: they are asked for, or its own recipe's, and
+        nothing else that is asked for stands against them."""
+        return config.training.cuda_graphs or (self.cuda_graphs and on_gpu and not _against_graphs(config))
 
     def _precision(self, configured: str) -> str | None:
         if self.fp8:
@@ -252,5 +261,10 @@ def _writers(report_to: str | Sequence[str] | None) -> list[str] | None:
     return [report_to] if isinstance(report_to, str) else [name for name in report_to if name != "none"]
 
 
-def _no_graphs(on_gpu: bool) -> str:
-    return "this program does not capture CUDA graphs" if on_gpu else "there is no GPU here"
+def _against_graphs(config: PretrainConfig) -> str:
+    """Why a configuration cannot have CUDA graphs; "" where it can."""
+    try:
+        check_cuda_graphs(replace(config, training=replace(config.training, cuda_graphs=True)))
+    except ConfigError as error:
+        return str(error)
+    return ""

@@ -27,6 +27,8 @@ def check_device(config: PretrainConfig) -> None:
         return
     if config.optimizer.moments_on_host:
         raise ConfigError("optimizer.moments_on_host=true: on CPUs they lie nowhere else; set it to false")
+    if training.cuda_graphs:
+        raise ConfigError("training.cuda_graphs=true: only GPUs are launched by graphs; set it to false")
     if training.offload_layers:
         raise ConfigError(
             f"training.offload_layers={training.offload_layers}: on CPUs activations lie nowhere else;"

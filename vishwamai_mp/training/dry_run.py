@@ -27,6 +27,7 @@ from vishwamai_mp.runtime.fused_layers import is_doubled
 from vishwamai_mp.runtime.simulated import Communication, SimulatedJob, simulated_job
 from vishwamai_mp.runtime.simulated.kernel import parts
 from vishwamai_mp.training.compact_adamw import fill_moments
+from vishwamai_mp.training.graphed_layers import note_on_graphs
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.step import TrainStep
 
@@ -51,7 +52,9 @@ class DryRun:
         updated: whether the step ran to its end.
         flops: of matrix products and attention, of all pairs of tokens; a multiply-add counts as two.
         predicted_flops: the same from `planning`.
-        launches: kernels, counted as operators.
+        launches: kernels, counted as operators, and CUDA graphs.
+        graphs: of the launches, those of graphs.
+        kernels_in_graphs: that these launch.
         launches_by_part: of them, those in forward passes, made again or not, by class of the part of a layer; "none"
             are outside layers and in backward passes.
         host_waits: reads of the device by the host, by place in the program.
@@ -78,6 +81,8 @@ class DryRun:
     flops: int
     predicted_flops: int
     launches: int
+    graphs: int
+    kernels_in_graphs: int
     launches_by_part: dict[str, int]
     host_waits: dict[str, int]
     host_copies: dict[str, int]
@@ -106,8 +111,13 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
         config = replace(config, precision="bf16")
     if config.parallel.nccl:
         notes.append("parallel.nccl is not simulated: it says how NCCL works, not what is exchanged")
+    if outside := note_on_graphs(config):
+        notes.append(outside)
     with simulated_job(config, world_size, rank, device) as job, training_step(config, job) as step:
         batches = empty_batches(config, job)
+        if config.training.cuda_graphs:  # of which a first step has none
+            step.train(batches, 0, config.optimizer.learning_rate, float("inf"))
+            step.capture()
         job.recorder.restart()
         standing = job.recorder.memory.now
         result = step.train(batches, 0, config.optimizer.learning_rate, float("inf"))
@@ -130,6 +140,8 @@ def dry_run(config: PretrainConfig, world_size: int, rank: int, device: str = "s
             flops=sum(recorder.flops.values()),
             predicted_flops=round(stage_flops(config, world_size, runtime.pipeline_rank)),
             launches=sum(recorder.launches.values()),
+            graphs=recorder.launches["graph"],
+            kernels_in_graphs=sum(recorder.replayed.values()),
             launches_by_part=_by_part(recorder.launches_within),
             host_waits=dict(recorder.waits),
             host_copies=dict(recorder.host_copies),
@@ -213,7 +225,7 @@ def render(found: DryRun) -> str:
         *_table(found.at_peak),
         "  activations, by the module that made them:",
         *_table(found.activations_at_peak, indent=4),
-        f"operations  {found.flops:.4g} FLOP in {found.launches:,} kernels; predicted {found.predicted_flops:.4g} FLOP",
+        f"operations  {found.flops:.4g} FLOP in {_kernels(found)}; predicted {found.predicted_flops:.4g} FLOP",
         "  kernels of forward passes, made again or not, by the part of a layer:",
         *(f"    {part:24} {count:,}" for part, count in found.launches_by_part.items()),
         "collectives (operation, group × ranks, count, size):",
@@ -222,6 +234,16 @@ def render(found: DryRun) -> str:
         *(f"  {place}  {count:,}" for place, count in found.host_waits.items()),
     ]
     return "\n".join(lines)
+
+
+def _kernels(found: DryRun) -> str:
+    if not found.graphs:
+        return f"{found.launches:,} kernels"
+    alone = found.launches - found.graphs
+    return (
+        f"{alone + found.kernels_in_graphs:,} kernels, {found.launches:,} launches: {alone:,} kernels and"
+        f" {found.graphs:,} graphs of {found.kernels_in_graphs:,}"
+    )
 
 
 def memory_verdict(config: PretrainConfig, runs: list[DryRun], gpu: Gpu) -> str:

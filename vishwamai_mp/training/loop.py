@@ -32,6 +32,7 @@ from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory, check_
 from vishwamai_mp.runtime.step_journal import phase, step
 from vishwamai_mp.training.callbacks.base import Callback
 from vishwamai_mp.training.garbage import garbage_collected_every
+from vishwamai_mp.training.graphed_layers import note_on_graphs
 from vishwamai_mp.training.loss_guard import LossGuard, explain
 from vishwamai_mp.training.optimizer import build_optimizer, wrap_data_parallel
 from vishwamai_mp.training.schedule import learning_rate
@@ -90,6 +91,8 @@ class Trainer:
             self.say(too_much)
         if building := building_line(config, runtime):
             self.say(building)
+        if outside := note_on_graphs(config):
+            self.say(outside)
         self.chunks = wrap_data_parallel(config, runtime, build_model(config, runtime))
         self.optimizer = build_optimizer(config, runtime, self.chunks)
         self.steps = TrainStep(config, runtime, self.chunks, self.optimizer)

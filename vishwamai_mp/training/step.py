@@ -30,6 +30,7 @@ from vishwamai_mp.runtime.measures import (
     summed_measures,
 )
 from vishwamai_mp.runtime.step_journal import phase
+from vishwamai_mp.training.graphed_layers import graph_layers
 from vishwamai_mp.training.optimizer import clip_and_step, ready_gradients, set_learning_rate, update_loss_scale
 
 
@@ -63,6 +64,7 @@ class TrainStep:
         optimizer: ChainedOptimizer,
     ) -> None:
         self.config, self.runtime, self.chunks, self.optimizer = config, runtime, list(chunks), optimizer
+        self.graphs = graph_layers(config, self.chunks)
         self._forward_backward = get_forward_backward_func()
         self._connect_schedule()
         self._rounds_at_random = config.precision == "nvfp4"
@@ -101,6 +103,7 @@ class TrainStep:
             learning_rate: of this step.
             loss_limit: with a loss above it, or a non-finite loss or gradient, parameters stay as they are.
         """
+        self.capture()
         self._begin(step)
         total = self._run(batches, forward_only=False)
         ready = ready_gradients(self.optimizer)
@@ -119,6 +122,14 @@ class TrainStep:
                 clip_and_step(self.optimizer, norm, self.config.optimizer.clip_grad_norm)
         measures = mean_measures(self._measure_names, list(zip(sums[::2], sums[1::2], strict=True)))
         return StepResult(lm_loss, tokens, norm, sound, measures)
+
+    def capture(self) -> None:
+        """Capture CUDA graphs of layers that have run, if they are asked for and not yet there.
+
+        Gradients are not whole meanwhile: a step zeroes them, and those of the last one are used.
+        """
+        for graphs in self.graphs:
+            graphs.capture()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:

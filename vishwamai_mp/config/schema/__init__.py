@@ -342,6 +342,7 @@ class TrainingConfig:
     recompute_layers: PositiveInt | None = None  # of full: the first so many of each stage's chunk; None: all
     recompute_modules: list[RecomputedModule] | None = None  # of selective; None: core attention alone
     offload_layers: PositiveInt | None = None  # of each stage's chunk, from the first: activations go to the host
+    cuda_graphs: bool = False  # a layer's passes are launched as one each, from the second step on
     evaluate_every: PositiveInt | None = None  # steps
     evaluate_batches: PositiveInt = 8  # global batches per evaluation
     early_stopping_patience: PositiveInt | None = None  # evaluations in a row without a new lowest loss; then stop
