@@ -61,7 +61,12 @@ def test_a_broken_checkpoint_is_skipped_with_its_reason(tmp_path: Path, damage, 
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "absent") == store.Found(None)
-    with pytest.raises(UserError, match="neither a checkpoint nor a folder that has one"):
+    with pytest.raises(UserError, match=r"neither a checkpoint nor a folder that has one$"):
+        store.locate(tmp_path)
+    with pytest.raises(UserError, match="a folder that has one; there is nothing of that name"):
+        store.locate(tmp_path / "absent")
+    (tmp_path / "first/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="it holds runs, name one of them: first"):
         store.locate(tmp_path)
 
 

@@ -89,6 +89,15 @@ def test_the_multimodal_layout_is_called_so(tmp_path):
         check_indexed(tmp_path / "pair")
 
 
+@pytest.mark.parametrize("given", ["a_text_document.bin", "a_text_document.idx", "a"])
+def test_what_is_taken_for_a_prefix_is_told_the_prefix(tmp_path, given):
+    write(tmp_path / "a_text_document", DOCUMENTS)
+    with pytest.raises(UserError, match=r"no data file .*: did you mean .*/a_text_document\?$"):
+        check_indexed(tmp_path / given)
+    with pytest.raises(UserError, match=r"give the prefix that tools/preprocess_data\.py printed$"):
+        check_indexed(tmp_path / "b")
+
+
 # In the index of DOCUMENTS: lengths at 34, offsets at 46, document boundaries at 70.
 @pytest.mark.parametrize(
     ("suffix", "damage", "message"),

@@ -106,8 +106,17 @@ def locate(path: Path) -> Found:
             f"{path} is a Hugging Face folder; make a checkpoint of it: tools/convert_checkpoint.py from-hf"
             f" --load {shlex.quote(str(path))} --output {shlex.quote(f'runs/{path.name}')}"
         )
-    why = "; ".join(skipped) if skipped else "neither a checkpoint nor a folder that has one"
+    why = "; ".join(skipped) if skipped else f"neither a checkpoint nor a folder that has one{_what_else(path)}"
     raise UserError(f"{path}: {why}")
+
+
+def _what_else(path: Path) -> str:
+    if not path.exists():
+        return "; there is nothing of that name"
+    if not path.is_dir():
+        return ""
+    runs = sorted(item.name for item in path.iterdir() if (item / "checkpoints").is_dir())
+    return f"; it holds runs, name one of them: {', '.join(runs[:8])}{', …' if len(runs) > 8 else ''}" if runs else ""
 
 
 def begin(root: Path, step: int) -> Path:

@@ -11,6 +11,7 @@ pairs and checks them.
 """
 
 import contextlib
+import glob
 import os
 import struct
 import tempfile
@@ -215,7 +216,7 @@ def check_indexed(prefix: str | os.PathLike[str], vocab_size: int | None = None)
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (bin_path, idx_path):
         if not path.is_file():
-            raise UserError(f"no data file {path}: give the prefix that tools/preprocess_data.py printed")
+            raise UserError(f"no data file {path}: {_mend(prefix)}")
         if path.stat().st_size == 0:
             raise UserError(f"data file {path} is empty: preprocess it again")
         refuse_pointer_or_pipe(path)
@@ -284,6 +285,16 @@ def _check_sequences(path: Path, index: np.ndarray, count: int, itemsize: int) -
             raise UserError(f"{path} is corrupt: length and offset of sequence {at + int(wrong[0])} disagree")
         tokens += int(length.sum())
     return tokens
+
+
+def _mend(prefix: str) -> str:
+    """What to give instead of a prefix without a pair: the name of one of its files, and the prefix that preprocessing
+    was given, are easily taken for it."""
+    found = [index.removesuffix(".idx") for index in sorted(glob.glob(f"{glob.escape(prefix)}_*_document.idx"))]
+    for other in [prefix.removesuffix(".bin").removesuffix(".idx"), *found]:
+        if os.path.isfile(f"{other}.bin") and os.path.isfile(f"{other}.idx"):
+            return f"did you mean {other}?"
+    return "give the prefix that tools/preprocess_data.py printed"
 
 
 def _check_boundaries(path: Path, boundaries: np.ndarray, sequences: int) -> None:
