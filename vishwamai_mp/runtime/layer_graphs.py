@@ -15,7 +15,6 @@ Shapes: S tokens (local), B micro-batch, D width.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -146,11 +145,14 @@ class LayerGraphs:
             captured = layer.captured[-1]
             captured.gradient = torch.zeros_like(captured.made) if passed_on is None else passed_on
             parameters, graph = list(layer.module.parameters()), on.CUDAGraph()
-            hooks = [parameter.register_hook(partial(_added, parameter)) for parameter in parameters]
             with on.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                passed_on, *_ = torch.autograd.grad(captured.made, [captured.given, *parameters], captured.gradient)
-            for hook in hooks:
-                hook.remove()
+                passed_on, *gradients = torch.autograd.grad(
+                    captured.made, [captured.given, *parameters], captured.gradient
+                )
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    if not getattr(parameter, "grad_added_to_main_grad", False):  # Transformer Engine's products may
+                        parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
+                del gradients, gradient
             captured.passed_on, captured.backward, captured.made = passed_on, graph, captured.made.detach()
             passed_on = passed_on if layer.follows else None
 
@@ -162,6 +164,8 @@ class LayerGraphs:
 
     def leave(self, index: int, place: int) -> None:
         """A layer's backward pass is launched: its gradients may be reduced."""
+        if stream := getattr(self.chunk, "stream_of_gradients", None):  # a bucket may hold other layers' as well
+            torch.get_device_module(device().type).current_stream().wait_stream(stream)
         for parameter in self.layers[index].module.parameters():
             if self.chunk.ddp_config.overlap_grad_reduce:
                 group = self.chunk.param_to_bucket_group[parameter]
@@ -210,13 +214,6 @@ class _Replay(torch.autograd.Function):
         return (captured.passed_on.detach() if layer.follows else captured.passed_on.clone()), None, None, None
 
 
-def _added(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-    """Add a gradient to its sum as soon as it is there; what stands for it then takes no memory."""
-    if not getattr(parameter, "grad_added_to_main_grad", False):  # Transformer Engine's products may do so themselves
-        parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
-    return gradient.new_empty(()).expand_as(gradient)
-
-
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape are the same memory."""
     storages = one.untyped_storage()._cdata == other.untyped_storage()._cdata
@@ -231,3 +228,18 @@ def _hooks_silent() -> Iterator[None]:
         yield
     finally:
         cuda_graphs._set_capture_end()
+
+
+@contextmanager
+def gradients_can_be_captured() -> Iterator[Any]:
+    """Meanwhile a stream of its own, which this gives, is the current one: DistributedDataParallel is to be built so.
+
+    It looks up the nodes of autograd that take parameters' gradients, which stay with the stream of that moment, and
+    the default stream cannot take part in a capture. Gradients of layers that are not captured are summed there, too.
+    """
+    on = torch.get_device_module(device().type)
+    stream = on.Stream()
+    stream.wait_stream(on.current_stream())
+    with on.stream(stream):
+        yield stream
+    on.current_stream().wait_stream(stream)

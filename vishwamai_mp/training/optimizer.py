@@ -1,6 +1,7 @@
 """megatron-core's optimizer over AdamW, or over one of the user's, stepped only when the gradients are sound."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from vishwamai_mp.model.fully_sharded import FullySharded, fully_shards
 from vishwamai_mp.model.offloading import offload_layers
 from vishwamai_mp.precision import PrecisionPolicy
 from vishwamai_mp.runtime import Runtime, device
+from vishwamai_mp.runtime.layer_graphs import gradients_can_be_captured
 from vishwamai_mp.runtime.megatron_versions import gradients_for_norm
 from vishwamai_mp.training.compact_adamw import is_compact, use_compact_moments
 from vishwamai_mp.training.device_checks import check_device
@@ -56,16 +58,20 @@ def wrap_data_parallel(
         and config.parallel.overlap_grad_reduce
         and config.parallel.overlap_param_gather,
     )
-    return [
-        DistributedDataParallel(
-            config=model.config,
-            ddp_config=ddp,
-            module=model,
-            disable_bucketing=chunk > 0,  # later chunks' buckets would delay the first's
-            pg_collection=runtime.groups,
-        )
-        for chunk, model in enumerate(models)
-    ]
+    with gradients_can_be_captured() if config.training.cuda_graphs else nullcontext() as stream:
+        chunks = [
+            DistributedDataParallel(
+                config=model.config,
+                ddp_config=ddp,
+                module=model,
+                disable_bucketing=chunk > 0,  # later chunks' buckets would delay the first's
+                pg_collection=runtime.groups,
+            )
+            for chunk, model in enumerate(models)
+        ]
+    for wrapped in chunks:
+        wrapped.stream_of_gradients = stream  # for runtime/layer_graphs.py
+    return chunks
 
 
 def _fuse_accumulation(models: Sequence[VishwamAIModel]) -> None:
