@@ -11,6 +11,7 @@ whoever reaches the port may use the model, so by default only this machine does
 """
 
 import argparse
+import socket
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -21,6 +22,7 @@ from vishwamai_mp.opening import find_run
 
 def main() -> None:
     options = parse_arguments()
+    check_address(options.host, options.port)
     run = find_run(options.load)
     run.answering(options.overrides)  # mistakes are told before torch is imported
     import uvicorn
@@ -41,6 +43,17 @@ def main() -> None:
             uvicorn.run(app, host=options.host, port=options.port, **WEB_OPTIONS)
         finally:
             service.close()
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on before a model is loaded, which may take minutes."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OverflowError:
+        raise UserError(f"--port {port}: ports are below 65536") from None
+    except OSError as error:
+        why = str(error.strerror).partition(" (")[0]  # behind it comes the address once more
+        raise UserError(f"cannot listen on --host {host} --port {port}: {why}; name another") from None
 
 
 def parse_arguments() -> argparse.Namespace:
