@@ -15,7 +15,7 @@ def a_result() -> SearchResult:
     rows: tuple[tuple[int, float, Status], ...] = (
         (0, 0.2, "dropped"),
         (0, 0.9, "expanded"),
-        (0, 0.01, "pruned"),
+        (0, 0.00123, "pruned"),
         (2, 0.3, "complete"),
         (2, 0.8, "complete"),
     )
@@ -34,6 +34,7 @@ def test_every_node_is_drawn_once_with_its_text():
     assert titles[2].startswith("b <script>alert(1)</script>")
     assert "pruned" in titles[3]
     assert "score 0.800" in titles[5]
+    assert "score 0.0012," in titles[3]
 
 
 def test_the_chosen_path_is_marked():

@@ -102,7 +102,7 @@ def _box(node: Node, result: SearchResult, layout: _Layout, best: bool, highest:
     text = " ".join(text_of(result, node).split())
     label = text if len(text) <= _LABEL_CHARACTERS else text[: _LABEL_CHARACTERS - 1] + "…"
     share = 0 if node.parent is None else max(0.0, min(1.0, node.score / highest))
-    score = "" if node.parent is None else f'<text class="score" x="{_WIDTH - 8}" y="29">{node.score:.3f}</text>'
+    score = "" if node.parent is None else f'<text class="score" x="{_WIDTH - 8}" y="29">{_number(node.score)}</text>'
     tip = html.escape(_tip(result, node))
     return (
         f'<g class="node {node.status}{" best" if best else ""}" tabindex="0" transform="translate({x:g} {y:g})"'
@@ -115,10 +115,10 @@ def _box(node: Node, result: SearchResult, layout: _Layout, best: bool, highest:
 def _tip(result: SearchResult, node: Node) -> str:
     lines = [text_of(result, node).strip()]
     if node.parent is not None:
-        value = "" if node.value is None else f", value {node.value:.3f}"
+        value = "" if node.value is None else f", value {_number(node.value)}"
         lines += [
             "",
-            f"score {node.score:.3f}{value}, mean log-probability {node.mean_log_prob:.3f}",
+            f"score {_number(node.score)}{value}, mean log-probability {node.mean_log_prob:.3f}",
             f"{counted(len(node.tokens), 'token')}, ended by {node.ending}; {_STATUS_TEXT[node.status]}",
         ]
     if node.solved is not None:
@@ -134,6 +134,11 @@ def text_of(result: SearchResult, node: Node) -> str:
 def _line(result: SearchResult, node: Node, chosen: bool, width: int) -> str:
     text = " ".join((result.texts[node.id] if result.texts else " ".join(map(str, node.tokens))).split())
     mark = ">" if chosen else _MARKS.get(node.status, " ")
-    score = "" if node.parent is None else f"{node.score:.3f} "
+    score = "" if node.parent is None else f"{_number(node.score)} "
     line = f"{mark} {'  ' * node.depth}{score}{text}"
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _number(score: float) -> str:
+    """Three decimals; two digits of what is small, as the scores of a model that has hardly learnt are."""
+    return f"{score:.2g}" if 0 < abs(score) < 0.01 else f"{score:.3f}"
