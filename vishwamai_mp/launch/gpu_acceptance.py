@@ -94,7 +94,8 @@ class Verdict:
 
 def layouts(gpus: int) -> list[Trial]:
     """Runs that must show the same losses; the first is on one GPU."""
-    found = [Trial("one GPU", 1)]
+    graphs = "training.cuda_graphs=true"
+    found = [Trial("one GPU", 1), Trial("CUDA graphs", 1, (graphs,))]
     width = max(width for width in (1, 2, 4, 8) if width <= gpus)
     parallel = "parallel."
     if width >= 2:
@@ -107,8 +108,12 @@ def layouts(gpus: int) -> list[Trial]:
             Trial("fully sharded", width, (f"{parallel}fully_sharded=true", "training.micro_batch_size=1")),
         ]
     if width >= 4:
-        settings = (f"{tensor}2", f"{parallel}pipeline_model_parallel_size=2")
-        found.append(Trial("tensor and pipeline", 4, (*settings, f"{parallel}virtual_pipeline_model_parallel_size=2")))
+        stages = (f"{parallel}pipeline_model_parallel_size=2", f"{parallel}virtual_pipeline_model_parallel_size=2")
+        settings = (f"{tensor}2", *stages)
+        found += [
+            Trial("tensor and pipeline, CUDA graphs", 4, (*settings, graphs)),
+            Trial("tensor and pipeline", 4, settings),
+        ]
     return found
 
 
