@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vishwamai_mp.config import ModelConfig, UserError
-from vishwamai_mp.conversion.tokenizer_files import generation_config, imported_files, tokenizer_files
+from vishwamai_mp.conversion.tokenizer_files import (
+    generation_config,
+    imported_files,
+    tokenizer_files,
+    with_named_templates,
+)
 from vishwamai_mp.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from vishwamai_mp.data.tokenizer_training import train_tokenizer
 
@@ -212,7 +218,7 @@ def test_llama_cpp_finds_prefix_space_and_types_of_tokens(path: Path, tmp_path: 
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 def run_folder(folder: Path, run: Path, vocab_size: int) -> str | None:
@@ -259,6 +265,25 @@ def test_a_tokenizer_json_alone_gets_the_settings_that_transformers_needs(path: 
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 3)
     assert theirs("some text", add_special_tokens=False).input_ids == Tokenizer(path).encode("some text")
+
+
+def test_templates_in_a_folder_of_their_own_are_kept_beside_the_settings(path: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    automatic(path, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}\u2028")
+    expected = AutoTokenizer.from_pretrained(tmp_path).chat_template
+    assert expected == {"default": "{{ messages }}", "tool_use": "{{ tools }}\u2028"}
+    kept = with_named_templates(files_of(tmp_path), tmp_path)
+    shutil.rmtree(tmp_path / "additional_chat_templates")
+    (tmp_path / "chat_template.jinja").unlink()
+    assert kept.keys() == files_of(tmp_path).keys()
+    assert with_named_templates(kept, tmp_path) == kept
+    for name, content in kept.items():
+        (tmp_path / name).write_bytes(content)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == expected
 
 
 def test_an_import_takes_the_file_that_has_all_tokens(path: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from vishwamai_mp.conversion.families import Family, family_of
 from vishwamai_mp.conversion.mapping import Mapped, nearest, plain_mapping
 from vishwamai_mp.conversion.model_config import without_effect
 from vishwamai_mp.conversion.safetensors_files import INDEX, Entry
+from vishwamai_mp.conversion.tokenizer_files import named_templates
 from vishwamai_mp.data.tokenizer import MODEL_FILE, companions
 
 _BUFFERS = (".rotary_emb.inv_freq",)  # they follow from rope_theta; early Llamas' folders have them
@@ -110,6 +111,7 @@ def _unread(path: Path, weights: Collection[Path]) -> list[str]:
     """Files and folders that nothing is taken from."""
     read = {*weights, *companions(path / MODEL_FILE), *(path / name for name in ("config.json", INDEX, MODEL_FILE))}
     read |= {path / name for name in components.code_files()}
+    read |= {file.parent for file in named_templates(path)}
     return [file.name for file in sorted(path.iterdir()) if file not in read]
 
 

@@ -44,7 +44,12 @@ from vishwamai_mp.conversion.new_tokens import NewTokens, with_new_rows, with_ne
 from vishwamai_mp.conversion.rows import Piece, RowReader, pieces_of, stored_type
 from vishwamai_mp.conversion.safetensors_files import plan_shards
 from vishwamai_mp.conversion.to_hf import ahead
-from vishwamai_mp.conversion.tokenizer_files import generation_config, imported_files, without_code
+from vishwamai_mp.conversion.tokenizer_files import (
+    generation_config,
+    imported_files,
+    with_named_templates,
+    without_code,
+)
 from vishwamai_mp.data.corpus_tools import byte_bar
 from vishwamai_mp.data.tokenizer import GENERATION_FILE
 
@@ -74,6 +79,7 @@ def import_folder(folder: Folder, output: Path, dtype: DType | None, new_tokens:
     if added:
         folder, tokenizer = with_new_rows(folder, added), dict(added.files)
     tokenizer, of_code = without_code(tokenizer, original.path)
+    tokenizer = with_named_templates(tokenizer, original.path)
     pieces = [piece for mapped in folder.mapping for piece in pieces_of(mapped, dtype or stored_type(folder, mapped))]
     files = {f"__0_{number}.distcp": group for number, group in enumerate(plan_shards(pieces, _FILE_BYTES))}
     config = _with_precision(folder.config, pieces[0].dtype)

@@ -20,6 +20,7 @@ from typing import Any
 from vishwamai_mp.config import ModelConfig, UserError
 from vishwamai_mp.config.errors import one_line
 from vishwamai_mp.config.json_text import parse_json
+from vishwamai_mp.config.pointers import refuse_pointer_or_pipe
 from vishwamai_mp.conversion.model_config import token_ids
 from vishwamai_mp.data.file_kinds import foreign_tokenizer
 from vishwamai_mp.data.json_vocabulary import SETTINGS_FILE, read_settings
@@ -40,6 +41,7 @@ _SPACE = "\u2581"  # SentencePiece's own mark for one
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # types of pieces
 _BPE = 2  # type of model
 _MOST_TOLD = 8  # added tokens
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder
 _CUT_TEXTS = ("Hello world", "The end.\nThe  end", "12 345", "na\u00efve \ufb01sh \u6771\u4eac")
 
 
@@ -191,6 +193,38 @@ def without_code(contents: Mapping[str, bytes], folder: Path) -> tuple[dict[str,
         f"its {SETTINGS_FILE} names Python code (auto_map), which is not run and left out; texts may be cut otherwise"
     )
     return {**contents, SETTINGS_FILE: _json(kept)}, note
+
+
+def named_templates(folder: Path) -> list[Path]:
+    """Files in which transformers 5 keeps chat templates that have another name than "default"; none in a folder
+    without `tokenizer_config.json`, where a run keeps them."""
+    found = sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
+    return found if (folder / SETTINGS_FILE).is_file() else []
+
+
+def with_named_templates(contents: Mapping[str, bytes], folder: Path) -> dict[str, bytes]:
+    """A tokenizer's files by name, with all chat templates in `tokenizer_config.json` where some are `named_templates`:
+    every version of transformers reads them there.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    others = named_templates(folder)
+    if not others or SETTINGS_FILE not in contents:
+        return dict(contents)
+    default = [folder / CHAT_TEMPLATE_FILE] if CHAT_TEMPLATE_FILE in contents else []
+    templates = [{"name": "default", "template": _text_of(file)} for file in default]
+    templates += [{"name": file.stem, "template": _text_of(file)} for file in others]
+    kept = {name: content for name, content in contents.items() if name != CHAT_TEMPLATE_FILE}
+    return {**kept, SETTINGS_FILE: _json({**parse_json(contents[SETTINGS_FILE]), "chat_template": templates})}
+
+
+def _text_of(path: Path) -> str:
+    try:
+        refuse_pointer_or_pipe(path)
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); mend it or take it away") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
