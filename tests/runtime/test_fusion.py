@@ -18,9 +18,6 @@ from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.runtime import fusion
 from vishwamai_mp.runtime.fusion import fuses, set_fusion
 
-# isort: split
-from megatron.core.models.common.embeddings import rope_utils
-
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="training.compile needs a C++ compiler")
 _WIDTH, _REAL = 72, 61  # not whole vectors of the CPU; ids of a padded vocabulary
 
@@ -28,11 +25,6 @@ _WIDTH, _REAL = 72, 61  # not whole vectors of the CPU; ids of a padded vocabula
 def norm(x: Tensor) -> Tensor:
     config = SimpleNamespace(params_dtype=x.dtype, sequence_parallel=False, layernorm_zero_centered_gamma=False)
     return RMSNorm(config, _WIDTH)(x)
-
-
-def rotary(x: Tensor) -> Tensor:
-    angles = torch.linspace(0, 9, len(x))[:, None, None, None] * torch.ones(_WIDTH // 2)  # half of a head is turned
-    return rope_utils._apply_rotary_pos_emb_bshd(x[:, :, None], angles)
 
 
 def loss(x: Tensor) -> Tensor:
@@ -44,7 +36,6 @@ def loss(x: Tensor) -> Tensor:
 
 PARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": norm,
-    "rotary": rotary,
     "loss": loss,
     **{name: unit(None) for name, unit in GATED_UNITS.items()},
 }

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from vishwamai_mp.runtime.device import device, is_accelerator
-from vishwamai_mp.runtime.fusion import fusible
 from vishwamai_mp.runtime.rewriting import RewritingLoader
+from vishwamai_mp.runtime.turning import turning_in_place
 
 _RANDOM = "megatron.core.tensor_parallel.random"
 _JIT = "megatron.core.jit"
@@ -162,7 +162,8 @@ class _Loader(RewritingLoader):
         elif module.__name__ == _JIT:
             module.disable_jit_fuser()  # seconds at import and first use, no gain here
         elif module.__name__ == _ROTARY:
-            module._apply_rotary_pos_emb_bshd = fusible(module._apply_rotary_pos_emb_bshd)  # type: ignore[attr-defined]
+            original = module._apply_rotary_pos_emb_bshd
+            module._apply_rotary_pos_emb_bshd = turning_in_place(original)  # type: ignore[attr-defined]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
