@@ -26,7 +26,13 @@ def run(
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": encoding},
         timeout=60,
+        preexec_fn=_hear_interrupts,
     )
+
+
+def _hear_interrupts() -> None:
+    """What a shell runs in the background ignores them, and what that runs inherits this."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_characters_that_an_encoding_lacks_are_spelled() -> None:
