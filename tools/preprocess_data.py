@@ -8,9 +8,7 @@ example:
 
 Documents keep the order of the input unless they are to be shuffled. The files are byte for byte those of Megatron-LM's
 tool for the same tokenizer, and the same for any number of workers. They appear when complete. A run that was killed or
-stopped, or whose disk was full, goes on by the same command: PATH.partial keeps what is done, twice a minute. Once
-finished, the same command has nothing to do, and one of other arguments is refused: PATH_<key>_document.json says how
-the files were made.
+stopped, or whose disk was full, goes on by the same command: PATH.partial keeps what is done, twice a minute.
 """
 
 import argparse
@@ -58,9 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of --shuffle-documents (default: 1234)")
     parser.add_argument(
-        "--restart",
-        action="store_true",
-        help="begin anew instead of going on from what a killed run has left, and replace what one has finished",
+        "--restart", action="store_true", help="begin anew instead of going on from what a killed run has left"
     )
     parser.add_argument(
         "--output-prefix", required=True, metavar="PATH", help="files are PATH_<key>_document.bin, .idx"
@@ -111,9 +107,6 @@ def main() -> None:
             " be held out; cut plain text with --split-documents-at blank-lines, or name another corpus in data.valid",
             file=sys.stderr,
         )
-    if report.is_old:
-        print("nothing to do: the same command has made these files before; --restart makes them anew")
-        return
     rate = report.total_bytes / report.seconds / 1e6
     print(
         f"{counted(report.empty_documents, 'document')} without text, {report.skipped_documents} malformed skipped; "

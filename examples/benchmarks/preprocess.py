@@ -91,7 +91,6 @@ def commands(arguments: argparse.Namespace, tokenizer: Path, corpus: Path, folde
     shared = ["--input", str(corpus), "--json-keys", arguments.json_key, "--append-eod"]
     shared += ["--workers", str(arguments.workers)]
     ours = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *shared, "--tokenizer", str(tokenizer)]
-    ours.append("--restart")
     theirs = [sys.executable, str(Path(arguments.megatron_lm).resolve() / "tools/preprocess_data.py"), *shared]
     if arguments.type == "byte-bpe":
         theirs += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer.parent)]

@@ -175,27 +175,13 @@ def test_stop_and_skip(tmp_path, tokenizer, corpus):
     assert [document.where for document in seen] == [f"{corpus}:3", f"{corpus}:4"]
 
 
-def test_a_finished_corpus_is_made_once_and_replaced_only_when_asked(tmp_path, tokenizer, corpus):
-    first = preprocess([corpus], tokenizer, tmp_path / "out", append_eod=True)
-    tokens, index = (tmp_path / f"out_text_document.{suffix}" for suffix in ("bin", "idx"))
-    before = (tokens.read_bytes(), tokens.stat().st_ino)
-    again = preprocess([corpus], tokenizer, tmp_path / "out", append_eod=True, workers=2)
-    assert again.is_old
-    assert not first.is_old
-    assert (again.documents, again.tokens, again.prefixes) == (first.documents, first.tokens, first.prefixes)
-    with pytest.raises(UserError, match=r"_document.bin was made before, by other settings: --append-eod was given"):
-        preprocess([corpus], tokenizer, tmp_path / "out")
-    assert (tokens.read_bytes(), tokens.stat().st_ino) == before
-    assert preprocess([corpus], tokenizer, tmp_path / "out", restart=True).tokens["text"] < first.tokens["text"]
-    assert preprocess([corpus], tokenizer, tmp_path / "out").is_old
-    with tokens.open("ab") as file:
-        file.write(b"\0")
-    with pytest.raises(UserError, match="its size is not what it was"):
-        preprocess([corpus], tokenizer, tmp_path / "out")
-    index.unlink()
-    with pytest.raises(UserError, match="it is not known how; --restart replaces it"):
-        preprocess([corpus], tokenizer, tmp_path / "out")
-    assert not preprocess([corpus], tokenizer, tmp_path / "out", keys=["title"]).is_old
+def test_a_finished_corpus_is_replaced_and_that_is_said_first(tmp_path, tokenizer, corpus):
+    said: list[str] = []
+    first = preprocess([corpus], tokenizer, tmp_path / "out", append_eod=True, say=said.append)
+    assert said == []
+    again = preprocess([corpus], tokenizer, tmp_path / "out", say=said.append)
+    assert again.tokens["text"] < first.tokens["text"]
+    assert said == [f"{tmp_path / 'out_text_document.bin'}: made by an earlier run, replaced when this one is done"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -205,7 +191,7 @@ def test_failure_under_way_leaves_the_old_pair(tmp_path, tokenizer, corpus, work
     broken = tmp_path / "broken.jsonl.gz"
     broken.write_bytes(b"\x1f\x8b\x08 not gzip")
     with pytest.raises(UserError, match="damaged or cut short gz"):
-        preprocess([corpus, broken], tokenizer, tmp_path / "out", workers=workers, restart=True)
+        preprocess([corpus, broken], tokenizer, tmp_path / "out", workers=workers)
     assert (tmp_path / "out_text_document.bin").read_bytes() == before
     assert left_in(tmp_path) == ["out_text_document.bin", "out_text_document.idx"]
 
@@ -287,7 +273,7 @@ def test_encoder_stops_at_the_first_malformed_document(tokenizer, corpus):
 PEAK = """
 import resource, sys
 from vishwamai_mp.data.preprocess import preprocess
-preprocess([sys.argv[1]] * int(sys.argv[4]), sys.argv[2], sys.argv[3], restart=True)
+preprocess([sys.argv[1]] * int(sys.argv[4]), sys.argv[2], sys.argv[3])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "torch" in sys.modules)
 """
 
@@ -346,9 +332,9 @@ def test_killed_at_any_time_a_run_goes_on_and_writes_the_same(corpora):
         assert [status for status, _ in found[at : at + 5]] == [0, *[-signal.SIGKILL] * 3, 0], found[at : at + 5]
         done = [int(said.partition(": ")[2].split()[0]) for _, said in found[at + 2 : at + 5]]
         assert 0 < done[0] < done[1] < done[2]
-    for whole in folder.glob("*_w_*.[bi]*"):
+    for whole in folder.glob("*_w_*"):
         assert whole.read_bytes() == (folder / whole.name.replace("_w_", "_a_")).read_bytes(), whole.name
-    assert len(list(folder.glob("*_a_*.[bi]*"))) == 16
+    assert len(list(folder.glob("*_a_*"))) == 16
     assert not list(folder.glob("*.partial"))
 
 

@@ -27,7 +27,6 @@ from vishwamai_mp.config.wording import counted
 from vishwamai_mp.data.corpus import Block, CorpusReader, Malformed, Position, read_block
 from vishwamai_mp.data.corpus_tools import byte_bar
 from vishwamai_mp.data.deduplication import Dedup, KeptPrints, prints
-from vishwamai_mp.data.finished import FinishedPairs
 from vishwamai_mp.data.indexed import IndexedWriter, token_dtype
 from vishwamai_mp.data.piece_cache import DocumentEncoder
 from vishwamai_mp.data.shuffling import DocumentShuffler
@@ -42,10 +41,7 @@ _BLOCKS_PER_WORKER = 3
 
 @dataclass
 class PreprocessReport:
-    """What became of a corpus. `tokens` and `prefixes` are by key; sizes are in bytes on disk of the input.
-
-    `is_old`: an earlier run of the same arguments made it, and this one had nothing to do.
-    """
+    """What became of a corpus. `tokens` and `prefixes` are by key; sizes are in bytes on disk of the input."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -56,7 +52,6 @@ class PreprocessReport:
     bytes_read: int = 0
     total_bytes: int = 0
     seconds: float = 0.0
-    is_old: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ def preprocess(
     A document without text is kept as a document without tokens, as Megatron-LM does, and counted. The pairs appear
     together at the end, or not at all. A run that is killed, is stopped or fails after `unfinished.MARK_SECONDS` leaves
     `<output_prefix>.partial`, and the next one of the same arguments goes on from there; `workers` may be others, and
-    `on_error` "skip" after "stop". Where a run of the same arguments has finished, nothing is done: `is_old`.
+    `on_error` "skip" after "stop". Pairs that are there already stay until these replace them.
 
     Args:
         inputs: files, by suffix as in `corpus.py`.
@@ -124,13 +119,13 @@ def preprocess(
         shuffle_seed: names the order of documents, the same under every key (see `shuffling.py`); None: the corpus's.
         workers: processes that encode; 1 encodes in this one. They change nothing of what is written.
         on_error: "stop" at the first malformed document, or "skip" and count it (under every key).
-        restart: do not go on from what an earlier run has left, and replace what one has finished.
+        restart: do not go on from what an earlier run has left.
         on_progress: called after each block with the report so far.
         on_skip: called with each document left out.
-        say: called with what is gone on from, or left to go on from, and with files that are given twice.
+        say: called with what is gone on from, or left to go on from, files that are given twice, and pairs to replace.
 
     Raises `UserError` for files that are missing or damaged, a malformed document under "stop", a corpus with no
-    text, a full disk, a worker that died, or what a run of other arguments has left or finished.
+    text, a full disk, a worker that died, or what a run of other arguments has left.
     """
     _check_arguments(keys, workers)
     for path, count in Counter(os.path.realpath(path) for path in inputs).items():
@@ -153,12 +148,10 @@ def preprocess(
         "--seed": shuffle_seed,
     }
     prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
-    finished, partial_folder = FinishedPairs(list(prefixes.values()), decides), Path(f"{output_prefix}.partial")
-    # A run that was killed had leave to replace what is there, and may have begun to.
-    if not restart and not partial_folder.exists() and (old := finished.report()):
-        return PreprocessReport(**{**old, "prefixes": prefixes, "is_old": True})
+    if say and (there := [f"{prefix}.bin" for prefix in prefixes.values() if Path(f"{prefix}.bin").exists()]):
+        say(f"{', '.join(there)}: made by an earlier run, replaced when this one is done")
     with contextlib.ExitStack() as stack:
-        unfinished = stack.enter_context(UnfinishedRun(partial_folder, decides, restart, say))
+        unfinished = stack.enter_context(UnfinishedRun(Path(f"{output_prefix}.partial"), decides, restart, say))
         report, token_bytes = _begin(unfinished, reader, on_error, say)
         started = time.perf_counter() - report.seconds
         so_far = KeptPrints(dedup, unfinished.open("prints")) if dedup else None
@@ -213,7 +206,7 @@ def preprocess(
                 mark()
             _write_shuffled(shufflers, writers)
         report.tokens = {key: writer.num_tokens for key, writer in zip(keys, writers, strict=True)}
-        _publish(writers, report, unfinished, finished)
+        _publish(writers, report, unfinished)
     report.prefixes = prefixes
     report.seconds = time.perf_counter() - started
     return report
@@ -311,9 +304,7 @@ def _write_shuffled(shufflers: Sequence[DocumentShuffler], writers: Sequence[Ind
                 progress.update(len(tokens))
 
 
-def _publish(
-    writers: Sequence[IndexedWriter], report: PreprocessReport, unfinished: UnfinishedRun, finished: FinishedPairs
-) -> None:
+def _publish(writers: Sequence[IndexedWriter], report: PreprocessReport, unfinished: UnfinishedRun) -> None:
     for key, tokens in report.tokens.items():
         if tokens == 0:
             of_what = f"{counted(report.documents, 'document')} read, {report.skipped_documents} skipped"
@@ -321,10 +312,8 @@ def _publish(
     for writer in writers:
         writer.finish()
     unfinished.done()
-    finished.forget()
     for writer in writers:
         writer.publish()
-    finished.write(asdict(report))
 
 
 class Encoder(Protocol[T_co]):

@@ -22,7 +22,7 @@ from vishwamai_mp.config.wording import counted
 
 MARK_SECONDS = 30.0  # between marks
 _MARK = "mark.json"
-_FORMAT = 1  # of the folder; raised where files of an earlier one would be misread
+_FORMAT = 2  # of the folder; raised where an earlier one's files would be misread, or had other tokens of the same text
 
 
 class UnfinishedRun:
@@ -150,7 +150,7 @@ class UnfinishedRun:
             raise UserError(f"{self.folder} is damaged ({error}); --restart begins anew") from None
         if short := [name for name, size in self._sizes.items() if kept[name] < size]:
             raise UserError(f"{self.folder}/{short[0]} is shorter than it was; --restart begins anew")
-        if self.state is not None and (changed := difference(settings, self._settings)):
+        if self.state is not None and (changed := _difference(settings, self._settings)):
             raise UserError(
                 f"{self.folder} holds what a run with other settings has done: {changed}."
                 " Go on with those, or begin anew with --restart"
@@ -163,7 +163,7 @@ def identities(paths: list[Path]) -> list[list[Any]]:
     return [[str(path.absolute()), status.st_size, status.st_mtime_ns] for path, status in found]
 
 
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first setting that differs, in words."""
     for name in {**before, **now}:
         was, is_now = before.get(name), now.get(name)

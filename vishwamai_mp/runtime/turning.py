@@ -17,9 +17,8 @@ def turning_in_place(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def call(t: Tensor, freqs: Tensor, *args: Any, mscale: float = 1.0, **options: Any) -> Tensor:
-        if (
-            t.device.type != "cpu" or any(args) or any(options.values())
-        ):  # a switch: pairs interleaved, latent attention
+        switched = any(args) or any(options.values())  # pairs interleaved, or latent attention
+        if switched or t.device.type != "cpu":
             return original(t, freqs, *args, mscale=mscale, **options)
         return turned(t, (freqs.cos() * mscale).to(t.dtype), (freqs.sin() * mscale).to(t.dtype))
 
