@@ -7,7 +7,7 @@ import torch
 
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.planning.activations import layer_activations, stage_activations
-from vishwamai_mp.runtime.device import cpu_multiplies
+from vishwamai_mp.runtime.products import cpu_multiplies
 
 # Wide enough that what the formulae leave out (positions, masks, one number per token here and there) is little.
 SETTINGS = [

@@ -40,7 +40,7 @@ def slow_and_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choice:
     use_clock(monkeypatch, lambda: clock["now"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("VISHWAMAI_WAYS")
-    return Choice("walk", {"slow": way(2.0), "fast": way(1.0)}, lambda: ())
+    return Choice("walk", {"slow": way(2.0), "fast": way(1.0)}, lambda: [()])
 
 
 @pytest.mark.parametrize("name", _NAMES)
@@ -49,7 +49,7 @@ def test_all_ways_lead_to_the_same(name):
     choice = choices._choices[name]
     found = []
     for way in choice.ways.values():
-        arguments = [x.clone() if isinstance(x, torch.Tensor) and not choice.trained else x for x in choice.trial()]
+        arguments = [x.clone() if isinstance(x, torch.Tensor) and not choice.trained else x for x in choice.trial()[0]]
         leaves = [x for x in arguments if isinstance(x, torch.Tensor)]
         for x in leaves:
             if choice.trained:
@@ -105,7 +105,7 @@ def test_a_busy_machine_is_not_measured_for_long(slow_and_fast, tmp_path, monkey
 def test_all_choices_together_have_that_time(slow_and_fast, monkeypatch):
     """What one leaves is for those after it."""
     for name in ("swim", "fly"):
-        Choice(name, {"slow": lambda: None, "fast": lambda: None}, lambda: ())
+        Choice(name, {"slow": lambda: None, "fast": lambda: None}, lambda: [()])
     clock, allowed = iter((10.0, 10.0, 11.0, 11.0)), []
     monkeypatch.setattr(choices.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(choices, "_time", lambda _, most: allowed.append(most))
@@ -138,7 +138,7 @@ def test_a_run_keeps_its_table(slow_and_fast, tmp_path, monkeypatch):
     assert choices.table_of_run(path) == {"walk": "fast"}
     monkeypatch.setenv("VISHWAMAI_WAYS", "first")  # a restart elsewhere would choose otherwise
     assert choices.table_of_run(path) == {"walk": "fast"}
-    Choice("swim", {"crawl": lambda: 1, "dive": lambda: 2}, lambda: ())  # a later version knows more
+    Choice("swim", {"crawl": lambda: 1, "dive": lambda: 2}, lambda: [()])  # a later version knows more
     assert choices.table_of_run(path) == {"walk": "fast", "swim": "crawl"} == json.loads(path.read_text())
 
 

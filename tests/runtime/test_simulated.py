@@ -19,7 +19,7 @@ from tests.training.layouts import SMALL
 from tests.workers import WorkerPool
 from vishwamai_mp.config import load_config, resolve
 from vishwamai_mp.planning.component_activations import component_activations
-from vishwamai_mp.runtime.device import cpu_multiplies
+from vishwamai_mp.runtime.products import cpu_multiplies
 
 _PROGRAM = Path(__file__).with_name("simulated_steps.py")
 _FEW = ["training.global_batch_size=4"]

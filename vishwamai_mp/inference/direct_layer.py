@@ -25,8 +25,7 @@ from vishwamai_mp.model.key_values import KvSelfAttention
 from vishwamai_mp.model.norm import RMSNorm
 from vishwamai_mp.model.rotary import angles_of_layer
 from vishwamai_mp.model.softcap import softcap
-from vishwamai_mp.runtime import multiplies_natively
-from vishwamai_mp.runtime.products import skinny_linear_fp32
+from vishwamai_mp.runtime.products import skinny_linear
 
 Product = Callable[[Tensor], Tensor]
 
@@ -164,11 +163,7 @@ def _weight(linear: Any) -> Tensor | Product:
 
 def _multiply(x: Tensor, weight: Tensor | Product) -> Tensor:
     """x Wᵀ, (N, O); of some N it lies in memory as (O, N)."""
-    if not isinstance(weight, Tensor):
-        return weight(x)
-    if weight.dtype == torch.float32 or not multiplies_natively(weight.dtype):
-        return skinny_linear_fp32(x.float(), weight.float()).to(x.dtype)
-    return F.linear(x, weight)
+    return skinny_linear(x, weight) if isinstance(weight, Tensor) else weight(x)
 
 
 def _hooks(parts: Iterable[nn.Module]) -> list[Any]:

@@ -10,16 +10,15 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from torch import Tensor
 
 from vishwamai_mp.config import PretrainConfig, UserError
 from vishwamai_mp.model import VishwamAIModel
 from vishwamai_mp.precision import PrecisionPolicy
-from vishwamai_mp.runtime import Runtime, is_accelerator, multiplies_natively
+from vishwamai_mp.runtime import Runtime, is_accelerator
 from vishwamai_mp.runtime.choices import Choice, decide
-from vishwamai_mp.runtime.products import skinny_linear_fp32
+from vishwamai_mp.runtime.products import skinny_linear
 
 Kind = Literal["int8", "int4"]
 _GROUP = 32  # inputs that share a scale in 4 bits: the smallest that torch packs
@@ -61,9 +60,7 @@ class PackedWeight:
 
     def by_whole(self, x_NI: Tensor) -> Tensor:
         """The same by the rounded weights in bf16."""
-        if multiplies_natively(x_NI.dtype):
-            return F.linear(x_NI, self.whole)
-        return skinny_linear_fp32(x_NI.float(), self.whole.float()).to(x_NI.dtype)
+        return skinny_linear(x_NI, self.whole)
 
 
 def _to_int8(weight: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -146,10 +143,10 @@ def _pack(linear: Any, kind: Kind, runtime: Runtime) -> None:
     linear._forward_impl = multiply
 
 
-def _trial(kind: Kind, rows: int) -> tuple[Tensor, PackedWeight]:
+def _trial(kind: Kind, rows: int) -> list[tuple[Tensor, PackedWeight]]:
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(4096, 1024, generator=random).bfloat16()
-    return torch.randn(rows, 1024, generator=random).bfloat16(), PackedWeight(weight, kind)
+    return [(torch.randn(rows, 1024, generator=random).bfloat16(), PackedWeight(weight, kind))]
 
 
 def _ways(*names: str) -> dict[str, Callable[[Tensor, PackedWeight], Tensor]]:

@@ -19,7 +19,7 @@ from vishwamai_mp.model.blocked_attention import blocked_attention
 from vishwamai_mp.model.rebuilt_attention import rebuilt_attention
 from vishwamai_mp.runtime import is_accelerator, multiplies_natively
 from vishwamai_mp.runtime.choices import Choice
-from vishwamai_mp.runtime.device import cpu_multiplies
+from vishwamai_mp.runtime.products import cpu_multiplies
 
 _LONGEST = 2048  # queries: blocked attention keeps weights, of which there are as many as pairs of tokens
 
@@ -115,12 +115,12 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 
-def _drawn(dtype: torch.dtype, length: int) -> tuple[Any, ...]:
+def _drawn(dtype: torch.dtype, length: int) -> list[tuple[Any, ...]]:
     """Of 1,024 tokens, laid out as they come from the projection."""
     random = torch.Generator().manual_seed(0)
     shape = (length, 1024 // length, 8, 64)
     q, k, v = (torch.randn(shape, generator=random).to(dtype).requires_grad_().permute(1, 2, 0, 3) for _ in range(3))
-    return q, k, v, None, 0.125
+    return [(q, k, v, None, 0.125)]
 
 
 _SHORT = 768  # queries; the longer, the more torch's kernel gains

@@ -35,7 +35,7 @@ from vishwamai_mp.runtime import device, is_accelerator, multiplies_natively
 from vishwamai_mp.runtime.products import (
     input_gradient_fp32,
     linear_fp32,
-    skinny_linear_fp32,
+    skinny_linear,
     weight_gradient_fp32,
 )
 
@@ -184,7 +184,7 @@ class _Fp32Linear(torch.autograd.Function):
         ctx.reduce, ctx.sequence_parallel, ctx.group = reduce, sequence_parallel, group
         x = gather_sequence(x_TBI, group) if sequence_parallel else x_TBI
         if not any(ctx.needs_input_grad):
-            out = skinny_linear_fp32(_wide(x).flatten(0, -2), _wide(w_OI)).to(x.dtype)
+            out = skinny_linear(x.flatten(0, -2), w_OI)
             return out.contiguous().view(*x.shape[:-1], -1)
         return linear_fp32(_wide(x), _wide(w_OI)).to(x.dtype)
 

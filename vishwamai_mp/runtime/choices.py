@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Choice:
     Args:
         name: in tables.
         ways: by name. The first is taken unless another is clearly faster.
-        trial: makes the arguments of a call that stands for those that matter.
+        trial: makes the arguments of calls that stand for those that matter, which are timed one after the other.
         trained: whether the backward pass counts as well: the way's result is a tensor, its arguments have gradients.
     """
 
@@ -53,7 +53,7 @@ class Choice:
         self,
         name: str,
         ways: Mapping[str, Callable[..., Any]],
-        trial: Callable[[], tuple[Any, ...]],
+        trial: Callable[[], Sequence[tuple[Any, ...]]],
         trained: bool = False,
     ) -> None:
         assert name not in _choices
@@ -210,13 +210,14 @@ def _time(choice: Choice, most_seconds: float) -> dict[str, float] | None:
     deadline = time.monotonic() + most_seconds
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.inference_mode(False), torch.set_grad_enabled(choice.trained):
-        arguments = choice.trial()
+        calls = choice.trial()
         for attempt in range(_ATTEMPTS):
             for name, way in choice.ways.items():
                 start = clock()
-                out = way(*arguments)
-                if choice.trained:
-                    out.sum().backward()
+                for arguments in calls:
+                    out = way(*arguments)
+                    if choice.trained:
+                        out.sum().backward()
                 taken[name].append(clock() - start)
             least = {name: sorted(seconds)[:2] for name, seconds in taken.items()}
             if attempt + 1 >= _FEWEST and all(second < _NEARLY * first for first, second in least.values()):

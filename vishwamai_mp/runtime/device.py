@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vishwamai_mp.config.wording import counted
-from vishwamai_mp.runtime.products import linear_fp32
+from vishwamai_mp.runtime.products import cpu_multiplies, linear_fp32
 
 # Dense peaks of 16 bits in TFLOP/s, from data sheets, by words of CUDA's names; the longest that match win.
 GPU_PEAK_TFLOPS = {
@@ -101,18 +101,6 @@ def wait_for_device() -> None:
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether the device multiplies matrices of `dtype` in hardware."""
     return is_accelerator(device()) or cpu_multiplies(dtype)
-
-
-@cache
-def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of fp32, bf16 or fp16 in hardware.
-
-    One without AVX512-BF16 or AMX falls back to a scalar loop for 16-bit types, some hundred times slower than fp32.
-    """
-    if dtype == torch.float32:
-        return True
-    mkldnn = torch.ops.mkldnn
-    return mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
 
 
 def cpu_threads(configured: int | None) -> tuple[int, str]:

@@ -1,18 +1,22 @@
-"""The fp32 matrix products of CPUs, by MKL or by oneDNN: which is faster is a matter of the CPU (see `choices.py`).
+"""The matrix products of CPUs, by MKL or by oneDNN: which is faster is a matter of the CPU (see `choices.py`).
 
 torch gives fp32 matrices to MKL. On AMD's CPUs that reaches half of oneDNN's speed (EPYC with AVX-512: 200 and 440
 GFLOP/s with two threads); on Intel's both multiply equally fast, but MKL takes transposed operands as they lie, which
-oneDNN first copies. oneDNN is asked by the one operator through which torch offers it.
+oneDNN first copies. oneDNN is asked by the one operator through which torch offers it. Where the CPU has no hardware
+for 16-bit types, they are widened.
 """
 
 from collections.abc import Iterator
+from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vishwamai_mp.runtime.choices import Choice
 
-_SKINNY = range(8, 65)  # rows; with fewer or more, changing sides is no faster
+_FEW, _SKINNY = 8, 64  # rows: fewer than the one, up to the other; beyond, products are those of training
+_CACHED = 2**26  # bytes; more than these of weights are not found in a CPU's cache again
 _WORTH_A_CALL = 2**21  # multiplications; below, one batched call of MKL is as fast as several of oneDNN
 
 
@@ -31,11 +35,30 @@ def weight_gradient_fp32(grad: Tensor, x: Tensor) -> Tensor:
     return _weight_gradient(grad, x) if _uses_onednn(grad) else grad.t() @ x
 
 
-def skinny_linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear_fp32` of a decoding batch, (N, I) and (O, I) → (N, O), which may be a view of (O, N)."""
-    if x.shape[0] in _SKINNY and _uses_onednn(x):
-        return _skinny_linear(x, weight)
-    return linear_fp32(x, weight)
+@cache
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of fp32, bf16 or fp16 in hardware.
+
+    One without AVX512-BF16 or AMX falls back to loops of torch's for 16-bit types: as fast as fp32 with one row, some
+    hundred times slower with thousands.
+    """
+    if dtype == torch.float32:
+        return True
+    mkldnn = torch.ops.mkldnn
+    return mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
+
+
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ of a decoding batch, (N, I) and (O, I) → (N, O), which may be a view of (O, N).
+
+    Summed in fp32 and rounded once to the type of x.
+    """
+    if weight.dtype.itemsize == 2 and (not x.is_cpu or cpu_multiplies(weight.dtype)):
+        return F.linear(x, weight)
+    if len(x) < _FEW and x.dtype == weight.dtype and x.dtype in _NARROW:
+        one, few = _NARROW[x.dtype]
+        return (one if len(x) == 1 else few)(x, weight)
+    return _widened(x, weight)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -50,6 +73,17 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def add_product(into: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """into + scale · A B, in place; shapes as of `product`."""
     return _added_products(into, a, b, scale) if _large(a, b) else _baddbmm(into, a, b, scale)
+
+
+def _widened(x: Tensor, weight: Tensor) -> Tensor:
+    return _skinny_linear_fp32(*(y.to(torch.promote_types(y.dtype, torch.float32)) for y in (x, weight))).to(x.dtype)
+
+
+def _skinny_linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    rows = len(x)
+    if rows > _SKINNY or not _uses_onednn(x):
+        return linear_fp32(x, weight)
+    return (_one_row if rows == 1 else _few_rows if rows < _FEW else _some_rows)(x, weight)
 
 
 def _uses_onednn(x: Tensor) -> bool:
@@ -94,39 +128,55 @@ def _drawn(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, generator=random) for shape in shapes)
 
 
+def _one_by_one(rows: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]]:
+    """Some rows times one weight after the other. A decoding step comes back to a weight when it has read all others:
+    what is fastest with a weight in the CPU's cache says nothing about it."""
+    x, weight = (drawn.to(dtype) for drawn in _drawn((rows, 512), (2048, 512)))
+    weights = weight.repeat(_CACHED // weight.nbytes, 1, 1)
+    return [(x, weight) for weight in weights]
+
+
 _linear = Choice(
     "linear",
     {"onednn": _onednn, "mkl": lambda x, weight: x @ weight.t()},
-    lambda: _drawn((2048, 512), (1536, 512)),
+    lambda: [_drawn((2048, 512), (1536, 512))],
 )
 _input_gradient = Choice(
     "input_gradient",
     {"onednn": lambda grad, weight: _onednn(grad, weight.t()), "mkl": torch.matmul},
-    lambda: _drawn((2048, 1536), (1536, 512)),
+    lambda: [_drawn((2048, 1536), (1536, 512))],
 )
 _weight_gradient = Choice(
     "weight_gradient",
     {"onednn": lambda grad, x: _onednn(grad.t(), x.t()), "mkl": lambda grad, x: grad.t() @ x},
-    lambda: _drawn((2048, 1536), (2048, 512)),
+    lambda: [_drawn((2048, 1536), (2048, 512))],
 )
-_skinny_linear = Choice(
-    "skinny_linear",
-    {
-        # oneDNN lays its second matrix out anew at each call. That is the smaller one here, so weights are read once.
-        "onednn_swapped": lambda x, weight: _onednn(weight, x).t(),
-        "onednn": _onednn,
-        "mkl": lambda x, weight: x @ weight.t(),
-        "mkl_swapped": lambda x, weight: (weight @ x.t()).t(),
-    },
-    lambda: _drawn((16, 512), (8192, 512)),
-)
+# oneDNN lays its second matrix out anew at each call. Swapped, that is the smaller one, and weights are read once. MKL
+# reads them once as well, but on AMD's CPUs takes up to three times as long over a few rows as over a few columns.
+_SKINNY_WAYS = {
+    "onednn": _onednn,
+    "onednn_swapped": lambda x, weight: _onednn(weight, x).t(),
+    "mkl": lambda x, weight: x @ weight.t(),
+    "mkl_swapped": lambda x, weight: (weight @ x.t()).t(),
+}
+_one_row = Choice("one_row", _SKINNY_WAYS, lambda: _one_by_one(1))
+_few_rows = Choice("few_rows", _SKINNY_WAYS, lambda: _one_by_one(4))
+_some_rows = Choice("some_rows", _SKINNY_WAYS, lambda: _one_by_one(16))
+_NARROW = {
+    dtype: tuple(
+        Choice(f"{name}_{suffix}", {"widened": _widened, "torch": F.linear}, partial(_one_by_one, rows, dtype))
+        for name, rows in (("one_row", 1), ("few_rows", 4))
+    )
+    for suffix, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    if not cpu_multiplies(dtype)
+}
 _products = Choice(
     "products",
     {"onednn": _products_by_onednn, "mkl": lambda a, b, out: torch.matmul(a, b, out=out)},
-    lambda: (*_drawn((8, 128, 128), (8, 128, 128)), None),
+    lambda: [(*_drawn((8, 128, 128), (8, 128, 128)), None)],
 )
 _added_products = Choice(
     "added_products",
     {"onednn": _added_by_onednn, "mkl": _baddbmm},
-    lambda: (*_drawn((8, 128, 128), (8, 128, 128), (8, 128, 128)), 1.0),
+    lambda: [(*_drawn((8, 128, 128), (8, 128, 128), (8, 128, 128)), 1.0)],
 )
