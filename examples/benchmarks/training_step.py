@@ -51,8 +51,10 @@ BATCH, LENGTH = 4, 512
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ["fp32", *(["bf16"] if cpu_multiplies(torch.bfloat16) else [])]
-    parser.add_argument("--precision", nargs="+", default=known, choices=["fp32", "bf16"])
+    default = ["fp32", *(["bf16"] if cpu_multiplies(torch.bfloat16) else [])]
+    parser.add_argument(
+        "--precision", nargs="+", default=default, choices=["fp32", "bf16"], help=f"(default: {' '.join(default)})"
+    )
     parser.add_argument("--rounds", type=int, default=8, help="measured steps of each arm (default: 8)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     options = parser.parse_args()

@@ -82,6 +82,19 @@ def test_a_broken_record_is_measured_anew(slow_and_fast, tmp_path, content):
     assert json.loads(kept.read_text())["seconds"] == {"walk": {"slow": 2.0, "fast": 1.0}}
 
 
+def test_a_choice_within_anothers_trial_is_timed_once(slow_and_fast, monkeypatch):
+    Choice("walk_twice", {"so": lambda: (slow_and_fast(), slow_and_fast()), "otherwise": lambda: None}, lambda: [()])
+    timed, time_choice = [], choices._time
+
+    def time_and_count(choice: Choice, most_seconds: float) -> Any:
+        timed.append(choice.name)
+        return time_choice(choice, most_seconds)
+
+    monkeypatch.setattr(choices, "_time", time_and_count)
+    choices.measured()
+    assert timed == ["walk", "walk_twice"]
+
+
 def test_a_little_faster_is_not_enough(slow_and_fast, monkeypatch):
     monkeypatch.setattr(choices, "_time", lambda *_: {"slow": 1.0, "fast": 0.97})
     assert choices.decide() == {"walk": "slow"}

@@ -154,6 +154,8 @@ def measured(choices: list[Choice] | None = None) -> dict[str, dict[str, float]]
         seconds = _time(choice, (deadline - time.monotonic()) / left)
         if seconds is not None:
             new[choice.name] = seconds
+            # A later choice's trial may come to this one, which must not be timed again within it.
+            _in_force.setdefault(choice.name, _fastest_of(seconds, choice.first))
     if new:
         with contextlib.suppress(OSError):  # where it cannot be kept, it is measured again next time
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ oneDNN first copies. oneDNN is asked by the one operator through which torch off
 for 16-bit types, they are widened.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import torch
@@ -53,11 +53,11 @@ def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Summed in fp32 and rounded once to the type of x.
     """
-    if weight.dtype.itemsize == 2 and (not x.is_cpu or cpu_multiplies(weight.dtype)):
+    narrow = weight.dtype.itemsize == 2
+    if narrow and (not x.is_cpu or cpu_multiplies(weight.dtype)):
         return F.linear(x, weight)
-    if len(x) < _FEW and x.dtype == weight.dtype and x.dtype in _NARROW:
-        one, few = _NARROW[x.dtype]
-        return (one if len(x) == 1 else few)(x, weight)
+    if narrow and len(x) < _FEW and x.dtype == weight.dtype:
+        return (_one_narrow_row if len(x) == 1 else _few_narrow_rows)(x, weight)
     return _widened(x, weight)
 
 
@@ -154,22 +154,20 @@ _weight_gradient = Choice(
 # oneDNN lays its second matrix out anew at each call. Swapped, that is the smaller one, and weights are read once. MKL
 # reads them once as well, but on AMD's CPUs takes up to three times as long over a few rows as over a few columns.
 _SKINNY_WAYS = {
-    "onednn": _onednn,
     "onednn_swapped": lambda x, weight: _onednn(weight, x).t(),
+    "onednn": _onednn,
     "mkl": lambda x, weight: x @ weight.t(),
     "mkl_swapped": lambda x, weight: (weight @ x.t()).t(),
 }
 _one_row = Choice("one_row", _SKINNY_WAYS, lambda: _one_by_one(1))
 _few_rows = Choice("few_rows", _SKINNY_WAYS, lambda: _one_by_one(4))
 _some_rows = Choice("some_rows", _SKINNY_WAYS, lambda: _one_by_one(16))
-_NARROW = {
-    dtype: tuple(
-        Choice(f"{name}_{suffix}", {"widened": _widened, "torch": F.linear}, partial(_one_by_one, rows, dtype))
-        for name, rows in (("one_row", 1), ("few_rows", 4))
-    )
-    for suffix, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
-    if not cpu_multiplies(dtype)
-}
+# Of 16-bit types without the hardware; fp16 as bf16, which torch multiplies by the same loops.
+_NARROW_WAYS: dict[str, Callable[..., Tensor]] = {"widened": _widened, "torch": F.linear}
+_one_narrow_row, _few_narrow_rows = (
+    Choice(name, _NARROW_WAYS, partial(_one_by_one, rows, torch.bfloat16))
+    for name, rows in (("one_narrow_row", 1), ("few_narrow_rows", 4))
+)
 _products = Choice(
     "products",
     {"onednn": _products_by_onednn, "mkl": lambda a, b, out: torch.matmul(a, b, out=out)},
