@@ -48,16 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("".join(f"# {note}\n" for note in job.notes) + to_yaml(job.config), end="")
         return 0
-    import psutil
-
     # torch and megatron-core take seconds to import; a mistake in the command line should not.
-    from vishwamai_mp.data.given import run_datasets
-    from vishwamai_mp.data.tokenizer import Tokenizer
-    from vishwamai_mp.runtime import distributed_session
-    from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
-    from vishwamai_mp.training.callbacks import usual_callbacks
-    from vishwamai_mp.training.loop import Trainer
-    from vishwamai_mp.tree_of_thoughts.endings import with_step_token
+    from vishwamai_mp.runtime.importing import kept
+
+    with kept():
+        import psutil
+
+        from vishwamai_mp.data.given import run_datasets
+        from vishwamai_mp.data.tokenizer import Tokenizer
+        from vishwamai_mp.runtime import distributed_session
+        from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
+        from vishwamai_mp.training.callbacks import usual_callbacks
+        from vishwamai_mp.training.loop import Trainer
+        from vishwamai_mp.tree_of_thoughts.endings import with_step_token
 
     config, began = job.config, psutil.Process().create_time()
     with distributed_session(config) as runtime, advice_when_out_of_memory(config):

@@ -7,7 +7,10 @@ import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from vishwamai_mp.runtime import megatron_cpu
+from vishwamai_mp.runtime.importing import kept
+
+with kept():
+    from vishwamai_mp.runtime import megatron_cpu
 
 megatron_cpu.install()
 # What megatron-core says at every start and nobody who uses this package can act on.

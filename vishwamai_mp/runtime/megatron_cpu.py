@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vishwamai_mp.runtime.device import device, is_accelerator
+from vishwamai_mp.runtime.importing import kept
 from vishwamai_mp.runtime.rewriting import RewritingLoader
 from vishwamai_mp.runtime.turning import turning_in_place
 
@@ -149,7 +150,8 @@ class _Loader(RewritingLoader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         setattr(module, IN_PLACE_OF_CUDA, _in_place_of_cuda)
-        super().exec_module(module)
+        with kept():
+            super().exec_module(module)
         if module.__name__ == _DISTRIBUTED_OPTIMIZER:
             _repair_distributed_optimizer(module.DistributedOptimizer)
         if torch.cuda.is_available():
