@@ -84,6 +84,8 @@ def _answer(job: Job) -> Reply:
 def _join(job: Job) -> None:
     import torch.distributed as dist
 
+    from vishwamai_mp.runtime.gloo import groups_on_one_device
+
     if os.path.exists("/sys/class/net/lo"):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name need not resolve
     os.environ.update(
@@ -100,13 +102,14 @@ def _join(job: Job) -> None:
     )
     timeout = datetime.timedelta(seconds=job.timeout)
     store = dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=timeout)
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore(f"run{job.run}", store),
-        rank=job.rank,
-        world_size=job.world_size,
-        timeout=timeout,
-    )
+    with groups_on_one_device():
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(f"run{job.run}", store),
+            rank=job.rank,
+            world_size=job.world_size,
+            timeout=timeout,
+        )
 
 
 @contextlib.contextmanager

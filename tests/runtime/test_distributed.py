@@ -1,6 +1,7 @@
 """Process groups and seeds, in real processes."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,23 @@ def test_a_session_ends_its_groups(workers: WorkerPool):
 
 def test_groups_can_be_made_again_in_the_same_world(workers: WorkerPool):
     assert workers.run(_keep_world, 2) == [([2, 1], True)] * 2
+
+
+def _threads_that_poll():
+    def names():
+        return [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+    _initialize({"tensor_model_parallel_size": 2})
+    groups = [group for group in torch.distributed.distributed_c10d._world.pg_map if group.size() > 1]
+    for group in groups:
+        torch.distributed.all_reduce(torch.ones(1), group=group)
+    return len(groups), names().count("gloo_tcp_loop")
+
+
+def test_all_groups_of_a_process_share_the_thread_that_looks_for_messages(workers: WorkerPool):
+    for groups, threads in workers.run(_threads_that_poll, 2):
+        assert groups > 2
+        assert threads == 1
 
 
 def test_a_step_has_its_own_numbers_on_every_rank(workers: WorkerPool):

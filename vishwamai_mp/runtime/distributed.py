@@ -22,6 +22,7 @@ from vishwamai_mp.runtime.determinism import set_determinism
 from vishwamai_mp.runtime.device import device, keep_freed_memory, set_threads
 from vishwamai_mp.runtime.exchange_buffers import close_exchange_buffers
 from vishwamai_mp.runtime.fusion import set_fusion
+from vishwamai_mp.runtime.gloo import groups_on_one_device
 
 # Far from each other and from the tracker's own offsets (2718 + rank), so that neighbours' streams are apart.
 _STEP, _PLACE = 1_000_003, 1_618_033_987
@@ -102,9 +103,9 @@ def initialize(config: PretrainConfig) -> Runtime:
         # NCCL would register the buffers of captured exchanges, which the allocator's expandable segments
         # (launch/environment.sh) do not allow: megatron-core warns of illegal accesses to memory.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    _join(config.parallel)
     parallel = config.parallel
-    with _nccl_file(parallel) as nccl_file:
+    with groups_on_one_device(), _nccl_file(parallel) as nccl_file:
+        _join(parallel)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
