@@ -92,10 +92,6 @@ set_environment() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the program shares the cores itself
     export PYTHONUNBUFFERED=1
     ((GPUS > 0)) || return 0
-    # One hardware queue keeps kernels in the order of their launch: tensor parallelism overlaps only so.
-    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-    [[ "$CUDA_DEVICE_MAX_CONNECTIONS" == 1 ]] ||
-        echo "warning: CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS: tensor parallel overlap needs 1" >&2
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
     export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}" # a dead peer ends the job
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" # less fragmentation

@@ -1,11 +1,17 @@
 """A launcher's environment is read as a whole or refused."""
 
+import os
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from vishwamai_mp.config import ConfigError
-from vishwamai_mp.config.job_environment import check_own_gpu, job_size
+from vishwamai_mp.config.job_environment import check_own_gpu, job_size, set_hardware_queues
+from vishwamai_mp.config.schema import ParallelConfig
 
 _WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -70,3 +76,53 @@ def test_each_process_has_a_gpu_of_its_own(
     read(monkeypatch, **given)
     with pytest.raises(ConfigError, match=said) if said else nullcontext():
         check_own_gpu(gpus)
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "queues", "said"),
+    [
+        ({"tensor_model_parallel_size": 2}, None, "1", "^CUDA_DEVICE_MAX_CONNECTIONS=1, .* only in one$"),
+        ({"context_parallel_size": 2}, None, "1", "only in one$"),
+        ({"context_parallel_size": 2}, "8", "8", "=8, .* only in one; unset it in the environment, and 1 is set$"),
+        ({"fully_sharded": True}, None, "8", "=8, .* only in more than one$"),
+        ({"fully_sharded": True}, "32", "32", "=32, .* only in more than one$"),
+        ({"fully_sharded": True}, "1", "1", "=1, .* in more than one; unset it in the environment, and 8 is set$"),
+        ({"pipeline_model_parallel_size": 2}, None, None, None),
+        ({}, "4", "4", None),
+    ],
+)
+def test_a_gpu_has_the_queues_that_the_layout_needs(
+    monkeypatch: pytest.MonkeyPatch, layout: dict, given: str | None, queues: str | None, said: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+    line = set_hardware_queues(ParallelConfig(**layout))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == queues
+    assert re.search(said, line or "") if said else line is None
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+
+
+_AS_TORCH_IS_IMPORTED = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("queues", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+from vishwamai_mp.pretrain import main
+main(["--config", "tiny", "data.train=corpus", "training.output_dir=run", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "queues"), [("parallel.tensor_model_parallel_size=2", "1"), ("parallel.fully_sharded=true", "8")]
+)
+def test_training_sets_them_before_torch_is_imported(setting: str, queues: str, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    command = [sys.executable, "-c", _AS_TORCH_IS_IMPORTED, setting]
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.stdout == f"queues {queues}\n", run.stderr

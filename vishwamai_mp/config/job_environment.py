@@ -1,15 +1,17 @@
 """What a launcher (torchrun, or one's own) says of a job in the environment, read in one place and as a whole.
 
 A half of it is worse than none: processes that each take themselves for the whole job write into one run folder, or
-wait for peers that never come.
+wait for peers that never come. And what the layout asks of the environment, where nobody has said otherwise.
 """
 
 import os
 
 from vishwamai_mp.config.errors import ConfigError
+from vishwamai_mp.config.schema import ParallelConfig
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START = "start the job with torchrun, or unset"
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def job_size() -> int | None:
@@ -59,6 +61,29 @@ def check_own_gpu(gpus: int) -> None:
             f"LOCAL_RANK is not in the environment: each process of this machine would take the first of its {gpus}"
             " GPUs; start the job with torchrun, or set it (under srun: LOCAL_RANK=$SLURM_LOCALID)"
         )
+
+
+def set_hardware_queues(parallel: ParallelConfig) -> str | None:
+    """Have a GPU take kernels in as few queues, or as many, as the layout's exchanges need; before CUDA starts.
+
+    In one queue kernels start in the order of their launch, so that an exchange between tensor or context parallel
+    ranks is on its way before the product that it overlaps fills the GPU. Fully sharded weights are gathered ahead of
+    their use, and in one queue the layers before would hold them up: eight, which is CUDA's default (NVIDIA, CUDA C++
+    Programming Guide, "CUDA Environment Variables"). What the environment says already stays.
+
+    Returns:
+        what to tell the user on a GPU; None where the layout has no such exchange.
+    """
+    if parallel.fully_sharded:
+        wanted, why = "8", "fully sharded weights are gathered ahead of their use only in more than one"
+    elif parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1:
+        wanted, why = "1", "tensor and context parallel exchanges overlap products only in one"
+    else:
+        return None
+    found = os.environ.setdefault(_QUEUES, wanted)
+    line = f"{_QUEUES}={found}, hardware queues of a GPU: {why}"
+    is_contrary = (found == "1") != (wanted == "1")
+    return f"{line}; unset it in the environment, and {wanted} is set" if is_contrary else line
 
 
 def _number(name: str, least: int) -> int:

@@ -17,7 +17,7 @@ megatron_cpu.install()
 for _message in (
     ".*(Transformer Engine|Apex|apex).*",  # absent: we know, and choose accordingly
     "full scope is deprecated",  # its own default
-    ".*CUDA_DEVICE_MAX_CONNECTIONS",  # the launch scripts set it
+    ".*CUDA_DEVICE_MAX_CONNECTIONS",  # we set it by layout, and say so
     "You are using quantized weights without quantized compute",  # in generation, which is meant to
     "The .grad attribute of a Tensor that is not a leaf",  # it looks before it knows
     ".*torch.distributed.*_tensor` is deprecated",

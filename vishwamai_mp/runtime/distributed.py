@@ -17,7 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from vishwamai_mp.config import NcclConfig, ParallelConfig, PretrainConfig, UserError, data_parallel_size
-from vishwamai_mp.config.job_environment import check_own_gpu, job_size
+from vishwamai_mp.config.job_environment import check_own_gpu, job_size, set_hardware_queues
 from vishwamai_mp.runtime.determinism import set_determinism
 from vishwamai_mp.runtime.device import device, keep_freed_memory, set_threads
 from vishwamai_mp.runtime.exchange_buffers import close_exchange_buffers
@@ -169,6 +169,7 @@ def _join(parallel: ParallelConfig) -> None:
         return
     timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
     if device().type == "cuda":
+        set_hardware_queues(parallel)
         check_own_gpu(torch.cuda.device_count())
         torch.cuda.set_device(device())
     backend = "nccl" if device().type == "cuda" else "gloo"
