@@ -32,15 +32,17 @@ _CASES: list[tuple[int, int, int, float, int]] = [(5, 2, 40, 1.0, 3), (3, 1, 17,
 
 
 def of_norm(way: Any, tokens: int, rows: int, width: int, offset: float, device: str = "cpu") -> list[Tensor]:
-    """The result and both gradients, of an input that is not contiguous."""
+    """The result and both gradients, of an input that is not contiguous; then those with the input beside its norm."""
     generator = torch.Generator().manual_seed(7)
-    x, grad, weight = (
+    x, grad, weight, other = (
         torch.randn(*shape, generator=generator).to(device)
-        for shape in ((rows, tokens, width), (tokens, rows, width), (width,))
+        for shape in ((rows, tokens, width), (tokens, rows, width), (width,), (tokens, rows, width))
     )
     leaves = [x.transpose(0, 1).requires_grad_(), weight.requires_grad_()]
-    out = way.apply(*leaves, 1e-3, offset)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    found = way.apply(*leaves, 1e-3, offset)
+    both = out, _ = found if isinstance(found, tuple) else (found, leaves[0])
+    alone = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    return [out.detach(), *alone, *torch.autograd.grad(both, leaves, (grad, other))]
 
 
 def interpret() -> None:
@@ -58,7 +60,8 @@ def _walk(visit: Callable[..., None], tokens: int, width: int) -> None:
     x = torch.empty(tokens, 1, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(width, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with mock.patch.object(triton_kernels, "run_kernel", visit), mock.patch.object(norm, "run_kernel", visit):
-        NormOnGpu.apply(x, weight, 1e-5, 0.0).backward(torch.empty_like(x))
+        out, beside = NormOnGpu.apply(x, weight, 1e-5, 0.0)
+        torch.autograd.grad((out, beside), (x, weight), (torch.empty_like(x), torch.empty_like(x)))
 
 
 if __name__ == "__main__":

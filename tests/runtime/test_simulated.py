@@ -160,11 +160,11 @@ def test_what_components_launch():
     run = subprocess.run([sys.executable, str(program)], text=True, capture_output=True)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == {
-        "memory of one level": [11, 18],
-        "memory of three levels, documents": [15, 30],
-        "cache": [12, 13],
-        "cache, documents": [12, 13],
-        "cache read whole": [10, 13],
+        "memory of one level": [11, 16],
+        "memory of three levels, documents": [15, 28],
+        "cache": [12, 12],
+        "cache, documents": [12, 12],
+        "cache read whole": [10, 12],
     }
 
 

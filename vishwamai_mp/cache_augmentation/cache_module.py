@@ -101,7 +101,8 @@ class DifferentiableCacheAugmentation(Standalone, HeadShardedModule):
         Returns:
             (S, B, D) and, in evaluation of whole rows of one document, the state after these tokens.
         """
-        projected, _ = self.projection(self.norm(hidden))
+        normed, hidden = self.normed(hidden)
+        projected, _ = self.projection(normed)
         projected = projected.unflatten(-1, (self.heads, self.widths.total))
         query, content, scores = self.widths.split(projected)
         alone = not self.training and documents is None and self.groups.cp.size() == 1

@@ -22,7 +22,8 @@ class Linears:
     Attributes:
         column: linear whose output features are split over tensor parallel ranks.
         row: linear whose input features are.
-        norm: RMSNorm over the hidden size, aware of sequence parallelism.
+        norm: RMSNorm over the hidden size, aware of sequence parallelism. Where it has `beside`, that gives its input
+            as well, and sums the gradients of both.
     """
 
     column: type
@@ -77,6 +78,11 @@ class HeadShardedModule(MegatronModule):
         self.projection = linears.column(width, heads * features, gather_output=False, **options)
         self.output = linears.row(read_width, width, input_is_parallel=True, **options)
         nn.init.zeros_(self.output.weight)
+
+    def normed(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of hidden states, and what the residual connection adds to."""
+        beside = getattr(self.norm, "beside", None)
+        return beside(hidden) if beside else (self.norm(hidden), hidden)
 
     def of_heads(self, one_head: Tensor) -> nn.Parameter:
         """A tensor for each head of this rank, end to end: one dimension, so that weight decay leaves it alone."""

@@ -33,8 +33,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x / √(mean(x²) + eps) · weight over the last dimension, computed in fp32."""
-        way = NormOnGpu if supports(x, self.weight) else _RMSNorm
-        return way.apply(x, self.weight, self.eps, float(self.zero_centered))
+        return self.beside(x)[0]
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`, and x for a residual connection: on a GPU their gradients are summed in the norm's own kernel."""
+        arguments = x, self.weight, self.eps, float(self.zero_centered)
+        return NormOnGpu.apply(*arguments) if supports(x, self.weight) else (_RMSNorm.apply(*arguments), x)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -90,30 +94,37 @@ def supports(x: Tensor, weight: Tensor) -> bool:
 
 
 class NormOnGpu(torch.autograd.Function):
-    """`_RMSNorm` by kernels: same arguments, results and gradients."""
+    """`_RMSNorm` by kernels, and x beside it: same arguments and gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
         x_ND = x.contiguous().flatten(0, -2)
         rows, width = x_ND.shape
         out, inverse = torch.empty_like(x_ND), torch.empty(rows, dtype=torch.float32, device=x.device)
         _launch("norm", rows, [x_ND, weight], [out, inverse], [width, eps, offset])
         ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset
-        return out.view(x.shape)
+        ctx.set_materialize_grads(False)
+        return out.view(x.shape), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return beside, None, None, None
         x, weight, inverse = ctx.saved_tensors
-        x_ND, grad_ND = (tensor.contiguous().flatten(0, -2) for tensor in (x, grads[0]))
+        x_ND, grad_ND = (tensor.contiguous().flatten(0, -2) for tensor in (x, grad))
+        beside_ND = grad_ND if beside is None else beside.contiguous().flatten(0, -2)
         rows, width = x_ND.shape
         dx = torch.empty_like(x_ND)
         parts = torch.empty(min(rows, _PROGRAMS), width, dtype=torch.float32, device=x.device)
-        _launch("norm_back", len(parts), [x_ND, weight, inverse, grad_ND], [dx, parts], [rows, width, ctx.offset])
+        inputs, sizes = [x_ND, weight, inverse, grad_ND, beside_ND], [rows, width, ctx.offset]
+        _launch("norm_back", len(parts), inputs, [dx, parts], sizes, BESIDE=beside is not None)
         return dx.view(x.shape), sum_parts(parts, weight.dtype), None, None
 
 
-def _launch(name: str, programs: int, inputs: list[Tensor], outputs: list[Tensor], sizes: list[float]) -> None:
+def _launch(
+    name: str, programs: int, inputs: list[Tensor], outputs: list[Tensor], sizes: list[float], **constants: Any
+) -> None:
     wide = power_of_two(inputs[0].shape[1])
     warps = 8 if wide > 2048 else 4
-    run_kernel("model.norm_kernels", name, (programs,), inputs, outputs, sizes, {"DP": wide}, warps=warps)
+    run_kernel("model.norm_kernels", name, (programs,), inputs, outputs, sizes, {"DP": wide} | constants, warps=warps)

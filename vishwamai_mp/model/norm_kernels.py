@@ -24,8 +24,12 @@ def norm(x, weight, out, inverse, width, epsilon, offset, DP: tl.constexpr):
 
 
 @triton.jit
-def norm_back(x, weight, inverse, grad, d_x, parts, rows, width, offset, DP: tl.constexpr):
-    """The gradient of x, and sums over every P-th row of that of the weight, (P, D) fp32. Grid: (P,)."""
+def norm_back(
+    x, weight, inverse, grad, beside, d_x, parts, rows, width, offset, DP: tl.constexpr, BESIDE: tl.constexpr
+):  # fmt: skip
+    """The gradient of x, and sums over every P-th row of that of the weight, (P, D) fp32. Grid: (P,).
+
+    BESIDE: the gradient of x as it came in beside its norm, `beside` (N, D), is added."""
     columns = tl.arange(0, DP)
     inside = columns < width
     scale = tl.load(weight + columns, inside, 0.0).to(tl.float32) + offset
@@ -37,5 +41,8 @@ def norm_back(x, weight, inverse, grad, d_x, parts, rows, width, offset, DP: tl.
         own = tl.load(grad + at, inside, 0.0).to(tl.float32)
         d_weight += normed * own
         own *= scale
-        tl.store(d_x + at, (own - normed * (tl.sum(normed * own, 0) / width)) * found, inside)
+        total = (own - normed * (tl.sum(normed * own, 0) / width)) * found
+        if BESIDE:
+            total += tl.load(beside + at, inside, 0.0).to(tl.float32)
+        tl.store(d_x + at, total, inside)
     tl.store(parts + tl.program_id(0) * width + columns, d_weight, inside)

@@ -144,7 +144,8 @@ class ReasoningMemoryTransformer(Standalone, HeadShardedModule):
         Returns:
             (S, B, D) and the state after these tokens.
         """
-        projected, _ = self.projection(self.norm(hidden))
+        normed, hidden = self.normed(hidden)
+        projected, _ = self.projection(normed)
         projected = gather_tokens(projected.unflatten(-1, (self.heads, -1)), self.groups.cp)
         carrying = self.carried is not None and self.training
         if self.carried is not None and carrying:

@@ -179,13 +179,16 @@ class Surroundings:
         levels, d_gates = self.levels, self._new(*gates.shape)
         d_gated = torch.zeros_like(outputs[0]) if d_gated is None else d_gated.contiguous()
         d_projected, d_outputs = torch.empty_like(self.projected), torch.empty_like(outputs)
-        parts = self._new(self.programs, self.batch, self.heads * (self.width + levels))
+        # Of a head: norm and mix, which the first kernel leaves behind; taps and gates' biases, which the last does.
+        sizes = self.width, levels, slices[0, 0, 0].numel() * TAPS, levels * self.gates
+        across, last = self.heads * sum(sizes), self.heads * sum(sizes[:2])
+        parts = self._new(self.programs, self.batch, across)
         self._launch(
             "leave_back",
             [outputs, self.projected, *self._leaving(), d_gated],
             [d_outputs, d_projected, parts],
+            across,
         )
-        d_norm, d_mix = self._summed(parts, self.width, levels)
         d_mixed = self._new(4 * levels - 1, *outputs.shape[1:], like=outputs)
         d_states: list[Tensor | None] = [None] * levels
         for level in reversed(range(levels)):
@@ -202,8 +205,6 @@ class Surroundings:
                 None if d_memory is None else d_memory.contiguous(),
                 [d_key, d_value, d_gates[1, level], momentum, d_gates[0, level], d_query, *d_answer],
             )
-        sizes = slices[0, 0, 0].numel() * TAPS, levels * self.gates
-        parts = self._new(self.programs, self.batch, self.heads * sum(sizes))
         self._launch(
             "enter_back",
             [
@@ -213,10 +214,12 @@ class Surroundings:
                 d_gates,
                 gates if d_ratios is None else d_ratios.contiguous(),
             ],
-            [d_projected, parts],
+            [d_projected, parts[..., last:]],
+            across,
             CARRIED=d_ratios is not None,
         )
-        own = [*self._summed(parts, *sizes), d_norm, None if self.parameters.level_mix is None else d_mix]
+        d_norm, d_mix, d_taps, d_bias = self._summed(parts, *sizes)
+        own = [d_taps, d_bias, d_norm, None if self.parameters.level_mix is None else d_mix]
         d_states = [None if state is None else found for state, found in zip(self.states, d_states, strict=True)]
         return d_projected, own, d_gates[2, :, 0], d_states
 
@@ -248,7 +251,7 @@ class Surroundings:
         if name.startswith("enter"):
             common |= {"GATES": self.gates, "BEFORE": self.recent is not None}
             common |= {"STARTS": self.documents is not None}
-            wanted: list[float] = [*self.sizes]
+            wanted: list[float] = [*self.sizes, *sizes]
         else:
             common |= {"LP": power_of_two(self.levels, 1)}
             wanted = [*self.sizes, self.epsilon, *sizes]

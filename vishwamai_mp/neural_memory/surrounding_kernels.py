@@ -11,7 +11,8 @@ P programs of a row. Features of a head in `projected` (T, E, F): 3·L·K for th
     mixed (T, E, 3·L, K)        queries, keys and values of each level
     gates (3, L, T, E) fp32     θ, ln α, ln of the momentum's coefficient
     parts (P, E, ·) fp32        sums of one program's tokens, to be added up. Of gradients of parameters (P, B, N): one
-                                parameter, all heads, behind the other, as each lies in memory
+                                parameter, all heads, behind the other, as each lies in memory; the columns of one
+                                kernel behind those of the other, so that (P, B) are `across` numbers apart
     d_mixed (4·L − 1, T, E, K)  gradients of a level's queries, keys and values and of the answer to the next one's keys
 """
 
@@ -197,7 +198,7 @@ def enter(
 @triton.jit
 def enter_back(
     projected, before, taps, gate_bias, documents, d_mixed, d_gates, d_last_ratios, d_projected, parts,
-    length, rows, heads, features, width, span,
+    length, rows, heads, features, width, span, across,
     LEVELS: tl.constexpr, GATES: tl.constexpr, TB: tl.constexpr, KP: tl.constexpr, BEFORE: tl.constexpr,
     STARTS: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +211,7 @@ def enter_back(
     narrow = columns < width
     convolved = slices * width
     total = length.to(tl.int64) * rows
-    part = parts + (p * (rows // heads) + b).to(tl.int64) * heads * (convolved * _TAPS + count)
+    part = parts + (p * (rows // heads) + b).to(tl.int64) * across
     begin, end = p * span, tl.minimum(length, (p + 1) * span)
     for s in range(slices):
         tap = taps + (head * convolved + s * width + columns) * _TAPS
@@ -358,7 +359,7 @@ def leave(
 @triton.jit
 def leave_back(
     outputs, projected, mix, norm, d_gated, d_outputs, d_projected, parts,
-    length, rows, heads, features, width, span, epsilon,
+    length, rows, heads, features, width, span, epsilon, across,
     LEVELS: tl.constexpr, LP: tl.constexpr, TB: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of each level's output and of the read gate; of the norm's weight and the mix, (P, B, H·K + H·L)."""
@@ -390,7 +391,7 @@ def leave_back(
             # The softmax's gradient of a share is that share times what its output has beyond the mix.
             out = tl.load(outputs + level * stride + at, inside, 0.0).to(tl.float32)
             d_shares += tl.where(tl.arange(0, LP) == level, tl.sum(tl.sum(d_read * (out - read), 1), 0), 0.0)
-    part = parts + (p * (rows // heads) + row // heads) * heads * (width + LEVELS)
+    part = parts + (p * (rows // heads) + row // heads).to(tl.int64) * across
     tl.store(part + head * width + columns, d_weight, narrow)
     levels = tl.arange(0, LP)
     tl.store(part + heads * width + head * LEVELS + levels, d_shares * shares, levels < LEVELS)
