@@ -162,16 +162,7 @@ def save_every_step(root: Path, settings: PretrainConfig, steps: int) -> None:
 def save_while_the_first_rank_is_slow(root: Path, settings: PretrainConfig) -> list[list[str]]:
     """Checkpoints there are while rank 0 completes one, while it deletes the one before, and then."""
     job, go, found = TinyJob(settings, root), threading.Event(), []
-
-    def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wait_and_do(*arguments: Any) -> Any:
-            assert go.wait(60)
-            return function(*arguments)
-
-        return wait_and_do
-
-    def there() -> list[str]:
-        return sorted(path.name for path in root.glob("step_*") if path.suffix != ".partial")
+    slowly, there = partial(_when, go), partial(_published, root)
 
     def train_until(condition: Callable[[], object]) -> None:
         box = [False]
@@ -200,6 +191,32 @@ def save_while_the_first_rank_is_slow(root: Path, settings: PretrainConfig) -> l
         go.set()
         job.manager.wait()
     return [*found, there()]
+
+
+def save_while_deleting_is_slow(root: Path, settings: PretrainConfig) -> list[list[str]]:
+    """Checkpoints there are when a second save returns, while rank 0 is held up at deleting the first, and then."""
+    job, go, found = TinyJob(settings, root), threading.Event(), []
+    with mock.patch.object(store, "retain", _when(go, store.retain)):
+        for _ in range(2):
+            job.train(1)
+            job.save()
+            found = [_published(root)]
+            go.set()
+            job.manager.wait()
+            go.clear()
+    return [*found, _published(root)]
+
+
+def _when(event: threading.Event, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wait_and_do(*arguments: Any) -> Any:
+        assert event.wait(60)
+        return function(*arguments)
+
+    return wait_and_do
+
+
+def _published(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("step_*") if path.suffix != ".partial")
 
 
 def save_twice_with_final(root: Path, settings: PretrainConfig) -> tuple[bool, bool]:

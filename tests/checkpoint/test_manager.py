@@ -221,6 +221,13 @@ def test_nobody_waits_while_the_first_rank_publishes_and_deletes(workers: Worker
     assert after == deleting[1:]
 
 
+def test_a_save_that_all_wait_for_does_not_wait_for_deletions(workers: WorkerPool, tmp_path: Path) -> None:
+    config = jobs.with_checkpoint(jobs.config(), keep_last=1, async_save=False)
+    at_return, after = workers.run_within(60, jobs.save_while_deleting_is_slow, 2, tmp_path, config)[0]
+    assert at_return == ["step_00000001", "step_00000002"]
+    assert after == at_return[1:]
+
+
 def test_the_final_save_is_written_before_returning_and_once(workers: WorkerPool, tmp_path: Path) -> None:
     config = jobs.with_checkpoint(jobs.config(), async_save=True)
     assert workers.run(jobs.save_twice_with_final, 2, tmp_path, config) == [(True, True)] * 2
