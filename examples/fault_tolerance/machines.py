@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -76,11 +76,18 @@ class Machine:
 
 @contextlib.contextmanager
 def machines(count: int) -> Iterator[list[Machine]]:
-    """`count` machines on one switch. Their names are always the same, so a second call waits for the first to end."""
+    """`count` machines on one switch. Their names are always the same, so a second call waits for the first to end.
+
+    SIGTERM unplugs them as well; what a killed program left plugged in is unplugged first.
+    """
     with (Path(tempfile.gettempdir()) / "vishwamai-machines.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with _plugged_in(count) as every:
-            yield every
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        try:
+            with _plugged_in(count) as every:
+                yield every
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -91,6 +98,7 @@ def _plugged_in(count: int) -> Iterator[list[Machine]]:
     os.write(descriptor, f"127.0.0.1 localhost\n{names}".encode())
     os.close(descriptor)
     try:
+        _unplug(every)
         _call("ip", "link", "add", _BRIDGE, "type", "bridge")
         _call("ip", "addr", "add", f"{HOME}/24", "dev", _BRIDGE)
         _call("ip", "link", "set", _BRIDGE, "up")
@@ -98,11 +106,15 @@ def _plugged_in(count: int) -> Iterator[list[Machine]]:
             _plug_in(machine)
         yield every
     finally:
-        for machine in every:
-            _call("ip", "netns", "del", machine.namespace, check=False)
-            _call("ip", "link", "del", machine.link, check=False)
-        _call("ip", "link", "del", _BRIDGE, check=False)
+        _unplug(every)
         Path(hosts).unlink()
+
+
+def _unplug(every: Sequence[Machine]) -> None:
+    for machine in every:
+        _call("ip", "netns", "del", machine.namespace, check=False)
+        _call("ip", "link", "del", machine.link, check=False)
+    _call("ip", "link", "del", _BRIDGE, check=False)
 
 
 def _plug_in(machine: Machine) -> None:
