@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("".join(f"# {note}\n" for note in job.notes) + to_yaml(job.config), end="")
         return 0
-    queues = set_hardware_queues(job.config.parallel)
+    set_hardware_queues(job.config.parallel)
     # torch and megatron-core take seconds to import; a mistake in the command line should not.
     from vishwamai_mp.runtime.importing import kept
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from vishwamai_mp.data.given import run_datasets
         from vishwamai_mp.data.tokenizer import Tokenizer
-        from vishwamai_mp.runtime import distributed_session, is_accelerator
+        from vishwamai_mp.runtime import distributed_session
         from vishwamai_mp.runtime.out_of_memory import advice_when_out_of_memory
         from vishwamai_mp.training.callbacks import usual_callbacks
         from vishwamai_mp.training.loop import Trainer
@@ -69,8 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = with_step_token(config, tokenizer)
         datasets = run_datasets(config, tokenizer, runtime)
         trainer = Trainer(config, runtime, datasets, usual_callbacks(config, tokenizer, began=began))
-        if queues and is_accelerator(runtime.device):
-            trainer.say(queues)
         for note in [*job.notes, *datasets.epochs(job.config.training), *datasets.notes]:
             trainer.say(note)
         trainer.train()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vishwamai_mp.config import ConfigError
-from vishwamai_mp.config.job_environment import check_own_gpu, job_size, set_hardware_queues
+from vishwamai_mp.config.job_environment import check_own_gpu, hardware_queues, job_size, set_hardware_queues
 from vishwamai_mp.config.schema import ParallelConfig
 
 _WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -81,12 +81,22 @@ def test_each_process_has_a_gpu_of_its_own(
 @pytest.mark.parametrize(
     ("layout", "given", "queues", "said"),
     [
-        ({"tensor_model_parallel_size": 2}, None, "1", "^CUDA_DEVICE_MAX_CONNECTIONS=1, .* only in one$"),
+        ({"tensor_model_parallel_size": 2}, None, "1", "^CUDA_DEVICE_MAX_CONNECTIONS is 1: .* only in one$"),
         ({"context_parallel_size": 2}, None, "1", "only in one$"),
-        ({"context_parallel_size": 2}, "8", "8", "=8, .* only in one; unset it in the environment, and 1 is set$"),
-        ({"fully_sharded": True}, None, "8", "=8, .* only in more than one$"),
-        ({"fully_sharded": True}, "32", "32", "=32, .* only in more than one$"),
-        ({"fully_sharded": True}, "1", "1", "=1, .* in more than one; unset it in the environment, and 8 is set$"),
+        (
+            {"context_parallel_size": 2},
+            "8",
+            "8",
+            "is 8: .* only in one; set .*=1 before the program starts$",
+        ),
+        ({"fully_sharded": True}, None, "8", "is 8: .* only in more than one$"),
+        ({"fully_sharded": True}, "32", "32", "is 32: .* only in more than one$"),
+        (
+            {"fully_sharded": True},
+            "1",
+            "1",
+            "is 1: .* in more than one; set .*=8 before the program starts$",
+        ),
         ({"pipeline_model_parallel_size": 2}, None, None, None),
         ({}, "4", "4", None),
     ],
@@ -97,10 +107,17 @@ def test_a_gpu_has_the_queues_that_the_layout_needs(
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     if given:
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
-    line = set_hardware_queues(ParallelConfig(**layout))
+    set_hardware_queues(ParallelConfig(**layout))
+    line = hardware_queues(ParallelConfig(**layout))
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == queues
     assert re.search(said, line or "") if said else line is None
     os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+
+
+def test_queues_that_nobody_set_in_time_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    line = hardware_queues(ParallelConfig(tensor_model_parallel_size=2))
+    assert re.search("is not set, so 8: .*=1 before the program starts$", line or "")
 
 
 _AS_TORCH_IS_IMPORTED = """

@@ -93,4 +93,8 @@ def test_a_gpu_of_unknown_peak_says_so_at_the_start(monkeypatch, name, settings,
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**36))
     text = opening_lines(resolve(load_config("tiny", settings), 1), runtime, 0)
     assert f" on {name}" in text
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in text
+    runtime.world_size = 2
+    tensor = resolve(load_config("tiny", [*settings, "parallel.tensor_model_parallel_size=2"]), 2)
+    assert "queues     CUDA_DEVICE_MAX_CONNECTIONS is " in opening_lines(tensor, runtime, 0)
     assert (said in text) if said else "MFU" not in text

@@ -63,27 +63,36 @@ def check_own_gpu(gpus: int) -> None:
         )
 
 
-def set_hardware_queues(parallel: ParallelConfig) -> str | None:
+def set_hardware_queues(parallel: ParallelConfig) -> None:
     """Have a GPU take kernels in as few queues, or as many, as the layout's exchanges need; before CUDA starts.
 
     In one queue kernels start in the order of their launch, so that an exchange between tensor or context parallel
     ranks is on its way before the product that it overlaps fills the GPU. Fully sharded weights are gathered ahead of
     their use, and in one queue the layers before would hold them up: eight, which is CUDA's default (NVIDIA, CUDA C++
     Programming Guide, "CUDA Environment Variables"). What the environment says already stays.
-
-    Returns:
-        what to tell the user on a GPU; None where the layout has no such exchange.
     """
-    if parallel.fully_sharded:
-        wanted, why = "8", "fully sharded weights are gathered ahead of their use only in more than one"
-    elif parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1:
-        wanted, why = "1", "tensor and context parallel exchanges overlap products only in one"
-    else:
+    if need := _needed_queues(parallel):
+        os.environ.setdefault(_QUEUES, need[0])
+
+
+def hardware_queues(parallel: ParallelConfig) -> str | None:
+    """What the environment says of them, and whether it should, for the user of a GPU; None: the layout needs none."""
+    need = _needed_queues(parallel)
+    if need is None:
         return None
-    found = os.environ.setdefault(_QUEUES, wanted)
-    line = f"{_QUEUES}={found}, hardware queues of a GPU: {why}"
+    wanted, why = need
+    found = os.environ.get(_QUEUES)
+    line = f"{_QUEUES} is {found or 'not set, so 8'}: {why}"
     is_contrary = (found == "1") != (wanted == "1")
-    return f"{line}; unset it in the environment, and {wanted} is set" if is_contrary else line
+    return f"{line}; set {_QUEUES}={wanted} before the program starts" if is_contrary else line
+
+
+def _needed_queues(parallel: ParallelConfig) -> tuple[str, str] | None:
+    if parallel.fully_sharded:
+        return "8", "fully sharded weights are gathered ahead of their use only in more than one"
+    if parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1:
+        return "1", "tensor and context parallel exchanges overlap products only in one"
+    return None
 
 
 def _number(name: str, least: int) -> int:

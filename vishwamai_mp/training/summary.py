@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vishwamai_mp.config import PretrainConfig, micro_batches_per_step
+from vishwamai_mp.config.job_environment import hardware_queues
 from vishwamai_mp.config.wording import count_text, counted
 from vishwamai_mp.observability.goodput_ledger import Ledger
 from vishwamai_mp.planning import total_parameters, training_flops_per_token
@@ -19,7 +20,7 @@ from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_t
 from vishwamai_mp.planning.stacks import find_stack
 from vishwamai_mp.planning.step_time import Machine, step_time, tokens_per_second_per_gpu
 from vishwamai_mp.precision import PrecisionPolicy, lacking_hardware
-from vishwamai_mp.runtime import Runtime
+from vishwamai_mp.runtime import Runtime, is_accelerator
 from vishwamai_mp.runtime.device import cpu_threads, machine_memory, peak_flops
 
 _LARGE = 2**30  # bytes of a process that are made within a few seconds
@@ -51,6 +52,8 @@ def opening_lines(config: PretrainConfig, runtime: Runtime, step: int) -> str:
     """
     lines = {"model": _model(config), **_components(config), "layout": _layout(config, runtime)}
     lines["compute"] = _compute(config, runtime)
+    if is_accelerator(runtime.device) and (queues := hardware_queues(config.parallel)):
+        lines["queues"] = queues
     lines["batch"] = _batch(config, runtime)
     lines["footprint"] = _footprint(config, runtime)
     steps = config.training.max_steps
