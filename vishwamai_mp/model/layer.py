@@ -59,6 +59,12 @@ class VishwamAILayer(TransformerLayer):
             getattr(self, module).register_forward_hook(partial(_normed, norm))
         for name, make in components.items():
             self.add_module(name, make(config, options["pg_collection"], self.layer_number))
+        # The distributed optimizer gathers weights in the order of modules, each bucket ahead of those who need it.
+        parts = dict(self._modules)
+        self._modules.clear()
+        for name in (*components, "input_layernorm", "self_attention", "self_attn_output_norm", *parts):
+            if name in parts and name not in self._modules:
+                self.register_module(name, parts[name])
         if shard is not None:
             shard(self)
 
