@@ -5,6 +5,9 @@ import torch
 
 from tests.model.builds import build
 
+_MEMORY = ["memory.enabled=true", "memory.layers=[0]"]
+_CACHE = ["cache.enabled=true", "cache.segment_length=8", "cache.layers=[0]"]
+
 
 def _registered_and_run(*overrides: str) -> tuple[list[str], list[str]]:
     """Runs in a worker: names of the first layer's parts that have parameters, and the order they run in."""
@@ -22,9 +25,9 @@ def _registered_and_run(*overrides: str) -> tuple[list[str], list[str]]:
     "overrides",
     [
         [],
-        ["memory.enabled=true", "memory.layers=[0]", "cache.enabled=true", "cache.segment_length=8", "cache.layers=[0]"],
-        ["memory.enabled=true", "memory.layers=[0]", "model.norm_position=sandwich"],
-        ["cache.enabled=true", "cache.segment_length=8", "cache.layers=[0]", "model.norm_position=post"],
+        [*_MEMORY, *_CACHE],
+        [*_MEMORY, "model.norm_position=sandwich"],
+        [*_CACHE, "model.norm_position=post"],
     ],
     ids=["plain", "components", "norms on both sides", "norms behind"],
 )
