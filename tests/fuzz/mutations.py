@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from vishwamai_mp.config import UserError
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "50"))
 CPU_SECONDS = 5.0  # for an input of a few kilobytes
 MEMORY_BYTES = 512 << 20  # of address space beyond what the test had
 

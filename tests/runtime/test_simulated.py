@@ -109,13 +109,13 @@ _TRUTHS: dict[str, tuple[int, list[str]]] = {
 # On a simulated CPU: what components keep, wide enough that what the formula leaves out is little.
 _WIDE = [
     *("model.hidden_size=1024", "model.num_attention_heads=16", "model.num_key_value_heads=16", "model.head_dim=64"),
-    *("model.intermediate_size=2816", "model.num_layers=4", "model.vocab_size=8000"),
+    *("model.intermediate_size=2816", "model.num_layers=2", "model.vocab_size=8000"),
     *("training.sequence_length=512", "model.max_position_embeddings=512"),
-    *("training.micro_batch_size=1", "training.global_batch_size=2", "precision=bf16"),
+    *("training.micro_batch_size=1", "training.global_batch_size=1", "precision=bf16"),
 ]
 _KEPT = {
-    "memory": ["memory.enabled=true", "memory.layers=[0,1,2,3]"],
-    "cache": ["cache.enabled=true", "cache.layers=[0,1,2,3]", "cache.num_heads=4"],
+    "memory": ["memory.enabled=true", "memory.layers=[0,1]"],
+    "cache": ["cache.enabled=true", "cache.layers=[0,1]", "cache.num_heads=4"],
 }
 
 
@@ -181,7 +181,7 @@ def test_what_a_component_keeps_on_a_cpu_is_planned(found, component):
     with_it, without = (sum(step["activations_at_peak"].values()) for step in steps)
     config = resolve(load_config(SMALL, [*_FEW, *_WIDE, *_KEPT[component]]), 1)
     planned = component_activations(config, component, on_gpu=False)
-    assert (with_it - without) / 4 / 512 == pytest.approx(planned, rel=0.02)
+    assert (with_it - without) / 2 / 512 == pytest.approx(planned, rel=0.02)
 
 
 _wait = dist.Work.wait
