@@ -125,7 +125,9 @@ def crowded(overrides: list[str], seed: int) -> tuple[list[Completion], list[Com
     options = [SamplingOptions(draw.randrange(1, 24), draw.choice([0.0, 0.9]), seed=i) for i in range(40)]
     with patch.object(blocks, "_MARK_TOKENS", 16):
         first = adapted(_LONG, *overrides)
-        plain = [complete(first, prompt, each) for prompt, each in zip(prompts, options, strict=True)]
+        plain = [first.submit(prompt, each) for prompt, each in zip(prompts, options, strict=True)]
+        while first.busy:
+            first.step()
         ours = again(first, reuse_tokens=draw.choice([64, 160, 10**6]), kv_tokens=208, max_batch=5)
         pool, found = ours.engine.pool, []
         for prompt, each in zip(prompts, options, strict=True):
