@@ -64,11 +64,17 @@ _CASES: dict[Any, list[Any]] = {
         "model.norm_zero_centered=true",
     ],
     "capped scores": [1, "model.attention_softcap=5"],
-    "window": [2, "model.sliding_window=7", _CONTEXT],
+    "window": [2, "model.sliding_window=7", _CONTEXT, "precision=bf16"],
+    "fp32 in context parallelism": [2, _CONTEXT, "precision=fp32"],
     "documents": [1, _DOCUMENTS, "data.reset_position_ids=true"],
     "own positions": [1, "data.reset_position_ids=true"],
-    "documents in context parallelism": [2, _DOCUMENTS, _CONTEXT, "model.sliding_window=7", *_COMPONENTS],
-    "documents, dropout and context parallelism": [2, _DOCUMENTS, _CONTEXT, "model.attention_dropout=0.1"],
+    "documents in context parallelism": [
+        *(2, _DOCUMENTS, _CONTEXT, "model.sliding_window=7", "precision=bf16"),
+        *_COMPONENTS,
+    ],
+    "documents, dropout and context parallelism": [
+        *(2, _DOCUMENTS, _CONTEXT, "model.attention_dropout=0.1", "precision=bf16"),
+    ],
 }
 
 
@@ -150,6 +156,13 @@ def test_capped_scores_are_refused(built):
         "model.attention_softcap=5.0: Transformer Engine's attention has no soft cap"
         in built["capped scores"]["refused"]
     )
+
+
+def test_attention_of_context_parallel_ranks_in_fp32_is_refused(built):
+    """Transformer Engine would find no kernel for it in the first step."""
+    refused = built["fp32 in context parallelism"]["refused"]
+    assert refused.startswith("precision=fp32 with parallel.context_parallel_size=2: ")
+    assert "set precision=bf16 or parallel.context_parallel_size=1" in refused
 
 
 def test_gates_are_of_the_models_kind(built):

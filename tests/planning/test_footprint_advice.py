@@ -79,7 +79,8 @@ def test_savings_are_those_of_the_formulae_and_suppose_the_lines_before():
     ("overrides", "world_size", "on_gpu", "named", "unnamed"),
     [
         ([], 1, False, {"training.recompute=selective"}, {"parallel.sequence_parallel=true"}),
-        ([], 1, True, set(), {"training.recompute=selective"}),  # its attention keeps no weights
+        (["precision=bf16"], 1, True, set(), {"training.recompute=selective"}),  # its attention keeps no weights
+        (["precision=fp32"], 1, True, {"training.recompute=selective"}, set()),
         (["training.recompute=full"], 1, False, set(), {"training.recompute=selective", "training.recompute=full"}),
         (
             ["model.num_layers=24"],

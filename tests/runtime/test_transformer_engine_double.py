@@ -27,6 +27,7 @@ _WIDE = [
     "model.max_position_embeddings=128",
     "training.global_batch_size=4",
 ]
+_LONG = ["training.sequence_length=1024", "model.max_position_embeddings=1024"]
 _TENSOR = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 _STAGES = ["parallel.pipeline_model_parallel_size=2"]
 _CHUNKS = [*_STAGES, "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=4"]
@@ -48,6 +49,17 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
     "one process, fused": (1, 0, [_FUSED[0], "precision=bf16"]),
     "one process, bf16 gradients": (1, 0, [_FUSED[1], "precision=bf16"]),
     "one process, fp32": (1, 0, ["precision=fp32"]),
+    **{
+        f"all weights of attention, {name}": (1, 0, ["precision=fp32", *_LONG, *settings])
+        for name, settings in {
+            "grouped": [],
+            "dropout": ["model.attention_dropout=0.1", "model.num_key_value_heads=2"],
+            "packed": PACKED,
+            "packed, dropout": [*PACKED, "model.attention_dropout=0.1"],
+            "recomputed": ["training.recompute=selective"],
+            "recomputed with the layer": RECOMPUTE,
+        }.items()
+    },
     "one process, bf16 moments": (1, 0, ["optimizer.moments_in=bf16", "precision=bf16"]),
     "one process, activations on the host, fused": (1, 0, [*_FUSED, "training.offload_layers=1", "precision=bf16"]),
     "tensor, memory, cache and values, activations on the host": (
@@ -285,6 +297,13 @@ def test_weights_in_fp8_are_rounded_once_a_step(found, recipe):
     assert plain["at_peak"]["activations"] - rounded["at_peak"]["activations"] == pytest.approx(2 * weights, rel=0.2)
     assert plain["at_peak"]["parameters"] == pytest.approx(rounded["at_peak"]["parameters"], rel=0.01)
     assert rounded["flops"] == plain["flops"]
+
+
+@pytest.mark.parametrize("name", [name for name in _STEPS if name.startswith("all weights of attention")])
+def test_attention_in_fp32_keeps_what_is_planned(found, name):
+    """Weights of all pairs are most of it."""
+    step = found[name]
+    assert step["peak_bytes"] == pytest.approx(step["predicted_bytes"], rel=0.01)
 
 
 def test_moments_in_bf16_take_half_and_no_more_kernels(found):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from vishwamai_mp.config import ConfigError, PretrainConfig
+from vishwamai_mp.config import PretrainConfig
+from vishwamai_mp.config.check_gpu_attention import check_gpu_attention
 from vishwamai_mp.config.layer_windows import layer_windows
 from vishwamai_mp.model.rotary import attention_factors
 from vishwamai_mp.precision import PrecisionPolicy, check_fp8_hardware, use_transformer_engine
@@ -19,11 +20,8 @@ def transformer_config(config: PretrainConfig) -> TransformerConfig:
     policy = PrecisionPolicy.of_run(config)
     check_fp8_hardware(policy)
     fused = use_transformer_engine(policy)
-    if fused and model.attention_softcap:
-        raise ConfigError(
-            f"model.attention_softcap={model.attention_softcap}: Transformer Engine's attention has no soft cap; run"
-            " the model on CPUs"
-        )
+    if fused:
+        check_gpu_attention(config)
     chunks = parallel.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=model.num_layers,

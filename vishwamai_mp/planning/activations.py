@@ -1,8 +1,9 @@
 """Memory of activations: what a rank keeps of a forward pass for the backward pass. A test counts what is really kept.
 
 After Korthikanti et al. (arXiv 2205.05198, sections 4 and 5) for this model: gated MLP, grouped queries, no biases, and
-an attention that never has all scores at once. Memory and cache are in `component_activations`. What is wide as the
-heads or as the MLP is divided over tensor parallel ranks; the residual stream is so under sequence parallelism only.
+an attention that never has all scores at once, but for a GPU's in fp32. Memory and cache are in
+`component_activations`. What is wide as the heads or as the MLP is divided over tensor parallel ranks; the residual
+stream is so under sequence parallelism only.
 """
 
 from collections import Counter
@@ -48,7 +49,7 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
 
     Args:
         config: resolved.
-        on_gpu: Transformer Engine's attention keeps no weights; a CPU's keeps them of short sequences.
+        on_gpu: Transformer Engine's attention keeps no weights, but in fp32; a CPU's keeps them of short sequences.
     """
     tokens, size = tokens_of_micro_batch(config), number_bytes(config)
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
@@ -64,9 +65,13 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
         linears += tokens * _of_frozen_linears(config, width)
     output = tokens * size * query_width(config) / tensor
     working = _working(config) if on_gpu else 0.0
+    attention_working = 0.0
+    if _keeps_weights(config, on_gpu):  # the MLP's backward pass is over then, and what it needed is gone
+        spent = tokens * size * (3 * model.intermediate_size / tensor + width)
+        attention_working = _copies_of_weights(config)[1] * _weights(config) - spent
     match config.training.recompute:
         case "none":
-            return LayerActivations(linears + output + _attention(config, on_gpu), working)
+            return LayerActivations(linears + output + _attention(config, on_gpu), max(working, attention_working))
         case "selective":
             modules = config.training.recompute_modules or ["core_attn"]
             # Nobody has copied the values: on GPUs too the projection stays.
@@ -76,9 +81,11 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
             if "mlp" in modules:  # its input stays; on GPUs a norm before is a part of it
                 normed = width if on_gpu and model.norm_position != "post" else 0
                 mlp = tokens * size * (3 * model.intermediate_size / tensor + normed)
-            return LayerActivations(linears - mlp + output + attention, max(attention_again, mlp + working))
+            again = max(attention_again + attention_working, mlp + working)
+            return LayerActivations(linears - mlp + output + attention, again)
         case _:
-            return LayerActivations(tokens * size * width, linears + output + _attention(config, on_gpu) + working)
+            again = linears + output + _attention(config, on_gpu) + max(working, attention_working)
+            return LayerActivations(tokens * size * width, again)
 
 
 def _of_frozen_linears(config: PretrainConfig, width: float) -> float:
@@ -313,12 +320,45 @@ def _inputs(config: PretrainConfig, on_gpu: bool) -> float:
     return tokens_of_micro_batch(config) * numbers * number_bytes(config) / config.parallel.tensor_model_parallel_size
 
 
+def _keeps_weights(config: PretrainConfig, on_gpu: bool) -> bool:
+    """Whether a GPU's attention keeps the weights of all pairs: in fp32, which no fused kernel takes."""
+    return on_gpu and config.precision == "fp32"
+
+
+def _weights(config: PretrainConfig) -> float:
+    """Of all pairs of a GPU's heads, in fp32."""
+    training = config.training
+    heads = config.model.num_attention_heads / config.parallel.tensor_model_parallel_size
+    return 4 * training.micro_batch_size * heads * training.sequence_length**2
+
+
+def _copies_of_weights(config: PretrainConfig) -> tuple[float, float]:
+    """How many are kept, and how many more attention's backward pass has at a time.
+
+    Kept are those after softmax; also after dropout, and its mask, or without the places behind a document's end.
+    """
+    packed = config.data.reset_attention_mask
+    if config.model.attention_dropout:
+        return 2.25, 2.25 if packed else 1.75
+    return (2, 2) if packed else (1, 3)
+
+
+def _attention_with_weights(config: PretrainConfig) -> float:
+    """Transformer Engine's attention that keeps weights, its mask, and keys and values once for each query head."""
+    repeated = 2 * (query_width(config) - key_width(config)) * number_bytes(config)
+    copied = tokens_of_micro_batch(config) * repeated / config.parallel.tensor_model_parallel_size
+    weights = _copies_of_weights(config)[0] * _weights(config)
+    return _inputs(config, on_gpu=True) + copied + weights + config.training.sequence_length**2
+
+
 def _attention(config: PretrainConfig, on_gpu: bool) -> float:
     """What attention keeps beside its output. Keys and values are those of all context parallel ranks.
 
     Of rows that are one document a GPU's rank has two parts, whose keys together are half a share more (`masks.py`).
     Packed documents' output of several rows is there in both orders, by row and by place.
     """
+    if _keeps_weights(config, on_gpu):
+        return _attention_with_weights(config)
     model, length, context = config.model, config.training.sequence_length, config.parallel.context_parallel_size
     queries, keys, tokens = query_width(config), key_width(config), tokens_of_micro_batch(config)
     share = number_bytes(config) / config.parallel.tensor_model_parallel_size

@@ -6,6 +6,7 @@ from itertools import product
 from typing import Literal
 
 from vishwamai_mp.config import ConfigError, ParallelConfig, PretrainConfig, UserError, resolve
+from vishwamai_mp.config.check_gpu_attention import check_gpu_attention
 from vishwamai_mp.config.schema import Precision
 from vishwamai_mp.planning.footprint import Footprint, job_footprint
 from vishwamai_mp.planning.hardware import Gpu
@@ -95,6 +96,7 @@ def search(config: PretrainConfig, world_size: int, machine: Machine, precisions
     for asked in _variants(config, world_size, machine.gpu, precisions):
         try:
             resolved = resolve(asked, world_size)
+            check_gpu_attention(resolved)
         except ConfigError as error:
             refused[str(error)] = refused.get(str(error), 0) + 1
             continue
