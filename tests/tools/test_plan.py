@@ -124,3 +124,20 @@ def test_what_fits_nowhere_is_told_what_it_lacks(plan, capsys):
 def test_a_mistake_is_a_line(plan, arguments, message):
     with pytest.raises(UserError, match=message):
         plan("--config", "7b", "--gpus", "8", *arguments)
+
+
+def test_fp32_is_planned_as_gpus_compute_it(plan):
+    """Half the rate in tensor cores, attention that keeps its weights, and none over context parallel ranks."""
+    rates = {}
+    for precision in ("bf16", "fp32"):
+        found = json.loads(plan("--config", "1b", "--gpus", "8", "--top", "999", "--json", f"precision={precision}"))
+        rates[precision] = found["best"]["tokens_per_second_per_gpu"]
+        contexts = {layout["parallel"]["context_parallel_size"] for layout in found["layouts"]}
+        assert (contexts == {1}) == (precision == "fp32")
+    assert rates["fp32"] < rates["bf16"] / 2.5
+
+
+def test_what_no_gpu_kernel_does_is_not_planned(plan, capsys):
+    with pytest.raises(UserError, match=r"no layout .* attention has no soft cap"):
+        plan("--config", "1b", "--gpus", "8", "model.attention_softcap=30")
+    assert "no layout is possible" in capsys.readouterr().out

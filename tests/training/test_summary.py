@@ -98,3 +98,7 @@ def test_a_gpu_of_unknown_peak_says_so_at_the_start(monkeypatch, name, settings,
     tensor = resolve(load_config("tiny", [*settings, "parallel.tensor_model_parallel_size=2"]), 2)
     assert "queues     CUDA_DEVICE_MAX_CONNECTIONS is " in opening_lines(tensor, runtime, 0)
     assert (said in text) if said else "MFU" not in text
+    assert "TF32" not in text
+    monkeypatch.setattr("vishwamai_mp.training.summary.use_transformer_engine", lambda _: True)
+    assert "in TF32" in opening_lines(resolve(load_config("tiny", settings), 1), runtime, 0)
+    assert "TF32" not in opening_lines(resolve(load_config("tiny", [*settings, "precision=bf16"]), 1), runtime, 0)

@@ -21,6 +21,7 @@ class Gpu:
         memory: bytes.
         bandwidth: of its memory, bytes/s.
         peak: FLOP/s of matrix products by type: "16", and "8" and "4" where its tensor cores have them.
+        vector: FLOP/s of fp32 outside tensor cores.
         nvlink: bytes/s to the other GPUs of the domain, one direction.
         domain: GPUs that NVLink (or PCIe) connects with each other.
         network: bytes/s per GPU to other domains, one direction.
@@ -34,12 +35,21 @@ class Gpu:
     memory: float
     bandwidth: float
     peak: dict[str, float] = field(hash=False)
+    vector: float
     nvlink: float
     domain: int
     network: float
     dollars: float
     derate: float = 1.0
     has_bf16: bool = True
+
+    @property
+    def tensor_fp32(self) -> float:
+        """FLOP/s of products of fp32 as Transformer Engine's layers ask for them: TF32, at half the rate of 16 bits.
+
+        GPUs before Ampere, which lack bf16 as well, have no TF32.
+        """
+        return self.peak["16"] / 2 if self.has_bf16 else self.vector
 
 
 def _gpu(
@@ -48,40 +58,41 @@ def _gpu(
     gib: float,
     terabytes: float,
     peaks: tuple[float, ...],
+    vector: float,
     nvlink: float,
     domain: int,
     network: float,
     dollars: float,
     **more: float | bool,
 ) -> Gpu:
-    """Memory in GiB, bandwidth in TB/s, peaks of 16, 8 and 4 bits in TFLOP/s, links in GB/s."""
+    """Memory in GiB, bandwidth in TB/s, peaks of 16, 8 and 4 bits and of fp32 vectors in TFLOP/s, links in GB/s."""
     peak = {bits: tera * 1e12 for bits, tera in zip(("16", "8", "4"), peaks, strict=False)}
-    sizes = (gib * 2**30, terabytes * 1e12, peak, nvlink * 1e9, domain, network * 1e9, dollars)
+    sizes = (gib * 2**30, terabytes * 1e12, peak, vector * 1e12, nvlink * 1e9, domain, network * 1e9, dollars)
     return Gpu(name, title, *sizes, **more)  # type: ignore[arg-type]
 
 
-_H100 = _gpu("h100", "H100 SXM 80 GB", 79.6, 3.35, (989.4, 1978.9), 450, 8, 50, 2.5)
+_H100 = _gpu("h100", "H100 SXM 80 GB", 79.6, 3.35, (989.4, 1978.9), 66.9, 450, 8, 50, 2.5)
 _TABLE = [
-    _gpu("v100-32", "V100 SXM2 32 GB", 31.7, 0.9, (125,), 150, 8, 12.5, 0.6, has_bf16=False),
-    _gpu("a100-40", "A100 SXM 40 GB", 39.4, 1.555, (312,), 300, 8, 25, 1.1),
-    _gpu("a100-80", "A100 SXM 80 GB", 79.2, 2.039, (312,), 300, 8, 25, 1.4),
+    _gpu("v100-32", "V100 SXM2 32 GB", 31.7, 0.9, (125,), 15.7, 150, 8, 12.5, 0.6, has_bf16=False),
+    _gpu("a100-40", "A100 SXM 40 GB", 39.4, 1.555, (312,), 19.5, 300, 8, 25, 1.1),
+    _gpu("a100-80", "A100 SXM 80 GB", 79.2, 2.039, (312,), 19.5, 300, 8, 25, 1.4),
     _H100,
-    _gpu("h100-pcie", "H100 PCIe 80 GB", 79.6, 2.0, (756, 1513), 50, 8, 25, 2.0, derate=0.8),
-    _gpu("h100-nvl", "H100 NVL 94 GB", 93.1, 3.9, (835.5, 1671), 300, 2, 25, 2.2, derate=0.8),
+    _gpu("h100-pcie", "H100 PCIe 80 GB", 79.6, 2.0, (756, 1513), 51.2, 50, 8, 25, 2.0, derate=0.8),
+    _gpu("h100-nvl", "H100 NVL 94 GB", 93.1, 3.9, (835.5, 1671), 60.3, 300, 2, 25, 2.2, derate=0.8),
     replace(
         _H100, name="h100-96-500w", title="H100 96 GB HBM2e, 500 W", memory=95e9 * 1.0, bandwidth=2.4e12, derate=0.8
     ),
-    _gpu("h200", "H200 SXM 141 GB", 139.8, 4.8, (989.4, 1978.9), 450, 8, 50, 3.0),
-    _gpu("b200", "B200 SXM 180 GB", 178.0, 7.7, (2250, 4500, 9000), 900, 8, 50, 4.0),
-    _gpu("b300", "B300 SXM 270 GB", 268.0, 7.7, (2250, 4500, 13500), 900, 8, 100, 5.0),
-    _gpu("gb200", "GB200 NVL72 186 GB", 184.0, 8.0, (2450, 4900, 9800), 900, 72, 50, 4.5),
-    _gpu("gb300", "GB300 NVL72 279 GB", 276.0, 8.0, (2450, 4900, 14700), 900, 72, 100, 5.5),
-    _gpu("l4", "L4 24 GB", 22.0, 0.3, (121, 242), 25, 1, 3, 0.5),
-    _gpu("a10g", "A10G 24 GB", 22.1, 0.6, (70,), 25, 1, 3, 0.8),
-    _gpu("l40s", "L40S 48 GB", 44.4, 0.864, (362, 733), 25, 8, 12.5, 0.9),
-    _gpu("rtx4090", "RTX 4090 24 GB", 23.5, 1.008, (165.2, 330.3), 20, 8, 3, 0.4),
-    _gpu("rtx5090", "RTX 5090 32 GB", 31.4, 1.792, (209.5, 419, 1676), 50, 8, 3, 0.7),
-    _gpu("mi300x", "MI300X 192 GB", 191.5, 5.3, (1307.4, 2614.9), 448, 8, 50, 2.5),
+    _gpu("h200", "H200 SXM 141 GB", 139.8, 4.8, (989.4, 1978.9), 66.9, 450, 8, 50, 3.0),
+    _gpu("b200", "B200 SXM 180 GB", 178.0, 7.7, (2250, 4500, 9000), 75, 900, 8, 50, 4.0),
+    _gpu("b300", "B300 SXM 270 GB", 268.0, 7.7, (2250, 4500, 13500), 75, 900, 8, 100, 5.0),
+    _gpu("gb200", "GB200 NVL72 186 GB", 184.0, 8.0, (2450, 4900, 9800), 80, 900, 72, 50, 4.5),
+    _gpu("gb300", "GB300 NVL72 279 GB", 276.0, 8.0, (2450, 4900, 14700), 80, 900, 72, 100, 5.5),
+    _gpu("l4", "L4 24 GB", 22.0, 0.3, (121, 242), 30.3, 25, 1, 3, 0.5),
+    _gpu("a10g", "A10G 24 GB", 22.1, 0.6, (70,), 35, 25, 1, 3, 0.8),
+    _gpu("l40s", "L40S 48 GB", 44.4, 0.864, (362, 733), 91.6, 25, 8, 12.5, 0.9),
+    _gpu("rtx4090", "RTX 4090 24 GB", 23.5, 1.008, (165.2, 330.3), 82.6, 20, 8, 3, 0.4),
+    _gpu("rtx5090", "RTX 5090 32 GB", 31.4, 1.792, (209.5, 419, 1676), 104.8, 50, 8, 3, 0.7),
+    _gpu("mi300x", "MI300X 192 GB", 191.5, 5.3, (1307.4, 2614.9), 163.4, 448, 8, 50, 2.5),
 ]
 GPUS = {gpu.name: gpu for gpu in _TABLE}
 # Other names in use, in small letters.

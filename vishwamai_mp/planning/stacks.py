@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vishwamai_mp.config import UserError
 from vishwamai_mp.planning.hardware import Gpu
 
-FORMATS = ("16", "fp8", "fp8_rowwise", "mxfp8", "nvfp4")
+FORMATS = ("fp32", "16", "fp8", "fp8_rowwise", "mxfp8", "nvfp4")
 _BITS = {"16": "16", "fp8": "8", "fp8_rowwise": "8", "mxfp8": "8", "nvfp4": "4"}
 
 
@@ -190,12 +190,15 @@ def reached(stack: Stack, gpu: Gpu, kind: str) -> float:
     """FLOP/s of large products.
 
     Args:
-        kind: one of `FORMATS`, or "attention". Where the GPU lacks the type's units, those of 16 bits compute.
+        kind: one of `FORMATS`, "attention", or "vector" for fp32 outside tensor cores. Where the GPU lacks the type's
+            units, those of 16 bits compute. No row tells what fp32 reaches: taken to be the share of 16 bits.
     """
     table, missing = shares(stack, gpu)
     derate = gpu.derate if missing else 1.0
     if kind == "attention":
         return table["attention"] * gpu.peak["16"] * derate
+    if kind in ("fp32", "vector"):
+        return table["16"] * (gpu.tensor_fp32 if kind == "fp32" else gpu.vector) * derate
     bits = _BITS[kind]
     if bits in gpu.peak:
         near = REACHED[stack.name].get(_NEIGHBOURS.get(gpu.name, ""), {})

@@ -20,7 +20,7 @@ from vishwamai_mp.config import (
     parts_documents,
 )
 from vishwamai_mp.config.layer_windows import layer_windows
-from vishwamai_mp.planning.activations import key_width, query_width, recomputed_layers, stage_layers
+from vishwamai_mp.planning.activations import key_width, number_bytes, query_width, recomputed_layers, stage_layers
 from vishwamai_mp.planning.cache_costs import cache_forward_flops_per_token
 from vishwamai_mp.planning.flops import mean_keys
 from vishwamai_mp.planning.hardware import Gpu
@@ -65,8 +65,13 @@ class StepTime:
 def number_format(config: PretrainConfig) -> str:
     """Of the linear layers' products, in the names of `stacks.FORMATS`."""
     return {"fp8_mx": "mxfp8", "fp8_blockwise": "mxfp8", "nvfp4": "nvfp4"}.get(
-        config.precision, "fp8" if config.precision.startswith("fp8") else "16"
+        config.precision, "fp8" if config.precision.startswith("fp8") else _wide_format(config)
     )
+
+
+def _wide_format(config: PretrainConfig) -> str:
+    """Of products that no recipe rounds."""
+    return "fp32" if config.precision == "fp32" else "16"
 
 
 def tokens_per_second_per_gpu(config: PretrainConfig, world_size: int, time: StepTime) -> float:
@@ -150,11 +155,7 @@ def _layer(config: PretrainConfig, machine: Machine) -> tuple[_Pass, _Pass]:
         (model.intermediate_size / tensor, model.hidden_size),
     ]
     products = sum(_product(tokens, *shape, kind, machine) for shape in shapes) + _components(config, machine)
-    windows = layer_windows(model)
-    seen = sum(mean_keys(config.training.sequence_length, window) for window in windows) / len(windows)
-    scores = 4 * tokens * seen * queries / tensor / reached(stack, machine.gpu, "attention")
-    if parallel.context_parallel_size > 1 and not parts_documents(config):
-        scores *= stack.context_attention
+    scores = _attention(config, machine)
     elementwise = _elementwise(config, kind, machine)
     traffic = _tensor_traffic(config, machine)
     forward = _Pass(products, scores, elementwise, 4 * traffic, _context_traffic(config, machine, scores))
@@ -185,11 +186,30 @@ def _layer(config: PretrainConfig, machine: Machine) -> tuple[_Pass, _Pass]:
     return forward, backward
 
 
+def _attention(config: PretrainConfig, machine: Machine) -> float:
+    """A layer's scores and what they weigh, forward.
+
+    No fused kernel takes fp32: there all pairs are multiplied, outside tensor cores, and pass through memory when they
+    are multiplied, masked, made weights and multiplied again, read and written.
+    """
+    model, stack, length = config.model, machine.stack, config.training.sequence_length
+    share = _tokens(config) / config.parallel.tensor_model_parallel_size
+    if config.precision == "fp32":
+        operations = 4 * share * length * query_width(config) / reached(stack, machine.gpu, "vector")
+        return operations + 6 * 4 * share * length * model.num_attention_heads / machine.gpu.bandwidth
+    windows = layer_windows(model)
+    seen = sum(mean_keys(length, window) for window in windows) / len(windows)
+    scores = 4 * share * seen * query_width(config) / reached(stack, machine.gpu, "attention")
+    if config.parallel.context_parallel_size > 1 and not parts_documents(config):
+        scores *= stack.context_attention
+    return scores
+
+
 def _product(tokens: float, inputs: float, outputs: float, kind: str, machine: Machine) -> float:
     """One product: its operations at the rate that large ones reach, and its operands through memory."""
     numbers = tokens * inputs + inputs * outputs + tokens * outputs
     operations = 2 * tokens * inputs * outputs / reached(machine.stack, machine.gpu, kind)
-    return operations + 2 * numbers / machine.gpu.bandwidth
+    return operations + (4 if kind == "fp32" else 2) * numbers / machine.gpu.bandwidth
 
 
 def _components(config: PretrainConfig, machine: Machine) -> float:
@@ -197,7 +217,7 @@ def _components(config: PretrainConfig, machine: Machine) -> float:
     length = config.training.sequence_length
     flops = memory_forward_flops_per_token(config.memory) + cache_forward_flops_per_token(config.cache, length)
     share = config.model.num_layers * config.parallel.tensor_model_parallel_size
-    return 2 * _tokens(config) * flops / share / reached(machine.stack, machine.gpu, "16")
+    return 2 * _tokens(config) * flops / share / reached(machine.stack, machine.gpu, _wide_format(config))
 
 
 def _elementwise(config: PretrainConfig, kind: str, machine: Machine) -> float:
@@ -207,17 +227,17 @@ def _elementwise(config: PretrainConfig, kind: str, machine: Machine) -> float:
     tensor = parallel.tensor_model_parallel_size
     own = model.hidden_size / (tensor if parallel.sequence_parallel else 1)
     numbers = 10 * own + (2 * query_width(config) + 2 * key_width(config) + 3 * model.intermediate_size) / tensor
-    if kind != "16":
+    if kind not in ("16", "fp32"):
         gathered = 2 * model.hidden_size + (query_width(config) + model.intermediate_size) / tensor
         numbers += 2 * gathered
-    return 2 * _tokens(config) * numbers * machine.stack.elementwise / machine.gpu.bandwidth
+    return number_bytes(config) * _tokens(config) * numbers * machine.stack.elementwise / machine.gpu.bandwidth
 
 
 def _head(config: PretrainConfig, machine: Machine) -> _Pass:
-    """Logits, in 16 bits, and the loss, which goes over them a few times in fp32."""
+    """Logits, which no recipe rounds, and the loss, which goes over them a few times in fp32."""
     rows = padded_vocab_size(config) / config.parallel.tensor_model_parallel_size
     tokens = _tokens(config)
-    products = 3 * _product(tokens, config.model.hidden_size, rows, "16", machine)
+    products = 3 * _product(tokens, config.model.hidden_size, rows, _wide_format(config), machine)
     return _Pass(products, 0, 16 * tokens * rows * machine.stack.elementwise / machine.gpu.bandwidth)
 
 
@@ -238,7 +258,7 @@ def _tensor_traffic(config: PretrainConfig, machine: Machine) -> float:
     tensor = config.parallel.tensor_model_parallel_size
     if tensor == 1:
         return 0.0
-    size = 2 * _tokens(config) * config.model.hidden_size * (tensor - 1) / tensor
+    size = number_bytes(config) * _tokens(config) * config.model.hidden_size * (tensor - 1) / tensor
     stack = machine.stack
     hidden = stack.tensor_overlap
     if config.parallel.overlap_tensor_parallel:
@@ -256,7 +276,14 @@ def _context_traffic(config: PretrainConfig, machine: Machine, attention: float)
     context = parallel.context_parallel_size
     if context == 1:
         return 0.0
-    size = 2 * _tokens(config) * (context - 1) * 2 * key_width(config) / parallel.tensor_model_parallel_size
+    size = (
+        number_bytes(config)
+        * _tokens(config)
+        * (context - 1)
+        * 2
+        * key_width(config)
+        / parallel.tensor_model_parallel_size
+    )
     rate = _rate(config, machine, context, parallel.tensor_model_parallel_size)
     if parts_documents(config):
         return size / rate + 2 * stack.latency
@@ -270,7 +297,7 @@ def _between_stages(config: PretrainConfig, machine: Machine) -> float:
     if parallel.pipeline_model_parallel_size == 1:
         return 0.0
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    size = 2 * _tokens(config) * config.model.hidden_size / shards
+    size = number_bytes(config) * _tokens(config) * config.model.hidden_size / shards
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     # Stages lie as far apart as can be; in a domain that holds a whole replica, NVLink joins them.
     stride = parallel.tensor_model_parallel_size * parallel.context_parallel_size

@@ -19,7 +19,7 @@ from vishwamai_mp.planning.hardware import known_gpu
 from vishwamai_mp.planning.neural_memory_costs import memory_forward_flops_per_token, memory_parameters
 from vishwamai_mp.planning.stacks import find_stack
 from vishwamai_mp.planning.step_time import Machine, step_time, tokens_per_second_per_gpu
-from vishwamai_mp.precision import PrecisionPolicy, lacking_hardware
+from vishwamai_mp.precision import PrecisionPolicy, lacking_hardware, use_transformer_engine
 from vishwamai_mp.runtime import Runtime, is_accelerator
 from vishwamai_mp.runtime.device import cpu_threads, machine_memory, peak_flops
 
@@ -199,8 +199,11 @@ def _compute(config: PretrainConfig, runtime: Runtime) -> str:
         name = torch.cuda.get_device_name()
         known = config.logging.hardware_peak_tflops or not math.isnan(peak_flops(torch.bfloat16))
         hint = "" if known else "; its peak is not known, so there is no MFU: set logging.hardware_peak_tflops"
-        lacking = lacking_hardware(PrecisionPolicy.of_run(config))
+        policy = PrecisionPolicy.of_run(config)
+        lacking = lacking_hardware(policy)
         how = f", emulated by torch's operators and slower than bf16 ({lacking})" if lacking else ""
+        if config.precision == "fp32" and use_transformer_engine(policy):
+            how = ", linear layers' products in TF32, as Transformer Engine has them"
         return f"{config.precision} on {name}{how}{hint}"
     threads, why = cpu_threads(config.training.threads)
     fused = ", compiled" if config.training.compile else ""
