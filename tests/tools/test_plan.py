@@ -128,9 +128,10 @@ def test_a_mistake_is_a_line(plan, arguments, message):
 
 def test_fp32_is_planned_as_gpus_compute_it(plan):
     """Half the rate in tensor cores, attention that keeps its weights, and none over context parallel ranks."""
-    rates = {}
+    rates, long = {}, ["training.sequence_length=8192", "model.max_position_embeddings=8192"]
     for precision in ("bf16", "fp32"):
-        found = json.loads(plan("--config", "1b", "--gpus", "8", "--top", "999", "--json", f"precision={precision}"))
+        arguments = ("--config", "1b", "--gpus", "8", "--top", "999", "--json", f"precision={precision}", *long)
+        found = json.loads(plan(*arguments))
         rates[precision] = found["best"]["tokens_per_second_per_gpu"]
         contexts = {layout["parallel"]["context_parallel_size"] for layout in found["layouts"]}
         assert (contexts == {1}) == (precision == "fp32")
