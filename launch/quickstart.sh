@@ -70,6 +70,7 @@ train() {
 
 title "environment"
 install_environment base '.[hf]'
+# shellcheck source=/dev/null
 source .venv/bin/activate
 SECONDS=0
 

@@ -56,6 +56,7 @@ class Repeating:
     """What `torch.cuda` has for graphs."""
 
     CUDAGraph = CUDAGraph
+    is_available = staticmethod(lambda: False)
     Stream = staticmethod(lambda: None)
     stream = staticmethod(lambda _: nullcontext())
     synchronize = staticmethod(lambda: None)
