@@ -42,7 +42,8 @@ def stage_flops(config: PretrainConfig, world_size: int, stage: int) -> float:
     """FLOPs that one rank of a pipeline stage computes in a step, as torch counts them.
 
     Unlike `training_flops_per_token`: recomputation counts, the padding of the vocabulary too, and attention is counted
-    with all pairs of tokens, masked or not, and backward 2.5 times as much as forward, as fused kernels compute it.
+    with all pairs of tokens, masked or not, and backward 2.5 times as much as forward, as fused kernels compute it; in
+    fp32, which they do not take, twice as much.
 
     Args:
         config: resolved.
@@ -76,7 +77,8 @@ def stage_flops(config: PretrainConfig, world_size: int, stage: int) -> float:
         modules = config.training.recompute_modules or ["core_attn"]
         mlp = 2 * (mlp_matrices(model) + adapter_parameters(config, ("linear_fc1", "linear_fc2")) / model.num_layers)
         again = per_stage[stage] * (attention * ("core_attn" in modules) + mlp * ("mlp" in modules))
-    backward = 2 * forward + per_stage[stage] * (attention / 2 - (matrices if "base" in frozen else 0))
+    scores_again = attention / 2 if config.precision != "fp32" else 0.0
+    backward = 2 * forward + per_stage[stage] * (scores_again - (matrices if "base" in frozen else 0))
     head = 0.0
     if stage == parallel.pipeline_model_parallel_size - 1:
         head = 2 * model.hidden_size * padded_vocab_size(config) * (2 if "embedding" in frozen else 3)
