@@ -36,7 +36,10 @@ def parse_arguments() -> argparse.Namespace:
         "(default: bpe)",
     )
     parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="key or column that holds the text (default: text)"
+        *("--json-key", "--json-keys"),
+        default="text",
+        metavar="KEY",
+        help="key or column that holds the text (default: text)",
     )
     parser.add_argument(
         "--character-coverage",

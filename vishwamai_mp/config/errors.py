@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -51,7 +52,8 @@ def one_line(error: BaseException) -> str:
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake, 130 by Ctrl-C.
+    """Run a program's `main` and exit: 0 on success, 1 with one line on stderr for a user's mistake, 130 by Ctrl-C,
+    and 128 + its number by a signal that was raised as an interrupt that has it.
 
     Only `UserError`, a user's interrupt, an extra that is not installed and what `about_the_system` knows are turned
     into a line; anything else is a defect of ours and keeps its traceback.
@@ -68,10 +70,10 @@ def run_program(main: Callable[[], int | None]) -> None:
         if error.name not in EXTRAS:
             raise
         sys.exit(f"error: {lacks('this program', error.name)}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if sys.stderr is not None:
             print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         sys.stderr.close()
         sys.exit(141)

@@ -111,6 +111,6 @@ def stop_on_sigterm() -> None:
     """Let a scheduler's SIGTERM unwind the program as an interrupt does, so that it removes what it began."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(signum)
 
     signal.signal(signal.SIGTERM, interrupt)
