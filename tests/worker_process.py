@@ -136,6 +136,7 @@ def _clean_state(job: Job) -> Iterator[None]:
     os.environ.clear()
     os.environ.update(environment)
     gc.collect()
+    gc.freeze()  # what a library keeps is no garbage of later jobs
 
 
 def _forget_megatron() -> None:
