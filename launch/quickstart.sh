@@ -94,15 +94,23 @@ until [[ -f "$RUN/checkpoints/latest" ]]; do
     sleep 1
 done
 sleep 3 # some steps further, which no checkpoint has
-python - "$job" <<'PY'
+if python - "$job" <<'PY'; then
 import contextlib, psutil, sys
-job = psutil.Process(int(sys.argv[1]))
-for process in [*job.children(recursive=True), job]:
+try:
+    job = psutil.Process(int(sys.argv[1]))
+    processes = [*job.children(recursive=True), job]
+except psutil.NoSuchProcess:
+    sys.exit(1)
+for process in processes:
     with contextlib.suppress(psutil.NoSuchProcess):  # workers end with their launcher
         process.kill()
 PY
+    how="killed (SIGKILL)"
+else
+    how="its minutes were over before it could be killed,"
+fi
 wait "$job" 2>/dev/null || true
-echo "killed (SIGKILL) at $SECONDS s; the same command goes on from the last checkpoint"
+echo "$how at $SECONDS s; the same command goes on from the last checkpoint"
 
 title "the same command again"
 train
