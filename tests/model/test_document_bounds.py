@@ -21,10 +21,11 @@ from torch import Tensor
 from tests.model.builds import small_config
 from tests.training.layouts import train
 from vishwamai_mp.config import ConfigError
+from vishwamai_mp.config.check_gpu_attention import check_gpu_attention
 from vishwamai_mp.model import build_model
 from vishwamai_mp.model.core_attention import CoreAttention
 from vishwamai_mp.model.document_attention import DocumentAttention, PackedDocuments
-from vishwamai_mp.model.masks import attention_mask, check_packing, document_bounds, packed_documents
+from vishwamai_mp.model.masks import attention_mask, document_bounds, packed_documents
 from vishwamai_mp.runtime.zigzag import local_positions
 
 # isort: split
@@ -251,9 +252,9 @@ def test_parts_of_documents_attend_as_with_the_mask(workers, ranks, window):
 
 def test_what_context_parallelism_refuses():
     packed, context = "data.reset_attention_mask=true", "parallel.context_parallel_size=2"
-    dropout = "model.attention_dropout=0.1"
+    dropout, bf16 = "model.attention_dropout=0.1", "precision=bf16"
     with pytest.raises(ConfigError, match=r"model\.attention_dropout=0\.1 with data.*context_parallel_size=2.*; set "):
-        check_packing(small_config(packed, context, dropout))
-    check_packing(small_config(packed, context))
-    check_packing(small_config(context, dropout))
-    check_packing(small_config(packed, dropout))
+        check_gpu_attention(small_config(packed, context, dropout, bf16))
+    check_gpu_attention(small_config(packed, context, bf16))
+    check_gpu_attention(small_config(context, dropout, bf16))
+    check_gpu_attention(small_config(packed, dropout))

@@ -57,6 +57,7 @@ _STEPS: dict[str, tuple[int, int, list[str]]] = {
             "packed": PACKED,
             "packed, dropout": [*PACKED, "model.attention_dropout=0.1"],
             "recomputed": ["training.recompute=selective"],
+            "recomputed with the MLP": ["training.recompute=selective", "training.recompute_modules=[core_attn,mlp]"],
             "recomputed with the layer": RECOMPUTE,
         }.items()
     },

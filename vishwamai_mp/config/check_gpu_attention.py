@@ -27,3 +27,10 @@ def check_gpu_attention(config: "PretrainConfig") -> None:
             f"precision=fp32 with parallel.context_parallel_size={context}: Transformer Engine's attention over context"
             " parallel ranks is of 16 bits only; set precision=bf16 or parallel.context_parallel_size=1"
         )
+    dropout = config.model.attention_dropout
+    if dropout and config.data.reset_attention_mask and context > 1:
+        raise ConfigError(
+            f"model.attention_dropout={dropout} with data.reset_attention_mask=true and parallel.context_parallel_size="
+            f"{context}: on Transformer Engine, cuDNN's attention of parts of documents knows no dropout; set"
+            " model.attention_dropout=0 or parallel.context_parallel_size=1"
+        )

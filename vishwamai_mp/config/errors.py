@@ -73,7 +73,8 @@ def run_program(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt as interrupt:
         if sys.stderr is not None:
             print("interrupted", file=sys.stderr)
-        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+        number = next((value for value in interrupt.args if isinstance(value, int)), signal.SIGINT)
+        sys.exit(128 + number)
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         sys.stderr.close()
         sys.exit(141)

@@ -12,7 +12,6 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from vishwamai_mp.config import ConfigError, PretrainConfig, parts_documents
 from vishwamai_mp.runtime.host_copies import sent
 from vishwamai_mp.runtime.zigzag import local_positions
 
@@ -42,21 +41,6 @@ def attention_mask(
         return allowed[None, None]
     same = document_ids[:, query_positions, None] == document_ids[:, None, key_positions]
     return (allowed & same)[:, None]
-
-
-def check_packing(config: PretrainConfig) -> None:
-    """Refuse what Transformer Engine's packed attention cannot do.
-
-    Raises:
-        ConfigError: dropout of attention under context parallelism.
-    """
-    context, dropout = config.parallel.context_parallel_size, config.model.attention_dropout
-    if parts_documents(config) and dropout:
-        raise ConfigError(
-            f"model.attention_dropout={dropout} with data.reset_attention_mask=true and parallel.context_parallel_size="
-            f"{context}: on Transformer Engine, cuDNN's attention of parts of documents knows no dropout; set"
-            " model.attention_dropout=0 or parallel.context_parallel_size=1"
-        )
 
 
 class DocumentBounds(NamedTuple):

@@ -26,7 +26,7 @@ from vishwamai_mp.model.freezing import freeze_parts
 from vishwamai_mp.model.fully_sharded import ParameterSharding, own_rows, whole_parameters
 from vishwamai_mp.model.lora import add_adapters
 from vishwamai_mp.model.loss import vocab_parallel_cross_entropy
-from vishwamai_mp.model.masks import DocumentBounds, attention_mask, check_packing, document_bounds
+from vishwamai_mp.model.masks import DocumentBounds, attention_mask, document_bounds
 from vishwamai_mp.model.rotary import RotaryEmbedding
 from vishwamai_mp.model.softcap import softcap
 from vishwamai_mp.model.specs import block_spec, spec_provider
@@ -73,8 +73,6 @@ class VishwamAIModel(GPTModel):
         self.training_loss = find_extension("training.loss", own_loss, 4) if own_loss else vocab_parallel_cross_entropy
         # Transformer Engine's attention knows windows and context parallelism by itself, and documents by their length.
         self.attends_without_mask = use_transformer_engine(policy)
-        if self.attends_without_mask:
-            check_packing(config)
         self.value_head = (
             ValueHead(config.tree, megatron, groups) if config.tree.enabled and self.post_process else None
         )

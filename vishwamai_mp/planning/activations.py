@@ -65,13 +65,11 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
         linears += tokens * _of_frozen_linears(config, width)
     output = tokens * size * query_width(config) / tensor
     working = _working(config) if on_gpu else 0.0
-    attention_working = 0.0
-    if _keeps_weights(config, on_gpu):  # the MLP's backward pass is over then, and what it needed is gone
-        spent = tokens * size * (3 * model.intermediate_size / tensor + width)
-        attention_working = _copies_of_weights(config)[1] * _weights(config) - spent
+    spent = tokens * size * (3 * model.intermediate_size / tensor + width)  # by an MLP, whose backward pass comes first
     match config.training.recompute:
         case "none":
-            return LayerActivations(linears + output + _attention(config, on_gpu), max(working, attention_working))
+            again = max(working, _attention_working(config, on_gpu, spent))
+            return LayerActivations(linears + output + _attention(config, on_gpu), again)
         case "selective":
             modules = config.training.recompute_modules or ["core_attn"]
             # Nobody has copied the values: on GPUs too the projection stays.
@@ -81,10 +79,12 @@ def layer_activations(config: PretrainConfig, on_gpu: bool) -> LayerActivations:
             if "mlp" in modules:  # its input stays; on GPUs a norm before is a part of it
                 normed = width if on_gpu and model.norm_position != "post" else 0
                 mlp = tokens * size * (3 * model.intermediate_size / tensor + normed)
-            again = max(attention_again + attention_working, mlp + working)
+            attention_again += _attention_working(config, on_gpu, spent - mlp)
+            again = max(attention_again, mlp + working)
             return LayerActivations(linears - mlp + output + attention, again)
         case _:
-            again = linears + output + _attention(config, on_gpu) + max(working, attention_working)
+            again = linears + output + _attention(config, on_gpu)
+            again += max(working, _attention_working(config, on_gpu, spent))
             return LayerActivations(tokens * size * width, again)
 
 
@@ -341,6 +341,15 @@ def _copies_of_weights(config: PretrainConfig) -> tuple[float, float]:
     if config.model.attention_dropout:
         return 2.25, 2.25 if packed else 1.75
     return (2, 2) if packed else (1, 3)
+
+
+def _attention_working(config: PretrainConfig, on_gpu: bool, spent: float) -> float:
+    """What the backward pass of an attention that keeps weights holds more than the layer's forward pass left.
+
+    Args:
+        spent: bytes of its layer that are free again by then.
+    """
+    return _copies_of_weights(config)[1] * _weights(config) - spent if _keeps_weights(config, on_gpu) else 0.0
 
 
 def _attention_with_weights(config: PretrainConfig) -> float:

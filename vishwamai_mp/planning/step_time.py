@@ -162,10 +162,12 @@ def _layer(config: PretrainConfig, machine: Machine) -> tuple[_Pass, _Pass]:
     if forward.total < stack.layer:  # kernels wait for the host
         forward += _Pass(elementwise=stack.layer - forward.total)
     frozen = "base" in frozen_parts(config) or config.lora.enabled
-    # Gradients of inputs and, unless frozen, of weights; flash attention multiplies five times instead of twice.
+    # Gradients of inputs and, unless frozen, of weights; fused attention multiplies five times instead of twice, others
+    # four times.
+    is_fused = config.precision != "fp32"
     backward = _Pass(
         products * (1 if frozen else 2),
-        2.5 * scores,
+        (2.5 if is_fused else 2) * scores,
         (1.5 if frozen else 2) * elementwise,
         4 * traffic,
         (1 if parts_documents(config) else 2) * _context_traffic(config, machine, 1.25 * scores),
@@ -178,7 +180,7 @@ def _layer(config: PretrainConfig, machine: Machine) -> tuple[_Pass, _Pass]:
             backward += _Pass(products / 2, 0, elementwise, 2 * traffic)
         case "selective":
             modules = config.training.recompute_modules or ["core_attn"]
-            if "core_attn" in modules and not stack.flash:
+            if "core_attn" in modules and not (stack.flash and is_fused):
                 backward += _Pass(attention=scores)
             if "mlp" in modules:  # half of a layer's norms, residuals and exchanges are an MLP's
                 mlp = sum(_product(tokens, *shape, kind, machine) for shape in shapes[2:])
@@ -276,14 +278,8 @@ def _context_traffic(config: PretrainConfig, machine: Machine, attention: float)
     context = parallel.context_parallel_size
     if context == 1:
         return 0.0
-    size = (
-        number_bytes(config)
-        * _tokens(config)
-        * (context - 1)
-        * 2
-        * key_width(config)
-        / parallel.tensor_model_parallel_size
-    )
+    numbers = _tokens(config) * (context - 1) * 2 * key_width(config) / parallel.tensor_model_parallel_size
+    size = number_bytes(config) * numbers
     rate = _rate(config, machine, context, parallel.tensor_model_parallel_size)
     if parts_documents(config):
         return size / rate + 2 * stack.latency
